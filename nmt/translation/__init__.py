@@ -1,0 +1,1 @@
+"""The built-in task: translation, from a data directory to BLEU."""
