@@ -1,0 +1,243 @@
+"""Checkpoints: immutable folders, written once under a temporary name and renamed when complete.
+
+    checkpoints/update-0012000/   model.safetensors, config.yaml, the task's assets: a model, ready to use
+                                  optimizer.safetensors, state.json: what resuming needs besides
+    checkpoints/best, last        relative symbolic links, swapped atomically
+
+A folder is complete if its final name exists. Nothing in it is a pickle.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nmt.config import from_mapping, read_yaml, write_yaml
+from nmt.errors import UserError
+from nmt.options import TrainConfig
+from nmt.task import Task, load_task
+
+FORMAT_VERSION = "1"
+
+_MODEL, _CONFIG = "model.safetensors", "config.yaml"
+_OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
+
+
+class CheckpointFolder:
+    """The `checkpoints` folder of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def updates(self) -> list[int]:
+        """Return the updates of the complete checkpoints, oldest first."""
+        names = (child.name for child in self.path.glob("update-*") if child.is_dir())
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"update-(\d+)", name)))
+
+    def at(self, update: int) -> Path:
+        """Return the folder of the checkpoint after `update` updates."""
+        return self.path / f"update-{update:07d}"
+
+    def save(
+        self,
+        update: int,
+        *,
+        model: nn.Module,
+        task: Task[Any],
+        config: TrainConfig[Any],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+    ) -> Path:
+        """Write a checkpoint and let `last` point at it; one of the same update that exists is kept."""
+        final = self.at(update)
+        if not final.exists():
+            temporary = _start_folder(final)
+            _save_tensors(optimizer, temporary / _OPTIMIZER)
+            (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            _write_model(temporary, weights(model), config=config, task=task)
+            _finish_folder(temporary, final)
+        self.link("last", update)
+        return final
+
+    def link(self, name: str, update: int) -> None:
+        """Point the symbolic link `name` at a checkpoint, atomically."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(self.at(update).name)
+        temporary.replace(self.path / name)
+        _sync(self.path)
+
+    def prune(self, keep: Iterable[int]) -> None:
+        """Remove the checkpoints of all other updates, and what a killed process left unfinished."""
+        kept = set(keep)
+        for update in self.updates():
+            if update not in kept:
+                # Renamed first: a removal that is cut short must not leave half a checkpoint behind.
+                doomed = self.path / f".removed-{self.at(update).name}"
+                self.at(update).rename(doomed)
+        for leftover in (*self.path.glob(".removed-*"), *self.path.glob(".tmp-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def load_state(self, update: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the optimizer's tensors and the state of the run."""
+        folder = self.at(update)
+        optimizer = _load_tensors(folder / _OPTIMIZER)
+        try:
+            state: dict[str, Any] = json.loads(_existing(folder / _STATE).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"`{folder / _STATE}` must be complete JSON, but is cut short or damaged.") from error
+        return optimizer, state
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by name, each tied parameter once, under its first name."""
+    unique = dict(model.named_parameters())
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if name in unique or name not in aliases
+    }
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy the weights of a model folder into a model, which must have the same names and shapes."""
+    path = folder / _MODEL
+    loaded = _load_tensors(path)
+    for name, tensor in weights(model).items():
+        if name not in loaded:
+            raise UserError(f"`{path}` must hold the weights of the model, but has no `{name}`.")
+        if loaded[name].shape != tensor.shape:
+            raise UserError(
+                f"`{name}` in `{path}` must be of shape {tuple(tensor.shape)} for this model and its "
+                f"vocabulary, but is {tuple(loaded[name].shape)}."
+            )
+        tensor.copy_(loaded.pop(name))
+    if loaded:
+        raise UserError(f"`{path}` must hold the weights of the model alone, but has `{next(iter(loaded))}` too.")
+
+
+def load_config(folder: Path) -> TrainConfig[Any]:
+    """Return the configuration that a model folder was trained with."""
+    mapping = read_yaml(_existing(folder / _CONFIG))
+    options_type = load_task(mapping.get("task", "translation"))
+    return from_mapping(TrainConfig[options_type], mapping, where=str(folder / _CONFIG))  # type: ignore[valid-type]
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Task[Any]]:
+    """Return the model of a model folder, in evaluation mode, and its task.
+
+    Raises:
+        UserError: The folder lacks a file, is cut short, has another format version, or does not fit together.
+    """
+    if not folder.is_dir():
+        raise UserError(f"`{folder}` must be a model folder, but is {'a file' if folder.exists() else 'missing'}.")
+    task: Task[Any] = load_config(folder).task_options.build(folder)
+    model = task.build_model()
+    load_weights(model, folder)
+    return model.to(device).eval(), task
+
+
+def average_models(folders: Sequence[Path], output: Path) -> None:
+    """Write a model folder whose weights are the mean of others', formed in float64.
+
+    Integers (batch norm's counters) are taken from the last folder.
+    """
+    config = load_config(folders[-1])
+    task: Task[Any] = config.task_options.build(folders[-1])
+    model = task.build_model()
+    total: dict[str, Tensor] = {}
+    for folder in folders:
+        load_weights(model, folder)
+        for name, tensor in weights(model).items():
+            if tensor.is_floating_point():
+                share = tensor.double() / len(folders)
+                total[name] = total[name] + share if name in total else share
+            else:
+                total[name] = tensor.clone()
+    mean = {name: total[name].to(tensor.dtype) for name, tensor in weights(model).items()}
+    write_model_folder(output, mean, config=config, task=task)
+
+
+def write_model_folder(
+    folder: Path, tensors: Mapping[str, Tensor], *, config: TrainConfig[Any], task: Task[Any]
+) -> None:
+    """Write a model folder without anything to resume from.
+
+    Raises:
+        UserError: The folder exists.
+    """
+    if folder.exists():
+        raise UserError(f"`{folder}` must not exist yet. Remove it or name another folder.")
+    temporary = _start_folder(folder)
+    _write_model(temporary, tensors, config=config, task=task)
+    _finish_folder(temporary, folder)
+
+
+def _write_model(
+    folder: Path, tensors: Mapping[str, Tensor], *, config: TrainConfig[Any], task: Task[Any]
+) -> None:
+    task.save_assets(folder)
+    write_yaml(config, folder / _CONFIG)
+    _save_tensors(tensors, folder / _MODEL)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "nmt", "format_version": FORMAT_VERSION})
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    _existing(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        version = metadata.get("format_version", "none")
+        if metadata.get("format") != "nmt" or version != FORMAT_VERSION:
+            raise UserError(
+                f"`{path}` must be of format version {FORMAT_VERSION}, but is of {version}. "
+                "Use the release of nmt-toolkit that wrote it."
+            )
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"`{path}` must be a complete safetensors file, but is cut short or damaged: {error}.") from error
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"`{path}` must be a file of the checkpoint, but is missing.")
+    return path
+
+
+def _start_folder(final: Path) -> Path:
+    """Make the temporary folder that `_finish_folder` renames."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.parent / f".tmp-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def _finish_folder(temporary: Path, final: Path) -> None:
+    """Bring everything to the disk, then give the folder its name."""
+    for path in temporary.rglob("*"):
+        _sync(path)
+    _sync(temporary)
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

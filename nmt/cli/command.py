@@ -1,0 +1,64 @@
+"""What the commands have in common: how they end."""
+
+import errno
+import os
+import select
+import sys
+from collections.abc import Callable
+
+from nmt.errors import UserError
+
+# What the operating system says of a write without naming the file.
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_EXIT_USER_ERROR = 2
+_EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_STDOUT = 1  # its file descriptor
+
+
+def run_command(prog: str, body: Callable[[], None]) -> None:
+    """Run the body of a command and turn what a user can cause into one line and an exit code.
+
+    A `UserError`, or an `OSError` about a file (missing, not readable, disk full), is printed to stderr
+    as "prog: error: text", with exit code 2. An interrupt ends with 130. If the reader of stdout has gone
+    (`| head`), the command ends quietly with 0. Other exceptions are programmers' errors and pass through.
+
+    Args:
+        prog: the name of the command.
+        body: everything that it does, the parsing of its command line included.
+    """
+    try:
+        body()
+        sys.stdout.flush()  # so that a closed pipe shows here, not when the interpreter ends
+    except UserError as error:
+        _fail(prog, str(error))
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(_EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        if not _is_stdout_closed():
+            raise  # the pipe of a worker process
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.filename is None and error.errno not in _WRITE_ERRORS:
+            raise
+        named = "" if error.filename is None else f"{error.filename}: "
+        _fail(prog, f"{named}{error.strerror}")
+
+
+def _fail(prog: str, text: str) -> None:
+    line = " ".join(text.split("\n"))
+    print(f"{prog}: error: {line}", file=sys.stderr)
+    raise SystemExit(_EXIT_USER_ERROR) from None
+
+
+def _is_stdout_closed() -> bool:
+    """Say whether nobody reads stdout any more.
+
+    If so, it is pointed at the null device, because Python flushes it once more at its end.
+    """
+    poll = select.poll()
+    poll.register(_STDOUT, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+    return True

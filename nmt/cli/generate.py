@@ -1,0 +1,185 @@
+"""nmt-generate: translate text with a trained model."""
+
+from __future__ import annotations
+
+import codecs
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, TextIO
+
+from nmt.cli.command import run_command
+from nmt.cli.generate_options import GenerateOptions
+from nmt.config import parse_command
+from nmt.data.blocks import check_file, decode_lines, read_lines, unequal_counts
+from nmt.errors import UserError
+
+if TYPE_CHECKING:
+    from nmt.translation.translator import Translation
+
+PROG = "nmt-generate"
+_DESCRIPTION = "Translate text, a sentence a line, with a trained model; with a reference, score the result."
+_STANDARD_INPUT = Path("<stdin>")  # its name in error texts
+_LINES_TO_NAME = 5
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with the given arguments, or those of the process."""
+
+    def body() -> None:
+        arguments = sys.argv[1:] if argv is None else argv
+        generate(parse_command(GenerateOptions, arguments, prog=PROG, description=_DESCRIPTION))
+
+    run_command(PROG, body)
+
+
+def generate(options: GenerateOptions) -> None:
+    """Translate a file, or standard input, and score the result if there is a reference.
+
+    Raises:
+        UserError: The texts or the model cannot be used; no output is left then.
+    """
+    references = None if options.reference is None else list(_read(options.reference))
+    num_lines = _check_input(options, num_references=None if references is None else len(references))
+
+    # Here, so that --help, a misspelt option and a missing file are answered at once.
+    import torch
+    from tqdm import tqdm
+
+    from nmt.distributed import join_world
+    from nmt.translation.translator import Batching, Translator
+
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    with join_world(options.device) as world:
+        translator = Translator.load(options.model, world.device)
+    batching = Batching(options.buffer_size, options.max_tokens, options.batch_size)
+    report = _Report()
+    best: list[str] = []
+    # The bar is for a terminal that shows nothing else.
+    hide_bar = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
+    with (
+        _open_output(options.output) as output,
+        tqdm(total=num_lines, unit=" lines", disable=hide_bar) as bar,
+    ):
+        for translation in translator.translate_lines(
+            _read(options.input), options.decoding, batching=batching, on_progress=bar.update
+        ):
+            report.add(translation)
+            missing = [""] * (options.decoding.nbest - len(translation.texts))
+            output.writelines(text.encode() + b"\n" for text in (*translation.texts, *missing))
+            if references is not None:
+                best.append(translation.text)
+    report.print()
+    if references is not None:
+        scores_to = sys.stderr if options.output is None else sys.stdout
+        _print_scores(best, references, target_lang=translator.task.target_lang, file=scores_to)
+
+
+class _Report:
+    """What a user should know of the translations besides their text, for stderr."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.num_lines = 0
+        self.num_blank = 0
+        self.cut: list[int] = []
+        self.without_score: list[int] = []
+
+    def add(self, translation: Translation) -> None:
+        """Take in the next line."""
+        self.num_lines += 1
+        if not translation.hypotheses:
+            self.num_blank += 1
+        elif translation.hypotheses[0].score == -math.inf:
+            self.without_score.append(self.num_lines)
+        if translation.num_dropped_pieces:
+            self.cut.append(self.num_lines)
+
+    def print(self) -> None:
+        """Print the warnings and a summary."""
+        for numbers, fault in (
+            (self.cut, "longer than the model takes: their last pieces were not translated"),
+            (self.without_score, "without a translation: the model's output is not a number"),
+        ):
+            if numbers:
+                named = ", ".join(f"{number:,}" for number in numbers[:_LINES_TO_NAME])
+                more = ", ..." if len(numbers) > _LINES_TO_NAME else ""
+                print(
+                    f"{PROG}: warning: {len(numbers):,} lines are {fault} (line {named}{more})",
+                    file=sys.stderr,
+                )
+        seconds = time.perf_counter() - self.started
+        rate = self.num_lines / max(seconds, 1e-9)
+        print(
+            f"{self.num_lines:,} lines | {self.num_blank:,} blank | {seconds:.1f} s | {rate:,.1f} lines/s",
+            file=sys.stderr,
+        )
+
+
+def _check_input(options: GenerateOptions, *, num_references: int | None) -> int | None:
+    """Read the input through before the work starts; return its number of lines, None for a stream.
+
+    Raises:
+        UserError: It is missing, empty, no UTF-8, or has another number of lines than the reference.
+    """
+    if options.input is None or (options.input.exists() and not options.input.is_file()):
+        return None
+    if not options.input.exists():
+        raise UserError(f"{options.input} must exist, but there is no such file.")
+    num_lines = check_file(options.input).num_lines
+    if options.reference is not None and num_references is not None and num_lines != num_references:
+        raise unequal_counts(options.input, num_lines, options.reference, num_references)
+    return num_lines
+
+
+def _read(path: Path | None) -> Iterator[str]:
+    """Yield the lines of a file, or of standard input, decoded; only a newline ends a line."""
+    lines = _standard_input() if path is None else read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        yield decode_lines(line + b"\n", path or _STANDARD_INPUT, first_line=number)[0]
+
+
+def _standard_input() -> Iterator[bytes]:
+    for number, line in enumerate(sys.stdin.buffer):
+        yield (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).removesuffix(b"\n")
+
+
+@contextmanager
+def _open_output(path: Path | None) -> Iterator[BinaryIO]:
+    """Open standard output, or a file that appears under its name when it is complete, or not at all."""
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    path = path.resolve()  # so that a symbolic link stays one
+    if path.exists() and not path.is_file():  # a pipe or a device
+        with path.open("wb") as file:
+            yield file
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"`output` must be in a folder that exists, but there is no {path.parent}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _print_scores(
+    translations: Sequence[str], references: Sequence[str], *, target_lang: str, file: TextIO
+) -> None:
+    from nmt.translation.scoring import bleu, chrf
+
+    print(bleu(translations, references, target_lang=target_lang), file=file)
+    print(chrf(translations, references), file=file)
+
+
+if __name__ == "__main__":
+    main()

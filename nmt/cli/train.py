@@ -1,0 +1,44 @@
+"""nmt-train: train a model, or go on with a run."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nmt.cli.command import run_command
+from nmt.config import CONFIG_FLAG, parse_command, peek, read_yaml
+from nmt.options import TrainConfig
+from nmt.task import load_task
+
+PROG = "nmt-train"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with the given arguments, or those of the process."""
+    arguments = sys.argv[1:] if argv is None else argv
+
+    def body() -> None:
+        task_options = load_task(_task_name(arguments))
+        config = parse_command(
+            TrainConfig[task_options],  # type: ignore[valid-type]
+            arguments,
+            prog=PROG,
+            description="Train a model. The same command goes on from the last checkpoint of its --save-dir.",
+        )
+        from nmt.train_loop import train
+
+        train(config)
+
+    run_command(PROG, body)
+
+
+def _task_name(argv: Sequence[str]) -> str:
+    """Return the task, which decides what other options there are."""
+    name = peek(argv, "--task")
+    config_path = peek(argv, CONFIG_FLAG)
+    if name is None and config_path is not None:
+        name = read_yaml(Path(config_path)).get("task")
+    return name or "translation"
+
+
+if __name__ == "__main__":
+    main()

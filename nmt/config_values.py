@@ -1,0 +1,109 @@
+"""One value of an option: text <-> the type of its field, strictly; and the nearest of some names."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+_EMPTY_WORDS = ("", "~", "null", "none")
+_BOOLEAN_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class MismatchError(Exception):
+    """A value is not of its field's type; the text completes "must be ..."."""
+
+    def __init__(self, rule: str, suggestion: str = "") -> None:
+        super().__init__(rule)
+        self.suggestion = suggestion
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """Convert text, a list of text, or a value that has the type already, to the type of a field.
+
+    Raises:
+        MismatchError: if it is not such a value.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return convert(arguments[0], value)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_optional(hint, value)
+    if origin is Literal:
+        choices = {str(to_text(choice)): choice for choice in arguments}
+        text = str(to_text(value))
+        if text in choices:
+            return choices[text]
+        near = suggest(text, choices)
+        raise MismatchError(f"one of {', '.join(choices)}", near)
+    if origin is tuple:
+        return _convert_tuple(arguments, value)
+    return _convert_scalar(hint, value)
+
+
+def to_text(value: Any) -> Any:
+    """Return a value as the text, list of text, or None that `convert` reads back."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return [to_text(item) for item in value]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return " Perhaps you meant `...`?" with the known name nearest to `name`, or "" if none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Perhaps you meant `{matches[0]}`?" if matches else ""
+
+
+def _convert_optional(hint: Any, value: Any) -> Any:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    assert len(kinds) == 1, f"{hint}: only `X | None` is known"
+    if value is None:
+        return None
+    # Any text is a text, so that only a YAML file's unquoted null, which is None by now, is no text.
+    if isinstance(value, str) and kinds[0] is not str and value.lower() in _EMPTY_WORDS:
+        return None
+    return convert(kinds[0], value)
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise MismatchError("a list such as [a, b]")
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        arguments = (arguments[0],) * len(value)
+    if len(value) != len(arguments):
+        raise MismatchError(f"a list of {len(arguments)}")
+    try:
+        return tuple(convert(kind, item) for kind, item in zip(arguments, value, strict=True))
+    except MismatchError as error:
+        raise MismatchError(f"a list, each item {error}", error.suggestion) from None
+
+
+def _convert_scalar(hint: Any, value: Any) -> Any:
+    if isinstance(value, str):
+        if hint is bool and value.lower() in _BOOLEAN_WORDS:
+            return _BOOLEAN_WORDS[value.lower()]
+        if hint in (int, float):
+            try:
+                return hint(value)
+            except ValueError:
+                pass
+        if hint in (str, Path):
+            return hint(value)
+    elif hint in (int, float) and isinstance(value, (int, hint)) and not isinstance(value, bool):
+        return hint(value)
+    elif (hint is bool and isinstance(value, bool)) or (hint is Path and isinstance(value, Path)):
+        return value
+    rules = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text (in quotes where it looks empty)",
+        Path: "a path",
+    }
+    assert hint in rules, f"{hint} is not a type that options may have"
+    raise MismatchError(rules[hint])

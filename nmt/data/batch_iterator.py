@@ -1,0 +1,360 @@
+"""Epochs of micro-batches for one rank, with a position that can be saved and restored.
+
+There is one global sequence of batches per epoch, the same for any number of ranks. Each update takes the
+next world_size * update_freq batches of it; rank r gets every world_size-th of these, from the r-th on. So a
+position in the sequence means the same to all ranks, and to a later run with another number of them.
+"""
+
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from weakref import ref
+
+import torch
+from torch.utils.data import DataLoader
+
+from nmt.data.batching import (
+    BatchLimits,
+    Cut,
+    Indices,
+    Window,
+    count_too_long,
+    num_windows,
+    plan_ordered,
+    plan_window,
+)
+from nmt.data.options import BatchingOptions
+from nmt.errors import UserError
+
+if TYPE_CHECKING:
+    from nmt.task import Examples
+
+
+class MicroBatch(NamedTuple):
+    """One batch of one rank in an update."""
+
+    batch: Any
+    """What `Examples.collate` made."""
+
+    weight: float
+    """1.0; or 0.0 for a filler, a repeated batch for a rank to which none was left."""
+
+
+@dataclass(frozen=True)
+class _Position:
+    """A place in the sequence of batches: the next one to come is batch `cuts[-1][1]` of the last cut."""
+
+    window: Window
+    cuts: tuple[Cut, ...]
+    """How this window has been cut so far, and the number of batches consumed of each cut."""
+    examples_consumed: int
+    """In this epoch."""
+
+
+class _Update(NamedTuple):
+    """The part of one rank in one update, as planned."""
+
+    batches: list[Indices]
+    weights: list[float]
+    end: _Position
+    """The position once this update is handed out; the same on all ranks."""
+
+
+class BatchIterator:
+    """Iterates over the updates of an epoch, as the micro-batches of this rank.
+
+    Each iteration begins at the current position and ends with the epoch; then the position moves to the
+    next one. The position counts what has been handed out, whatever worker processes have read ahead. The
+    last update of an epoch may be smaller; a rank for which its batches do not suffice gets a filler.
+
+    The same seed, data and options give the same sequence, bit for bit, interrupted or not, for any number
+    of worker processes. If a restored run has other limits (`max_tokens`, `batch_size`,
+    `required_batch_size_multiple`, `max_positions`), what is left of the open window is cut again; with
+    another number of ranks or another `update_freq` the same sequence is dealt in other groups. Either way
+    each example comes once per epoch. A changed `seed` or `window_size` takes effect with the next epoch.
+
+    Worker processes live until `close()`, or until the iterator is garbage. They are spawned, since forking a
+    process with threads or a CUDA context is unsafe. So `examples` must pickle: as paths rather than content.
+
+    Attributes:
+        num_too_long: number of examples left out since they are beyond `max_tokens` or `max_positions`.
+        num_examples: number of examples of an epoch under the current limits.
+    """
+
+    def __init__(
+        self,
+        examples: "Examples[Any]",
+        options: BatchingOptions,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int | None = None,
+        max_positions: int | tuple[int, ...] | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        """Start at the first epoch.
+
+        Args:
+            examples: the split to iterate over.
+            options: limits of a batch, batches per update, worker processes.
+            seed: non-negative; decides the order of all epochs.
+            rank: of this process, in range(world_size).
+            world_size: number of processes that share each update.
+            num_workers: worker processes of this rank, `options.num_workers` unless given.
+            max_positions: largest length that the model takes, per column of `examples.sizes` or for all of
+                them; longer examples are left out.
+            pin_memory: hand out batches in page-locked memory, for copies to a CUDA device.
+        """
+        assert 0 <= rank < world_size, (rank, world_size)
+        if seed < 0:
+            raise UserError(f"`seed` must be at least 0, but is {seed}. Give another number.")
+        options.check()
+        self._examples = examples
+        self._options = options
+        self._limits = _limits(options, max_positions)
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._position = self._epoch_start(1)
+        self._iteration: ref[Generator[list[MicroBatch], None, None]] | None = None
+        self._feed = _Feed()
+        self._loader: DataLoader[Any] | None = None
+        self._num_workers = options.num_workers if num_workers is None else num_workers
+        self._pin_memory = pin_memory
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the position is in, from 1 on.
+
+        It is still the old one between the last update and the end of the iteration, so that a run that is
+        resumed there ends that epoch like any other.
+        """
+        return self._position.window.epoch
+
+    @property
+    def examples_consumed(self) -> int:
+        """Number of examples of this epoch handed out so far, over all ranks."""
+        return self._position.examples_consumed
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples of an epoch under the current limits, over all ranks."""
+        return len(self._examples) - self.num_too_long
+
+    @cached_property
+    def num_too_long(self) -> int:
+        """Number of examples left out since they are beyond `max_tokens` or `max_positions`."""
+        return count_too_long(self._examples.sizes, self._limits)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        """Yield this rank's micro-batches of each update, from the position to the end of the epoch.
+
+        All ranks get lists of the same length. A new iteration ends the validity of an older one.
+
+        Raises:
+            UserError: no example is short enough.
+        """
+        iteration = self._iterate()
+        self._iteration = ref(iteration)
+        return iteration
+
+    def _iterate(self) -> Generator[list[MicroBatch], None, None]:
+        if self.num_examples == 0:
+            raise UserError(
+                "the training data must hold an example within `max-tokens` and the model's positions, but "
+                f"of {len(self._examples):,} there is none. Raise `max-tokens`, or check the data."
+            )
+        planned: deque[_Update] = deque()
+        plan = self._plan_loading(planned)
+        loaded = self._start_loading(plan)
+        for first in loaded:
+            assert self._feed.plan is plan, "a newer iteration over this BatchIterator has taken over"
+            update = planned.popleft()
+            batches = [first] + [next(loaded) for _ in update.batches[1:]]
+            self._position = update.end
+            yield [MicroBatch(*pair) for pair in zip(batches, update.weights, strict=True)]
+        self._position = self._epoch_start(self.epoch + 1)
+
+    def close(self) -> None:
+        """End the worker processes. A later iteration starts new ones."""
+        iteration = self._iteration() if self._iteration is not None else None
+        if iteration is not None:
+            iteration.close()  # it would keep the loader alive
+        self._feed.plan = iter(())
+        self._loader = None
+
+    def __enter__(self) -> Self:
+        """Return the iterator, to be closed at the end of the `with` block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the iterator."""
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, the same on all ranks, in JSON types."""
+        window = self._position.window
+        return {
+            "epoch": window.epoch,
+            "window": window.number,
+            "cuts": [[asdict(limits), num_consumed] for limits, num_consumed in self._position.cuts],
+            "examples_consumed": self._position.examples_consumed,
+            "seed": window.seed,
+            "window_size": window.size,
+            "dataset_size": len(self._examples),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Move to a saved position; it counts from the next iteration on.
+
+        Raises:
+            UserError: the position is inside an epoch over another number of examples.
+        """
+        cuts = tuple((_limits_from_json(limits), num_consumed) for limits, num_consumed in state["cuts"])
+        if state["window"] == 0 and not any(num_consumed for _, num_consumed in cuts):
+            self._position = self._epoch_start(state["epoch"])
+            return
+        if state["dataset_size"] != len(self._examples):
+            raise UserError(
+                f"the training data must stay the same during an epoch, but epoch {state['epoch']} was begun "
+                f"with {state['dataset_size']:,} examples, and now there are {len(self._examples):,}. "
+                "Resume with the data directory that the run was started with."
+            )
+        window = Window(
+            seed=state["seed"], epoch=state["epoch"], number=state["window"], size=state["window_size"]
+        )
+        self._position = _Position(window, cuts, state["examples_consumed"])
+
+    def _epoch_start(self, epoch: int) -> _Position:
+        window = Window(seed=self._seed, epoch=epoch, number=0, size=self._options.window_size)
+        return _Position(window, ((self._limits, 0),), examples_consumed=0)
+
+    def _start_loading(self, plan: Iterator[list[int]]) -> Iterator[Any]:
+        """Return the collated batches of a plan of indices, in its order."""
+        if self._loader is None:
+            self._loader = _make_loader(
+                self._examples,
+                self._feed,
+                num_workers=self._num_workers,
+                pin_memory=self._pin_memory,
+                worker_seed=self._seed + self._rank,
+            )
+        # Workers live on from iteration to iteration, and so must their loader. It asks for the new plan.
+        self._feed.plan = plan
+        return iter(self._loader)
+
+    def _plan_loading(self, planned: deque[_Update]) -> Iterator[list[int]]:
+        """Yield the indices of batch after batch, and note the updates that they make up in `planned`."""
+        for update in self._plan_updates():
+            planned.append(update)
+            for batch in update.batches:
+                yield batch.tolist()
+
+    def _plan_updates(self) -> Iterator[_Update]:
+        """Yield this rank's part of every update from the position to the end of the epoch."""
+        group_size = self._world_size * self._options.update_freq
+        group: list[Indices] = []
+        end = self._position
+        for batch, end in self._plan_batches(self._position):
+            group.append(batch)
+            if len(group) == group_size:
+                yield self._deal(group, end)
+                group = []
+        if group:
+            yield self._deal(group, end)
+
+    def _deal(self, group: list[Indices], end: _Position) -> _Update:
+        """Take this rank's share of the batches of an update, with a filler if other ranks get one more."""
+        share = group[self._rank :: self._world_size]
+        num_fillers = -(-len(group) // self._world_size) - len(share)
+        weights = [1.0] * len(share) + [0.0] * num_fillers
+        return _Update(share + group[:1] * num_fillers, weights, end)
+
+    def _plan_batches(self, position: _Position) -> Iterator[tuple[Indices, _Position]]:
+        """Yield all ranks' batches from a position to the epoch's end, each with the position after it."""
+        window, cuts, examples_consumed = position.window, position.cuts, position.examples_consumed
+        if cuts[-1][0] != self._limits:
+            cuts = (*cuts, (self._limits, 0))
+        for number in range(window.number, num_windows(len(self._examples), window.size)):
+            window = replace(window, number=number)
+            *earlier_cuts, (limits, num_consumed) = cuts
+            for batch in plan_window(self._examples.sizes, cuts, window=window):
+                num_consumed += 1
+                examples_consumed += len(batch)
+                end = (*earlier_cuts, (limits, num_consumed))
+                yield batch, _Position(window, end, examples_consumed)
+            cuts = ((self._limits, 0),)
+
+
+def ordered_batches(
+    examples: "Examples[Any]",
+    options: BatchingOptions,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Any]:
+    """Yield this rank's batches of a validation: by length, each example exactly once over all ranks.
+
+    Nothing is shuffled or left out: an example longer than `max_tokens` is a batch of its own. Ranks may get
+    different numbers of batches, so nothing may be reduced over the ranks in between.
+    """
+    plan = plan_ordered(examples.sizes, _limits(options, None), rank=rank, world_size=world_size)
+    feed = _Feed()
+    feed.plan = (batch.tolist() for batch in plan)
+    yield from _make_loader(examples, feed, num_workers=num_workers, pin_memory=pin_memory, worker_seed=rank)
+
+
+class _Feed:
+    """What a loader takes for its batch sampler: hands on whatever plan is set when an iteration begins.
+
+    The loader draws from it in this process, and only when there is room for one more batch.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Iterator[list[int]] = iter(())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.plan
+
+
+def _make_loader(
+    examples: "Examples[Any]", feed: _Feed, *, num_workers: int, pin_memory: bool, worker_seed: int
+) -> DataLoader[Any]:
+    return DataLoader(
+        examples,  # type: ignore[arg-type]  # any object with __getitem__ and __len__ will do
+        batch_sampler=feed,
+        collate_fn=examples.collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context="spawn" if num_workers > 0 else None,
+        # Seeds the workers. Without it each iteration would draw from this process's global generator.
+        generator=torch.Generator().manual_seed(worker_seed),
+    )
+
+
+def _limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None) -> BatchLimits:
+    return BatchLimits(
+        max_tokens=options.max_tokens,
+        max_sentences=options.batch_size,
+        multiple=options.required_batch_size_multiple,
+        max_positions=(max_positions,) if isinstance(max_positions, int) else max_positions,
+    )
+
+
+def _limits_from_json(fields: Mapping[str, Any]) -> BatchLimits:
+    max_positions = fields["max_positions"]
+    return BatchLimits(
+        max_tokens=fields["max_tokens"],
+        max_sentences=fields["max_sentences"],
+        multiple=fields["multiple"],
+        max_positions=None if max_positions is None else tuple(max_positions),
+    )

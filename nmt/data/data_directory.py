@@ -1,0 +1,132 @@
+"""What nmt-preprocess makes, opened and checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nmt.data.vocabulary import Vocabulary
+from nmt.errors import UserError
+
+FORMAT_VERSION = 1
+RECORD_NAME = "preprocess.json"
+MODEL_NAME = "sentencepiece.model"
+SPLITS = ("train", "valid", "test")
+
+_MAKE_AGAIN = "Make it again with nmt-preprocess."
+
+
+def split_name(split: str, source_lang: str, target_lang: str, lang: str) -> str:
+    """Return the name of one side of a split, to which `.bin` and `.idx` are added."""
+    return f"{split}.{source_lang}-{target_lang}.{lang}"
+
+
+def dictionary_name(lang: str) -> str:
+    """Return the name of a language's dictionary."""
+    return f"dict.{lang}.txt"
+
+
+class DataDirectory:
+    """A directory of binarised splits, with the SentencePiece model and the dictionaries they were made with.
+
+    Attributes:
+        path: Where it is.
+        record: The content of its `preprocess.json`.
+        source_lang: Source language.
+        target_lang: Target language.
+        segmenter_path: The SentencePiece model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read its record, and check that every file is there in full size.
+
+        Raises:
+            UserError: It is no data directory or of another version, or a file is missing or cut short.
+        """
+        self.path = Path(path)
+        self.record = _read_record(self.path)
+        self.source_lang: str = self.record["source_lang"]
+        self.target_lang: str = self.record["target_lang"]
+        self.segmenter_path = self.path / MODEL_NAME
+
+    def vocabulary(self, lang: str) -> Vocabulary:
+        """Read the dictionary of one of the two languages."""
+        path = self.path / dictionary_name(self._check_language(lang))
+        vocabulary = Vocabulary.load(path)
+        if len(vocabulary) != self.record["vocabulary_size"]:
+            raise UserError(
+                f"{path} must have {self.record['vocabulary_size']:,} tokens with the special ones, as "
+                f"{RECORD_NAME} says, but has {len(vocabulary):,}. {_MAKE_AGAIN}"
+            )
+        return vocabulary
+
+    def has_split(self, split: str) -> bool:
+        """Say whether the split was made: `train`, `valid` or `test`."""
+        return split in self.record["splits"]
+
+    def num_pairs(self, split: str) -> int:
+        """Return the number of pairs of a split."""
+        return int(self.record["splits"][self._check_split(split)]["pairs"])
+
+    def split_prefix(self, split: str, lang: str) -> Path:
+        """Return the path prefix of the `IndexedDataset` of one side of a split."""
+        self._check_split(split)
+        self._check_language(lang)
+        return self.path / split_name(split, self.source_lang, self.target_lang, lang)
+
+    def raw_path(self, split: str, lang: str) -> Path:
+        """Return the raw text of `valid` or `test`: line i is pair i. A line ends with a newline only."""
+        self._check_split(split)
+        assert split != "train", "the raw training text is not kept"
+        return self.path / f"{split}.{self._check_language(lang)}"
+
+    def _check_split(self, split: str) -> str:
+        if not self.has_split(split):
+            raise UserError(
+                f"{self.path} must have the split `{split}`, but has {', '.join(self.record['splits'])}. "
+                f"Make it again with nmt-preprocess --{split}pref."
+            )
+        return split
+
+    def _check_language(self, lang: str) -> str:
+        assert lang in (self.source_lang, self.target_lang), f"{lang} is none of the two languages"
+        return lang
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    path = directory / RECORD_NAME
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} must be a data directory, but there is none. Make it with nmt-preprocess."
+        )
+    if not path.is_file():
+        raise UserError(f"{directory} must be a data directory, but has no {RECORD_NAME}. {_MAKE_AGAIN}")
+    try:
+        record = json.loads(path.read_bytes())
+        version = record["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} must be of format version {FORMAT_VERSION}, but is of {version}. {_MAKE_AGAIN}"
+            )
+        for name, size in record["files"].items():
+            _check_size(directory / name, size)
+        for key in ("source_lang", "target_lang", "vocabulary_size", "splits"):
+            record[key]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} must be as nmt-preprocess wrote it, but is cut short or changed. {_MAKE_AGAIN}"
+        ) from None
+    return dict(record)
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path} must exist, as {RECORD_NAME} says, but is missing. {_MAKE_AGAIN}") from None
+    if actual != size:
+        what = "is cut short" if actual < size else "was changed"
+        raise UserError(f"{path} {what}: it must have {size:,} bytes, but has {actual:,}. {_MAKE_AGAIN}")

@@ -1,0 +1,251 @@
+"""The story of nmt-preprocess: raw text in, a data directory out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nmt.cli.options import PreprocessOptions
+from nmt.data.binarize import BlockEncoder, SideReport, SplitFiles, SplitReport, binarize
+from nmt.data.blocks import (
+    BLOCK_BYTES,
+    TextFile,
+    check_file,
+    find_file,
+    read_blocks,
+    read_lines,
+    unequal_counts,
+)
+from nmt.data.data_directory import FORMAT_VERSION, MODEL_NAME, RECORD_NAME, dictionary_name, split_name
+from nmt.data.indexed_dataset import smallest_dtype
+from nmt.data.new_folder import check_replaceable, new_folder
+from nmt.data.segmenter import Segmenter, read_vocabulary, train_segmenter
+from nmt.data.vocabulary import Vocabulary
+from nmt.errors import UserError
+
+MAX_TRAINING_SENTENCES = 10_000_000  # of both sides together, for SentencePiece
+_LARGE_SHARE_TOO_LONG = 0.01
+
+Log = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two files of a split, checked."""
+
+    source: TextFile
+    target: TextFile
+
+
+def preprocess(options: PreprocessOptions, *, log: Log, block_bytes: int = BLOCK_BYTES) -> None:
+    """Make a data directory.
+
+    Whatever can be found wrong in the input files is found before anything is written, and the directory
+    gets its name when it is complete. Its files do not depend on `options.workers`.
+
+    Args:
+        options: What to make it of, and how.
+        log: Called with each line of the report.
+        block_bytes: Size of the blocks of raw text that workers are given.
+
+    Raises:
+        UserError: Anything is wrong with the input, the options, or the place of the directory.
+    """
+    check_replaceable(options.destdir, mark=RECORD_NAME, overwrite=options.overwrite)
+    splits = _check_splits(options)
+    with new_folder(options.destdir, mark=RECORD_NAME, overwrite=options.overwrite) as folder:
+        vocabulary = _make_segmenter(options, splits, folder / MODEL_NAME, log)
+        segmenter = Segmenter(folder / MODEL_NAME, vocabulary)
+        reports = {
+            name: _make_split(name, split, options, segmenter, folder, log, block_bytes)
+            for name, split in splits.items()
+        }
+        if "train" in reports:
+            train = reports["train"]
+            vocabulary = vocabulary.with_counts((train.source.counts + train.target.counts).tolist())
+        for lang in (options.source_lang, options.target_lang):
+            vocabulary.save(folder / dictionary_name(lang))
+        record = _make_record(options, splits, reports, vocabulary, folder)
+        (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    log(f"{options.destdir}: complete")
+
+
+def _check_splits(options: PreprocessOptions) -> dict[str, Split]:
+    """Find and read through all input files."""
+    prefixes = {"train": options.trainpref, "valid": options.validpref, "test": options.testpref}
+    paths = {
+        name: (find_file(prefix, options.source_lang), find_file(prefix, options.target_lang))
+        for name, prefix in prefixes.items()
+        if prefix is not None
+    }
+    splits = {}
+    for name, (source_path, target_path) in paths.items():
+        source, target = check_file(source_path), check_file(target_path)
+        if source.num_lines != target.num_lines:
+            raise unequal_counts(source.path, source.num_lines, target.path, target.num_lines)
+        splits[name] = Split(source, target)
+    return splits
+
+
+def _make_segmenter(
+    options: PreprocessOptions, splits: dict[str, Split], model_path: Path, log: Log
+) -> Vocabulary:
+    """Train a SentencePiece model, or take the one that was named, and return its vocabulary."""
+    if options.sentencepiece_model is not None:
+        model_path.write_bytes(options.sentencepiece_model.read_bytes())
+        vocabulary = read_vocabulary(options.sentencepiece_model)
+        log(f"SentencePiece model: {options.sentencepiece_model}, {len(vocabulary):,} pieces")
+        return vocabulary
+    start = time.monotonic()
+    train = splits["train"]
+    size = train_segmenter(
+        sample_lines([train.source, train.target], MAX_TRAINING_SENTENCES),
+        model_path,
+        vocab_size=options.vocab_size,
+        model_type=options.model_type,
+        character_coverage=options.character_coverage,
+        extra_symbols=options.extra_symbols,
+    )
+    if size < options.vocab_size:
+        log(f"warning: `vocab-size` lowered from {options.vocab_size:,} to {size:,}: the text yields no more")
+    log(f"SentencePiece model: trained, {size:,} pieces, {time.monotonic() - start:.1f} s")
+    return read_vocabulary(model_path)
+
+
+def sample_lines(files: Iterable[TextFile], max_lines: int) -> Iterator[bytes]:
+    """Yield the lines of the files, or, if they are more than `max_lines`, as many, evenly spread."""
+    files = list(files)
+    num_lines = sum(file.num_lines for file in files)
+    wanted = min(max_lines, num_lines)
+    lines = (line for file in files for line in read_lines(file.path))
+    for index, line in enumerate(lines):
+        # True `wanted` times for index in range(num_lines), at even distances
+        if (index + 1) * wanted // num_lines > index * wanted // num_lines:
+            yield line
+
+
+def _make_split(
+    name: str,
+    split: Split,
+    options: PreprocessOptions,
+    segmenter: Segmenter,
+    folder: Path,
+    log: Log,
+    block_bytes: int,
+) -> SplitReport:
+    """Binarise one split and report on it."""
+    source, target = split.source.path, split.target.path
+    languages = (options.source_lang, options.target_lang)
+    keep_text = name != "train"
+    prefixes = [folder / split_name(name, *languages, lang) for lang in languages]
+    texts = [folder / f"{name}.{lang}" if keep_text else None for lang in languages]
+    start = time.monotonic()
+    with tqdm(desc=name, total=split.source.num_lines, unit=" pairs", unit_scale=True, disable=None) as bar:
+        report = binarize(
+            read_blocks(source, target, block_bytes=block_bytes),
+            BlockEncoder(segmenter, source, target, options.max_length, keep_text),
+            SplitFiles(*prefixes, *texts),
+            num_workers=options.workers,
+            progress=bar.update,
+        )
+    for line in _describe(name, report, options, time.monotonic() - start):
+        log(line)
+    if report.num_pairs == 0:
+        raise UserError(
+            f"{source} and {target} must hold pairs to keep, but all {report.num_read:,} were dropped, "
+            f"{_describe_dropped(report, options)}. Check the files and `max-length`."
+        )
+    return report
+
+
+def _describe(name: str, report: SplitReport, options: PreprocessOptions, seconds: float) -> Iterator[str]:
+    """Yield the lines of the report on a split."""
+    yield (
+        f"{name}: {report.num_pairs:,} pairs; dropped {_describe_dropped(report, options)}; "
+        f"{seconds:.1f} s ({report.num_read / max(seconds, 1e-3):,.0f} pairs/s)"
+    )
+    for lang, side in ((options.source_lang, report.source), (options.target_lang, report.target)):
+        yield (
+            f"{name}.{lang}: {side.num_tokens:,} tokens, unk {side.rate(side.num_unk):.4%}, "
+            f"byte fallback {side.rate(side.num_bytes):.4%}"
+        )
+    if report.dropped["too_long"] > _LARGE_SHARE_TOO_LONG * report.num_read:
+        share = report.dropped["too_long"] / report.num_read
+        yield (
+            f"warning: {share:.1%} of the pairs of {name} were dropped as longer than {options.max_length:,} "
+            "pieces. Are the sentences split, and is `max-length` as meant?"
+        )
+
+
+def _describe_dropped(report: SplitReport, options: PreprocessOptions) -> str:
+    empty, too_long = report.dropped["empty"], report.dropped["too_long"]
+    return f"{empty:,} with an empty side, {too_long:,} longer than {options.max_length:,} pieces"
+
+
+def _make_record(
+    options: PreprocessOptions,
+    splits: dict[str, Split],
+    reports: dict[str, SplitReport],
+    vocabulary: Vocabulary,
+    folder: Path,
+) -> dict[str, Any]:
+    """Gather what `preprocess.json` says; nothing that depends on time, place or number of workers."""
+    model = options.sentencepiece_model
+    return {
+        "format_version": FORMAT_VERSION,
+        "source_lang": options.source_lang,
+        "target_lang": options.target_lang,
+        "joined_vocabulary": True,
+        "vocabulary_size": len(vocabulary),
+        "dtype": smallest_dtype(len(vocabulary)).name,
+        "sentencepiece_model": {
+            "trained": model is None,
+            "sha256": hashlib.sha256((folder / MODEL_NAME).read_bytes()).hexdigest(),
+        },
+        "options": {
+            "vocab_size": options.vocab_size if model is None else None,
+            "model_type": options.model_type if model is None else None,
+            "character_coverage": options.character_coverage if model is None else None,
+            "extra_symbols": list(options.extra_symbols) if model is None else None,
+            "max_length": options.max_length,
+        },
+        "splits": {
+            name: {
+                "pairs": report.num_pairs,
+                "dropped": report.dropped,
+                "sides": {
+                    options.source_lang: _describe_side(report.source, splits[name].source),
+                    options.target_lang: _describe_side(report.target, splits[name].target),
+                },
+            }
+            for name, report in reports.items()
+        },
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        "versions": {
+            name: metadata.version(distribution)
+            for name, distribution in (
+                ("nmt", "nmt-toolkit"),
+                ("sentencepiece", "sentencepiece"),
+                ("numpy", "numpy"),
+            )
+        },
+    }
+
+
+def _describe_side(side: SideReport, text: TextFile) -> dict[str, Any]:
+    return {
+        "tokens": side.num_tokens,
+        "unk": side.num_unk,
+        "unk_rate": side.rate(side.num_unk),
+        "byte_fallback": side.num_bytes,
+        "byte_fallback_rate": side.rate(side.num_bytes),
+        "input": {"file": text.path.name, "lines": text.num_lines, "sha256": text.sha256},
+    }

@@ -1,0 +1,239 @@
+"""Text to pieces and back, by SentencePiece."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from nmt.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, SPECIALS, UNK_ID, Vocabulary
+from nmt.errors import UserError
+
+# Fixed, because it enters into the model file, and into the rounding of a unigram model's scores.
+_NUM_TRAINING_THREADS = 8
+
+_NUM_BYTES = 256
+_LONGEST_TRAINING_LINE = 4192  # bytes; SentencePiece's own default
+_ERRORS_ONLY = 2  # SentencePiece's log level
+
+
+class Segmenter:
+    """A SentencePiece model that speaks a vocabulary's ids.
+
+    Pieces are matched to the vocabulary by name, and a model's special ids to ours, so models trained
+    elsewhere and dictionaries of other toolkits work. The model is read at first use, in each process on
+    its own: pickling carries its path and the vocabulary.
+    """
+
+    def __init__(self, model_path: Path, vocabulary: Vocabulary) -> None:
+        """Name the model and the vocabulary; nothing is read yet."""
+        self.model_path = Path(model_path)
+        self.vocabulary = vocabulary
+        self._loaded: _LoadedModel | None = None
+
+    def encode(self, lines: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Split each line into pieces; return their vocabulary ids: (number of pieces,) int32, no EOS."""
+        ids, sizes = self.encode_flat(lines)
+        return np.split(ids, np.cumsum(sizes)[:-1]) if len(sizes) else []
+
+    def encode_flat(self, lines: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Split lines into pieces, without an array for each.
+
+        Returns:
+            The vocabulary ids of all lines one after the other, and the number of pieces of each line,
+            which is 0 for a line that normalisation leaves empty.
+        """
+        model = self._model()
+        pieces: list[list[int]] = model.processor.encode(list(lines), out_type=int, num_threads=1)
+        sizes = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
+        flat = np.fromiter(itertools.chain.from_iterable(pieces), dtype=np.int32, count=int(sizes.sum()))
+        return model.to_vocabulary[flat], sizes
+
+    def decode(self, sequences: Iterable[Sequence[int] | NDArray[np.integer]]) -> list[str]:
+        """Join the pieces of each sequence of ids into a line of text.
+
+        BOS, PAD and EOS are skipped, an unknown token is shown as SentencePiece shows it. A newline, which
+        byte pieces can spell, becomes a space: one sequence is one line.
+        """
+        model = self._model()
+        texts = []
+        for sequence in sequences:
+            ids = np.asarray(sequence, dtype=np.int64)
+            piece_ids = model.from_vocabulary[ids[ids >= UNK_ID]].tolist()
+            texts.append(model.processor.decode(piece_ids).replace("\n", " ") if piece_ids else "")
+        return texts
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Return the token of each id, specials included."""
+        return [self.vocabulary.tokens[index] for index in ids]
+
+    @property
+    def is_byte(self) -> NDArray[np.bool_]:
+        """Which vocabulary ids are bytes of characters that have no piece of their own: (V,)."""
+        return self._model().is_byte
+
+    def __getstate__(self) -> tuple[Path, Vocabulary]:
+        return self.model_path, self.vocabulary
+
+    def __setstate__(self, state: tuple[Path, Vocabulary]) -> None:
+        self.model_path, self.vocabulary = state
+        self._loaded = None
+
+    def _model(self) -> _LoadedModel:
+        if self._loaded is None:
+            self._loaded = _LoadedModel(self.model_path, self.vocabulary)
+        return self._loaded
+
+
+class _LoadedModel:
+    """SentencePiece's processor and the tables between its ids and a vocabulary's."""
+
+    def __init__(self, path: Path, vocabulary: Vocabulary) -> None:
+        self.processor = _load_processor(path)
+        num_pieces = self.processor.get_piece_size()
+        names = [self.processor.id_to_piece(piece_id) for piece_id in range(num_pieces)]
+        specials = _special_ids(self.processor)
+        to_vocabulary = [specials.get(piece_id, vocabulary.id(name)) for piece_id, name in enumerate(names)]
+        self.to_vocabulary = np.array(to_vocabulary, dtype=np.int32)
+        self.from_vocabulary = np.full(len(vocabulary), self.processor.unk_id(), dtype=np.int64)
+        self.is_byte = np.zeros(len(vocabulary), dtype=np.bool_)
+        num_known = 0
+        for piece_id, token_id in enumerate(to_vocabulary):
+            if token_id >= len(SPECIALS):
+                num_known += 1
+                self.from_vocabulary[token_id] = piece_id
+                self.is_byte[token_id] = self.processor.is_byte(piece_id)
+        # A dictionary may lack rare pieces, or hold some tokens more, but not be mostly of other pieces.
+        if 2 * num_known < len(vocabulary) - len(SPECIALS):
+            raise UserError(
+                f"the vocabulary must belong to {path}, but only {num_known:,} of its "
+                f"{len(vocabulary) - len(SPECIALS):,} tokens are pieces of that model. "
+                "Take both from one data directory."
+            )
+
+
+def read_vocabulary(model_path: Path) -> Vocabulary:
+    """Return a model's pieces in the order of its ids, its special symbols replaced by ours.
+
+    Raises:
+        UserError: The file is no SentencePiece model.
+    """
+    processor = _load_processor(model_path)
+    specials = _special_ids(processor)
+    names = [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if i not in specials]
+    return Vocabulary(name for name in names if name not in SPECIALS)
+
+
+def train_segmenter(
+    sentences: Iterable[bytes | str],
+    model_path: Path,
+    *,
+    vocab_size: int,
+    model_type: str,
+    character_coverage: float,
+    extra_symbols: Sequence[str] = (),
+) -> int:
+    """Train a SentencePiece model with our special ids and byte fallback, and write it.
+
+    The text is normalised by SentencePiece's default, `nmt_nfkc`: NFKC, control characters dropped, every
+    white space a plain one. The same sentences in the same order give the same file.
+
+    Args:
+        sentences: The training text; blank lines and lines above 4,192 bytes are passed over.
+        model_path: Where to write the model.
+        vocab_size: Number of pieces wanted, the specials included.
+        model_type: `bpe` or `unigram`.
+        character_coverage: Share of the text's characters that get a piece of their own.
+        extra_symbols: Strings that are always one piece.
+
+    Returns:
+        The number of pieces: `vocab_size`, or less where the text does not yield so many.
+
+    Raises:
+        UserError: `vocab_size` is too small (the least that suffices is named), or no sentence is usable.
+    """
+    for symbol in extra_symbols:
+        if symbol in SPECIALS:
+            raise UserError(
+                f"`extra-symbols` must be new, but `{symbol}` is a special symbol already. Leave it out."
+            )
+    failures: list[BaseException] = []
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_remember_failure(sentences, failures),
+            model_writer=model,
+            model_type=model_type,
+            # Below this SentencePiece fails before it knows its alphabet, and so the size it needs.
+            vocab_size=max(vocab_size, len(SPECIALS) + _NUM_BYTES + len(extra_symbols)),
+            hard_vocab_limit=False,  # a size out of reach is lowered
+            character_coverage=character_coverage,
+            user_defined_symbols=list(extra_symbols),
+            bos_id=BOS_ID,
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            byte_fallback=True,
+            num_threads=_NUM_TRAINING_THREADS,
+            max_sentence_length=_LONGEST_TRAINING_LINE,
+            minloglevel=_ERRORS_ONLY,
+        )
+    except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
+        _explain(str(error), vocab_size)
+    model_path.write_bytes(model.getvalue())
+    return len(read_vocabulary(model_path))
+
+
+def _remember_failure(
+    sentences: Iterable[bytes | str], failures: list[BaseException]
+) -> Iterator[bytes | str]:
+    """Pass sentences on; SentencePiece turns what they raise into a RuntimeError, so keep the original."""
+    try:
+        yield from sentences
+    except BaseException as error:
+        failures.append(error)
+        raise
+
+
+def _explain(message: str, vocab_size: int) -> NoReturn:
+    """Raise a UserError for what SentencePiece's trainer complains of."""
+    if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        raise UserError(
+            f"`vocab-size` must be at least {too_small[1]} for this text (special symbols, bytes, alphabet), "
+            f"but is {vocab_size}. Ask for more, or lower `character-coverage`."
+        ) from None
+    if "sentences_.empty()" in message or "all_chars_count" in message:
+        raise UserError(
+            "the training text must hold sentences, but all its lines are blank "
+            f"or longer than {_LONGEST_TRAINING_LINE:,} bytes"
+        ) from None
+    raise UserError(f"SentencePiece could not be trained: {' '.join(message.split())}") from None
+
+
+def _load_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
+    data = path.read_bytes()
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(data)
+    except RuntimeError:
+        raise UserError(f"{path} must be a SentencePiece model, but is not, or is cut short") from None
+    return processor
+
+
+def _special_ids(processor: sentencepiece.SentencePieceProcessor) -> dict[int, int]:
+    """Map a model's special ids to ours; a symbol that it lacks has the id -1, which no piece has."""
+    return {
+        processor.bos_id(): BOS_ID,
+        processor.pad_id(): PAD_ID,
+        processor.eos_id(): EOS_ID,
+        processor.unk_id(): UNK_ID,
+    }

@@ -1,0 +1,114 @@
+"""Tokens and their ids, kept in fairseq's `dict.<lang>.txt`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from nmt.errors import UserError
+
+BOS_ID = 0
+PAD_ID = 1
+EOS_ID = 2
+UNK_ID = 3
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # indexed by the four ids above
+
+
+class Vocabulary:
+    """A one-to-one map between tokens and ids: the four specials first, then the tokens in file order."""
+
+    def __init__(self, tokens: Iterable[str], counts: Iterable[int] | None = None) -> None:
+        """Number the tokens.
+
+        Args:
+            tokens: What follows the four specials, in the order of its ids.
+            counts: How often each of `tokens` was seen in training data; zeros if None.
+
+        Raises:
+            UserError: A token comes twice, is a special, or is empty.
+        """
+        self.tokens: Sequence[str] = (*SPECIALS, *tokens)
+        own_counts = tuple(counts) if counts is not None else (0,) * (len(self.tokens) - len(SPECIALS))
+        self.counts: Sequence[int] = (*(0 for _ in SPECIALS), *own_counts)
+        assert len(self.counts) == len(self.tokens), "one count per token"
+        self._ids: dict[str, int] = {}
+        for index, token in enumerate(self.tokens):
+            if not token:
+                raise UserError(f"token {index} of the vocabulary must not be empty")
+            if token in self._ids:
+                raise UserError(
+                    f"`{token}` must come once in the vocabulary, but has ids {self._ids[token]} and {index}"
+                )
+            self._ids[token] = index
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Read a `dict.<lang>.txt`: `token count` per line, cut at the last space; the specials are implicit.
+
+        Raises:
+            UserError: A line is no such pair or not UTF-8, or a token comes twice; with file and line.
+        """
+        lines = path.read_bytes().split(b"\n")  # "\n" alone ends a line: a piece may hold \r or U+2028
+        if lines[-1] == b"":
+            del lines[-1]
+        first_line: dict[str, int] = dict.fromkeys(SPECIALS, 0)
+        tokens: list[str] = []
+        counts: list[int] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                token, count = line.decode("utf-8").rsplit(" ", 1)
+                counts.append(int(count))
+            except ValueError:  # UnicodeDecodeError is one, too
+                raise UserError(
+                    f"{path}, line {number}: must be `token count` in UTF-8, but is {line[:80]!r}. "
+                    "Is this a dictionary made by nmt-preprocess or fairseq-preprocess?"
+                ) from None
+            if not token or token in first_line:
+                where = f"line {first_line[token]}" if first_line.get(token) else "the special symbols"
+                problem = f"`{token}` is already in {where}" if token else "the token is empty"
+                raise UserError(f"{path}, line {number}: each token must come once, but {problem}")
+            first_line[token] = number
+            tokens.append(token)
+        return cls(tokens, counts)
+
+    def save(self, path: Path) -> None:
+        """Write the tokens after the specials, each with its count, one per line.
+
+        Raises:
+            UserError: A token holds a newline, which the format cannot express.
+        """
+        first = len(SPECIALS)
+        rows = zip(self.tokens[first:], self.counts[first:], strict=True)
+        lines = [f"{token} {count}" for token, count in rows]
+        for line in lines:
+            if "\n" in line:
+                raise UserError(
+                    f"the piece {line.rsplit(' ', 1)[0]!r} holds a newline, which a dictionary cannot. "
+                    "Take a SentencePiece model without it."
+                )
+        path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8"))
+
+    def with_counts(self, counts: Sequence[int]) -> Vocabulary:
+        """Return the same tokens with other counts: one per id, those of the specials ignored."""
+        assert len(counts) == len(self), "one count per id"
+        first = len(SPECIALS)
+        return Vocabulary(self.tokens[first:], (int(count) for count in counts[first:]))
+
+    def id(self, token: str) -> int:
+        """Return the token's id, or UNK_ID for a token that is not here."""
+        return self._ids.get(token, UNK_ID)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._ids
+
+    def __eq__(self, other: object) -> bool:
+        """Compare tokens and ids; counts carry no meaning for a model."""
+        return isinstance(other, Vocabulary) and self.tokens == other.tokens
+
+    __hash__ = None  # type: ignore[assignment]  # equal by content
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self)} tokens)"

@@ -1,0 +1,206 @@
+"""Beam search as functions over tensors. It knows neither a model nor where its probabilities come from.
+
+A search begins with `start`. Then each step scores all continuations, chooses `Candidates` (see `select.py`)
+and calls `extend`; sentences that are done leave with `keep`. At the end `best` reads the results.
+
+    beam, finished = start(limits, beam_size=5, dtype=torch.float32)
+    while beam.scores.numel() > 0:
+        candidates = ...
+        beam, rows = extend(beam, candidates, finished, eos_id=2, lenpen=1.0)
+        beam = keep(beam, (~beam.is_done).nonzero().squeeze(1))
+    hypotheses = best(finished, nbest=1)
+
+The rules are fairseq's. Of the 2K best candidates of a sentence, those that end it and rank among the first K
+are finished; those that end it and rank lower are dropped; the best K others go on. K of them always exist,
+because each of the K hypotheses has one way to end. A sentence is done when it has K finished hypotheses or
+has reached its length limit. Nothing compares finished hypotheses with those that still grow.
+
+Shapes: B sentences in the batch now, N sentences in it at the start, K beam size, R = B*K rows, C = 2K
+candidates, t tokens so far, L longest limit. The hypotheses of a sentence are adjacent rows: row = b*K + k.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One finished translation."""
+
+    tokens: list[int]  # without eos
+    score: float  # natural log: the sum of token_scores / length ** lenpen, eos counted in the length
+    token_scores: list[float]  # one per token, and the last one for eos
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best continuations of each sentence, best first."""
+
+    scores: Tensor  # (B, C) sum of log-probabilities of the hypothesis and the new token
+    token_scores: Tensor  # (B, C) log-probability of the new token alone
+    tokens: Tensor  # (B, C) int64: the new token
+    parents: Tensor  # (B, C) int64: the hypothesis that it continues, 0 <= parent < K
+
+    def take(self, ranks: Tensor) -> "Candidates":
+        """Return those at `ranks` (B, C'), in that order."""
+        columns = (self.scores, self.token_scores, self.tokens, self.parents)
+        return Candidates(*(column.gather(1, ranks) for column in columns))
+
+
+@dataclass(frozen=True)
+class Beam:
+    """The hypotheses that still grow. A score of -inf marks a place in the beam that no hypothesis holds."""
+
+    tokens: Tensor  # (B, K, t) int64
+    token_scores: Tensor  # (B, K, t)
+    scores: Tensor  # (B, K) sum of token_scores
+    sentences: Tensor  # (B,) int64: where the sentence stands among the N at the start
+    limits: Tensor  # (B,) int64: most tokens that a hypothesis may have, eos not counted
+    is_done: Tensor  # (B,) bool: the sentence has its results; whatever still happens to it is ignored
+
+    @property
+    def step(self) -> int:
+        """Number of tokens that each hypothesis has."""
+        return self.tokens.size(2)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The results: K slots for each sentence of the start, filled as hypotheses end, and one for waste."""
+
+    tokens: Tensor  # (N, K+1, L) int64
+    token_scores: Tensor  # (N, K+1, L+1)
+    scores: Tensor  # (N, K+1) normalised; -inf in an empty slot
+    lengths: Tensor  # (N, K+1) int64, eos counted
+    counts: Tensor  # (N,) int64: slots filled
+
+
+def start(limits: Tensor, *, beam_size: int, dtype: torch.dtype) -> tuple[Beam, Finished]:
+    """Begin a search with one empty hypothesis for each sentence.
+
+    Args:
+        limits: (N,) int64, each sentence's length limit, eos not counted.
+        beam_size: K.
+        dtype: Of the scores.
+    """
+    num_sentences, longest = limits.numel(), int(limits.max())
+    scores = limits.new_full((num_sentences, beam_size), -torch.inf, dtype=dtype)
+    scores[:, 0] = 0.0  # K equal hypotheses would stay equal for ever, so there is one
+    beam = Beam(
+        tokens=limits.new_empty((num_sentences, beam_size, 0)),
+        token_scores=scores.new_empty((num_sentences, beam_size, 0)),
+        scores=scores,
+        sentences=torch.arange(num_sentences, device=limits.device),
+        limits=limits,
+        is_done=torch.zeros_like(limits, dtype=torch.bool),
+    )
+    slots = (num_sentences, beam_size + 1)
+    finished = Finished(
+        tokens=limits.new_zeros((*slots, longest)),
+        token_scores=scores.new_zeros((*slots, longest + 1)),
+        scores=scores.new_full(slots, -torch.inf),
+        lengths=limits.new_zeros(slots),
+        counts=torch.zeros_like(limits),
+    )
+    return beam, finished
+
+
+def extend(
+    beam: Beam, candidates: Candidates, finished: Finished, *, eos_id: int, lenpen: float
+) -> tuple[Beam, Tensor]:
+    """Finish the hypotheses that end, and let the best K others grow by a token.
+
+    Args:
+        beam: The hypotheses before this step.
+        candidates: Their best 2K continuations.
+        finished: Receives, in place, the hypotheses that end.
+        eos_id: The token that ends a hypothesis.
+        lenpen: Exponent of the length in the final score; 0 leaves the sum as it is.
+
+    Returns:
+        The beam after this step, and (R,) int64: which row of the old beam each row of the new one continues.
+    """
+    num_sentences, beam_size = beam.scores.shape
+    ends = candidates.tokens == eos_id  # (B, C)
+    _finish_(finished, beam, candidates, ends=ends[:, :beam_size], lenpen=lenpen)
+
+    going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam_size]  # others before eos, each best first
+    chosen = candidates.take(going_on)  # (B, C) -> (B, K)
+    is_full = finished.counts[beam.sentences] == beam_size
+    extended = Beam(
+        tokens=_append(_of_parents(beam.tokens, chosen.parents), chosen.tokens),
+        token_scores=_append(_of_parents(beam.token_scores, chosen.parents), chosen.token_scores),
+        scores=chosen.scores,
+        sentences=beam.sentences,
+        limits=beam.limits,
+        is_done=beam.is_done | is_full | (beam.limits <= beam.step),
+    )
+    first_rows = torch.arange(num_sentences, device=ends.device)[:, None] * beam_size
+    return extended, (first_rows + chosen.parents).flatten()
+
+
+def keep(beam: Beam, live: Tensor) -> Beam:
+    """Return the beam of the sentences at the positions `live` (B',) alone."""
+    return Beam(
+        tokens=beam.tokens[live],
+        token_scores=beam.token_scores[live],
+        scores=beam.scores[live],
+        sentences=beam.sentences[live],
+        limits=beam.limits[live],
+        is_done=beam.is_done[live],
+    )
+
+
+def best(finished: Finished, *, nbest: int) -> list[list[Hypothesis]]:
+    """Return each sentence's `nbest` best finished hypotheses, best first.
+
+    Of equals, the one that ended first comes first. There are fewer than `nbest` only where fewer have a
+    probability above zero. A sentence that has none (the model's output is not a number) gets one empty
+    hypothesis with a score of -inf.
+    """
+    order = finished.scores[:, :-1].argsort(dim=1, descending=True, stable=True)[:, :nbest]  # (N, nbest)
+    counts = finished.counts.clamp(max=nbest).tolist()
+    scores = finished.scores.gather(1, order).tolist()
+    lengths = finished.lengths.gather(1, order).tolist()
+    tokens = _of_parents(finished.tokens, order).tolist()
+    token_scores = _of_parents(finished.token_scores, order).tolist()
+    results = []
+    for sentence, count in enumerate(counts):
+        hypotheses = [
+            Hypothesis(
+                tokens=tokens[sentence][rank][: lengths[sentence][rank] - 1],
+                score=scores[sentence][rank],
+                token_scores=token_scores[sentence][rank][: lengths[sentence][rank]],
+            )
+            for rank in range(count)
+        ]
+        results.append(hypotheses or [Hypothesis(tokens=[], score=-torch.inf, token_scores=[-torch.inf])])
+    return results
+
+
+def _finish_(finished: Finished, beam: Beam, candidates: Candidates, *, ends: Tensor, lenpen: float) -> None:
+    """Write the candidates of the first K ranks that end into free slots, better ones first."""
+    beam_size = ends.size(1)
+    scores, parents = candidates.scores[:, :beam_size], candidates.parents[:, :beam_size]
+    ends = ends & scores.isfinite() & ~beam.is_done[:, None]
+    slots = finished.counts[beam.sentences][:, None] + ends.cumsum(dim=1) - 1
+    slots = torch.where(ends, slots, beam_size).clamp(max=beam_size)  # the last one, K, is for waste
+    place = (beam.sentences[:, None], slots)  # (B, K)
+    length = beam.step + 1
+    token_scores = _append(_of_parents(beam.token_scores, parents), candidates.token_scores[:, :beam_size])
+    finished.tokens[*place, : length - 1] = _of_parents(beam.tokens, parents)
+    finished.token_scores[*place, :length] = token_scores
+    finished.scores[place] = scores / length**lenpen
+    finished.lengths[place] = length
+    finished.counts[beam.sentences] += (slots < beam_size).sum(dim=1)
+
+
+def _of_parents(values: Tensor, parents: Tensor) -> Tensor:
+    """Return for each place the row of its parent: (B, K, t) and (B, C) -> (B, C, t)."""
+    return values.gather(1, parents[:, :, None].expand(-1, -1, values.size(2)))
+
+
+def _append(values: Tensor, column: Tensor) -> Tensor:
+    return torch.cat([values, column[:, :, None]], dim=2)  # (B, K, t) -> (B, K, t+1)

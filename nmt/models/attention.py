@@ -1,0 +1,136 @@
+"""Multi-head attention (Vaswani et al., 2017, section 3.2): one function, and its two places.
+
+Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, D model, H heads, E head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmt.models.decoder_state import LayerState
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Compute softmax(Q K^T / sqrt(E)) V for each head.
+
+    Args:
+        query: (B, H, T, E).
+        keys: (B, H, S, E).
+        values: (B, H, S, E).
+        attention_mask: bool, True where attention is allowed, broadcastable to (B, H, T, S).
+        is_causal: Position t attends to the positions up to t only (T equals S).
+        dropout: Probability with which an attention weight is dropped.
+
+    Returns:
+        (B, T, D): the heads side by side.
+    """
+    heads = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=attention_mask, is_causal=is_causal, dropout_p=dropout
+    )
+    return heads.transpose(1, 2).flatten(2)  # (B, H, T, E) -> (B, T, D)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, D) -> (B, H, T, E)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself; query, key and value are projected by one product."""
+
+    def __init__(self, dim: int, num_heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv_proj = nn.Linear(dim, 3 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+        # fairseq draws q, k and v as separate (dim, dim) matrices and narrows them by 1/sqrt(2).
+        for weight in self.qkv_proj.weight.chunk(3):
+            nn.init.xavier_uniform_(weight, gain=2**-0.5)
+        nn.init.zeros_(self.qkv_proj.bias)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        is_causal: bool = False,
+        state: LayerState | None = None,
+    ) -> Tensor:
+        """Attend within `x`.
+
+        Args:
+            x: (R, T, D).
+            attention_mask: bool, True where attention is allowed, broadcastable to (R, H, T, T).
+            is_causal: Position t attends to the positions up to t only.
+            state: The positions before `x`, which every position of `x` may attend to; `x` is added to it.
+
+        Returns:
+            (R, T, D).
+        """
+        query, keys, values = split_heads(self.qkv_proj(x), 3 * self.num_heads).chunk(3, dim=1)
+        if state is not None:
+            num_new = x.size(1)
+            keys, values = state.append(keys, values)
+            if is_causal and num_new > 1:  # query t stands at position length - num_new + t
+                ones = torch.ones(num_new, state.length, dtype=torch.bool, device=x.device)
+                attention_mask = ones.tril(diagonal=state.length - num_new)
+            is_causal = False
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(
+            attend(query, keys, values, attention_mask=attention_mask, is_causal=is_causal, dropout=dropout)
+        )
+
+
+class CrossAttention(nn.Module):
+    """Attention of the target to the source, whose keys and values are projected once per sentence."""
+
+    def __init__(self, dim: int, memory_dim: int, num_heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q_proj = nn.Linear(dim, dim)
+        self.kv_proj = nn.Linear(memory_dim, 2 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+        for weight in (self.q_proj.weight, *self.kv_proj.weight.chunk(2)):
+            nn.init.xavier_uniform_(weight, gain=2**-0.5)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        for linear in (self.q_proj, self.kv_proj, self.out_proj):
+            nn.init.zeros_(linear.bias)
+
+    def project_memory(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Project the encoder's output (B, S, memory_dim) to keys and values, (B, H, S, E) each."""
+        keys, values = split_heads(self.kv_proj(encoded), 2 * self.num_heads).chunk(2, dim=1)
+        return keys, values
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor | None) -> Tensor:
+        """Let each row attend to the memory of its sentence.
+
+        Args:
+            x: (R, T, D), the K rows of a sentence side by side.
+            keys: (B, H, S, E).
+            values: (B, H, S, E).
+            attention_mask: (B, 1, 1, S) bool, False at padding; None where there is none.
+
+        Returns:
+            (R, T, D).
+        """
+        num_sentences = keys.size(0)
+        num_rows, length, dim = x.shape
+        # The rows of a sentence are just more queries: (R, T, D) -> (B, K*T, D).
+        queries = self.q_proj(x).reshape(num_sentences, -1, dim)
+        dropout = self.dropout if self.training else 0.0
+        attended = attend(
+            split_heads(queries, self.num_heads), keys, values, attention_mask=attention_mask, dropout=dropout
+        )
+        return self.out_proj(attended).view(num_rows, length, dim)  # (B, K*T, D) -> (R, T, D)

@@ -1,0 +1,101 @@
+"""The parts of a Transformer layer besides attention: embeddings, feed-forward, residual connections.
+
+Shapes: R rows, T length, D model, F feed-forward, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmt.models.fused import Dropout
+from nmt.models.options import TransformerOptions
+
+
+class Residual(nn.Module):
+    """The connection around a block, with dropout and layer normalisation.
+
+    Post-norm (Vaswani et al., 2017): norm(x + dropout(block(x))).
+    Pre-norm: x + dropout(block(norm(x))); the stack then ends in a normalisation of its own.
+    """
+
+    def __init__(self, dim: int, *, pre_norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = Dropout(dropout)
+        self.pre_norm = pre_norm
+
+    def forward(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.pre_norm:
+            return x + self.dropout(block(self.norm(x)))
+        result: Tensor = self.norm(x + self.dropout(block(x)))
+        return result
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them, at each position alone."""
+
+    def __init__(self, dim: int, ffn_dim: int, *, options: TransformerOptions) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, ffn_dim)
+        self.contract = nn.Linear(ffn_dim, dim)
+        self.activation = {"relu": F.relu, "gelu": F.gelu}[options.activation_fn]
+        self.dropout = Dropout(options.activation_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, T, D) -> (R, T, D)."""
+        result: Tensor = self.contract(self.dropout(self.activation(self.expand(x))))
+        return result
+
+
+class Embedding(nn.Module):
+    """Token embeddings plus positions, sinusoidal or learned.
+
+    fairseq's conventions, so that its models load: tokens are scaled by sqrt(D); the first position is
+    row pad_id + 1 of the table of positions.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        dim: int,
+        *,
+        pad_id: int,
+        max_positions: int,
+        learned_positions: bool,
+        options: TransformerOptions,
+    ) -> None:
+        super().__init__()
+        self.scale = 1.0 if options.no_scale_embedding else math.sqrt(dim)
+        self.first_position = pad_id + 1
+        self.tokens = nn.Embedding(vocabulary_size, dim, padding_idx=pad_id)
+        nn.init.normal_(self.tokens.weight, std=dim**-0.5)
+        nn.init.zeros_(self.tokens.weight[pad_id])
+        num_rows = self.first_position + max_positions
+        if learned_positions:
+            self.positions = nn.Parameter(torch.empty(num_rows, dim).normal_(std=dim**-0.5))
+        else:
+            self.register_buffer("positions", sinusoids(num_rows, dim), persistent=False)
+        self.norm = nn.LayerNorm(dim) if options.layernorm_embedding else nn.Identity()
+        self.dropout = Dropout(options.dropout)
+
+    def forward(self, token_ids: Tensor, start: int = 0) -> Tensor:
+        """Embed (R, T) int64 ids, the first of which stands at position `start` (from 0), as (R, T, D)."""
+        first = self.first_position + start
+        positions = self.positions[first : first + token_ids.size(1)]
+        result: Tensor = self.dropout(self.norm(self.scale * self.tokens(token_ids) + positions))
+        return result
+
+
+def sinusoids(num_positions: int, dim: int) -> Tensor:
+    """Return a (num_positions, dim) float32 table of sines, then cosines, of each position.
+
+    As fairseq's modules/sinusoidal_positional_embedding.py: the frequencies fall from 1 to 1/10000 in dim/2
+    geometric steps; sines fill the first half of a row and cosines the second (not interleaved).
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float64) * -(math.log(10000) / max(half - 1, 1)))
+    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies  # (positions, half)
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()

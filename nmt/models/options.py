@@ -1,0 +1,96 @@
+"""The options of the Transformer. Imports no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nmt.errors import UserError
+from nmt.models.architectures import ARCHITECTURES
+
+
+FIXED = {"fixed": True}  # may not change when a run is resumed
+
+
+@dataclass(frozen=True)
+class TransformerOptions:
+    """Sizes and variants of the encoder-decoder Transformer."""
+
+    arch: str = field(default="transformer", metadata={"presets": ARCHITECTURES})
+    """Named sizes that the options below start from."""
+    encoder_layers: int = field(default=6, metadata=FIXED)
+    """Number of encoder layers."""
+    decoder_layers: int = field(default=6, metadata=FIXED)
+    """Number of decoder layers."""
+    encoder_embed_dim: int = field(default=512, metadata=FIXED)
+    """Width of the encoder."""
+    decoder_embed_dim: int = field(default=512, metadata=FIXED)
+    """Width of the decoder."""
+    encoder_ffn_embed_dim: int = field(default=2048, metadata=FIXED)
+    """Inner width of the encoder's feed-forward blocks."""
+    decoder_ffn_embed_dim: int = field(default=2048, metadata=FIXED)
+    """Inner width of the decoder's feed-forward blocks."""
+    encoder_attention_heads: int = field(default=8, metadata=FIXED)
+    """Number of attention heads in the encoder."""
+    decoder_attention_heads: int = field(default=8, metadata=FIXED)
+    """Number of attention heads in the decoder."""
+    encoder_normalize_before: bool = field(default=False, metadata=FIXED)
+    """Normalise before each encoder block (pre-norm) instead of after it (post-norm)."""
+    decoder_normalize_before: bool = field(default=False, metadata=FIXED)
+    """Normalise before each decoder block (pre-norm) instead of after it (post-norm)."""
+    encoder_learned_pos: bool = field(default=False, metadata=FIXED)
+    """Learn the encoder's positions instead of using sinusoids."""
+    decoder_learned_pos: bool = field(default=False, metadata=FIXED)
+    """Learn the decoder's positions instead of using sinusoids."""
+    share_all_embeddings: bool = field(default=False, metadata=FIXED)
+    """One matrix for source, target and output embeddings (needs a joined vocabulary)."""
+    share_decoder_input_output_embed: bool = field(default=False, metadata=FIXED)
+    """One matrix for the decoder's input embeddings and the output projection."""
+    layernorm_embedding: bool = field(default=False, metadata=FIXED)
+    """Normalise the sum of token and position embeddings."""
+    no_scale_embedding: bool = field(default=False, metadata=FIXED)
+    """Do not multiply token embeddings by the square root of the width."""
+    activation_fn: Literal["relu", "gelu"] = field(default="relu", metadata=FIXED)
+    """Activation of the feed-forward blocks."""
+    dropout: float = 0.1
+    """Dropout on embeddings and on the output of each block."""
+    attention_dropout: float = 0.0
+    """Dropout on attention weights."""
+    activation_dropout: float = 0.0
+    """Dropout after the activation of the feed-forward blocks."""
+    max_source_positions: int = field(default=1024, metadata=FIXED)
+    """Longest source in tokens, end of sentence included."""
+    max_target_positions: int = field(default=1024, metadata=FIXED)
+    """Longest target in tokens, end of sentence included."""
+
+    def check(self) -> None:
+        """Raise `UserError` where the sizes do not fit together."""
+        for side in ("encoder", "decoder"):
+            dim = getattr(self, f"{side}_embed_dim")
+            heads = getattr(self, f"{side}_attention_heads")
+            for name in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads"):
+                value = getattr(self, f"{side}_{name}")
+                if value < 1:
+                    raise UserError(f"`{side}-{name.replace('_', '-')}` must be at least 1, but is {value}.")
+            if dim % heads:
+                raise UserError(
+                    f"`{side}-embed-dim` must be a multiple of `{side}-attention-heads` ({heads}), but is {dim}."
+                )
+            if dim % 2 and not getattr(self, f"{side}_learned_pos"):
+                raise UserError(
+                    f"`{side}-embed-dim` must be even for sinusoidal positions, but is {dim}. "
+                    f"Change it or set `{side}-learned-pos`."
+                )
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(
+                    f"`{name.replace('_', '-')}` must be at least 0 and below 1, but is {getattr(self, name)}."
+                )
+        for name in ("max_source_positions", "max_target_positions"):
+            if getattr(self, name) < 2:
+                raise UserError(
+                    f"`{name.replace('_', '-')}` must be at least 2, but is {getattr(self, name)}."
+                )
+        if self.share_all_embeddings and self.encoder_embed_dim != self.decoder_embed_dim:
+            raise UserError(
+                "`share-all-embeddings` must have equal widths on both sides, but `encoder-embed-dim` is "
+                f"{self.encoder_embed_dim} and `decoder-embed-dim` is {self.decoder_embed_dim}."
+            )

@@ -1,0 +1,174 @@
+"""The encoder-decoder Transformer (Vaswani et al., "Attention Is All You Need", 2017).
+
+Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, D model, H heads,
+E head size, F feed-forward, V vocabulary. Sequences are padded on the right.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmt.models.attention import CrossAttention, SelfAttention
+from nmt.models.blocks import Embedding, FeedForward, Residual
+from nmt.models.decoder_state import DecoderState, LayerState, Memory
+from nmt.models.options import TransformerOptions
+
+
+class Transformer(nn.Module):
+    """Encode a source once, then decode a target in one pass (training) or token by token (search)."""
+
+    def __init__(
+        self, options: TransformerOptions, *, source_vocabulary_size: int, target_vocabulary_size: int, pad_id: int
+    ) -> None:
+        super().__init__()
+        assert not options.share_all_embeddings or source_vocabulary_size == target_vocabulary_size
+        self.pad_id = pad_id
+        self.max_source_positions = options.max_source_positions
+        self.max_target_positions = options.max_target_positions
+        self.encoder = Encoder(options, vocabulary_size=source_vocabulary_size, pad_id=pad_id)
+        self.decoder = Decoder(options, vocabulary_size=target_vocabulary_size, pad_id=pad_id)
+        if options.share_all_embeddings:
+            self.decoder.embedding.tokens.weight = self.encoder.embedding.tokens.weight
+        if options.share_all_embeddings or options.share_decoder_input_output_embed:
+            self.output_weight = self.decoder.embedding.tokens.weight
+        else:
+            self.output_weight = nn.Parameter(torch.empty(target_vocabulary_size, options.decoder_embed_dim))
+            nn.init.normal_(self.output_weight, std=options.decoder_embed_dim**-0.5)
+
+    def encode(self, source: Tensor) -> Memory:
+        """Encode (B, S) int64 token ids, each ending in eos and padded on the right."""
+        padding_mask = source == self.pad_id
+        return self.decoder.project_memory(self.encoder(source, padding_mask), padding_mask)
+
+    def features(self, target_input: Tensor, memory: Memory, state: DecoderState | None = None) -> Tensor:
+        """Return the decoder's last hidden states (R, T, D); arguments as in `decode`."""
+        features: Tensor = self.decoder(target_input, memory, state)
+        return features
+
+    def decode(self, target_input: Tensor, memory: Memory, state: DecoderState | None = None) -> Tensor:
+        """Predict the token that follows each position.
+
+        Args:
+            target_input: (R, T) int64, the target shifted right. With a state only the tokens that are new
+                since the last call (one, usually); the state takes them in.
+            memory: The encoded sources of B sentences; the R = B*K rows of a sentence lie side by side.
+            state: What has been decoded before, from `start_state`; None when `target_input` is whole.
+
+        Returns:
+            (R, T, V) logits.
+        """
+        return F.linear(self.features(target_input, memory, state), self.output_weight)
+
+    def start_state(self) -> DecoderState:
+        """Return the state of rows of which nothing has been decoded."""
+        return DecoderState([LayerState() for _ in self.decoder.layers])
+
+
+class Encoder(nn.Module):
+    """Token ids to hidden states of the same length."""
+
+    def __init__(self, options: TransformerOptions, *, vocabulary_size: int, pad_id: int) -> None:
+        super().__init__()
+        dim = options.encoder_embed_dim
+        self.embedding = Embedding(
+            vocabulary_size,
+            dim,
+            pad_id=pad_id,
+            max_positions=options.max_source_positions,
+            learned_positions=options.encoder_learned_pos,
+            options=options,
+        )
+        self.layers = nn.ModuleList(EncoderLayer(options) for _ in range(options.encoder_layers))
+        self.final_norm = nn.LayerNorm(dim) if options.encoder_normalize_before else nn.Identity()
+
+    def forward(self, source: Tensor, padding_mask: Tensor) -> Tensor:
+        """(B, S) int64 and its padding mask -> (B, S, D)."""
+        attention_mask = ~padding_mask[:, None, None, :]  # (B, 1, 1, S)
+        x = self.embedding(source)
+        for layer in self.layers:
+            x = layer(x, attention_mask)
+        normed: Tensor = self.final_norm(x)
+        return normed
+
+
+class Decoder(nn.Module):
+    """Target prefixes and the memory of their sources to hidden states that predict the next tokens."""
+
+    def __init__(self, options: TransformerOptions, *, vocabulary_size: int, pad_id: int) -> None:
+        super().__init__()
+        dim = options.decoder_embed_dim
+        self.embedding = Embedding(
+            vocabulary_size,
+            dim,
+            pad_id=pad_id,
+            max_positions=options.max_target_positions,
+            learned_positions=options.decoder_learned_pos,
+            options=options,
+        )
+        self.layers = nn.ModuleList(DecoderLayer(options) for _ in range(options.decoder_layers))
+        self.final_norm = nn.LayerNorm(dim) if options.decoder_normalize_before else nn.Identity()
+
+    def project_memory(self, encoded: Tensor, padding_mask: Tensor) -> Memory:
+        """Project the encoder's output (B, S, D) to what each layer attends to."""
+        projected = [layer.cross_attention.project_memory(encoded) for layer in self.layers]
+        return Memory([keys for keys, _ in projected], [values for _, values in projected], padding_mask)
+
+    def forward(self, target_input: Tensor, memory: Memory, state: DecoderState | None) -> Tensor:
+        """(R, T) int64 -> (R, T, D); see `Transformer.decode`."""
+        attention_mask = None if memory.padding_mask is None else ~memory.padding_mask[:, None, None, :]
+        x = self.embedding(target_input, start=0 if state is None else state.length)
+        for i, layer in enumerate(self.layers):
+            layer_state = None if state is None else state.layers[i]
+            x = layer(x, memory.keys[i], memory.values[i], attention_mask=attention_mask, state=layer_state)
+        normed: Tensor = self.final_norm(x)
+        return normed
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then feed-forward."""
+
+    def __init__(self, options: TransformerOptions) -> None:
+        super().__init__()
+        dim = options.encoder_embed_dim
+        self.self_attention = SelfAttention(
+            dim, options.encoder_attention_heads, dropout=options.attention_dropout
+        )
+        self.feed_forward = FeedForward(dim, options.encoder_ffn_embed_dim, options=options)
+        pre_norm = options.encoder_normalize_before
+        self.residuals = nn.ModuleList(
+            Residual(dim, pre_norm=pre_norm, dropout=options.dropout) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D); the mask is True where attention is allowed."""
+        around_attention, around_feed_forward = self.residuals
+        x = around_attention(x, lambda y: self.self_attention(y, attention_mask=attention_mask))
+        result: Tensor = around_feed_forward(x, self.feed_forward)
+        return result
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the source, then feed-forward."""
+
+    def __init__(self, options: TransformerOptions) -> None:
+        super().__init__()
+        dim, num_heads = options.decoder_embed_dim, options.decoder_attention_heads
+        self.self_attention = SelfAttention(dim, num_heads, dropout=options.attention_dropout)
+        self.cross_attention = CrossAttention(
+            dim, options.encoder_embed_dim, num_heads, dropout=options.attention_dropout
+        )
+        self.feed_forward = FeedForward(dim, options.decoder_ffn_embed_dim, options=options)
+        pre_norm = options.decoder_normalize_before
+        self.residuals = nn.ModuleList(
+            Residual(dim, pre_norm=pre_norm, dropout=options.dropout) for _ in range(3)
+        )
+
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor | None, state: LayerState | None
+    ) -> Tensor:
+        """(R, T, D) -> (R, T, D); keys, values and mask are the memory's, the state is this layer's."""
+        around_self, around_cross, around_feed_forward = self.residuals
+        x = around_self(x, lambda y: self.self_attention(y, is_causal=True, state=state))
+        x = around_cross(x, lambda y: self.cross_attention(y, keys, values, attention_mask=attention_mask))
+        result: Tensor = around_feed_forward(x, self.feed_forward)
+        return result

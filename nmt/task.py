@@ -1,0 +1,125 @@
+"""What the trainer asks of a task, and how a task is found by its name.
+
+A task is any object with the methods of `Task`. It is made by its options: the entry point of the group
+`nmt.tasks` names an options dataclass (see `nmt.config`) with a method `build`. Nothing here imports torch,
+since the command line looks up the options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
+
+from nmt.config_values import suggest
+from nmt.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from nmt.distributed import World
+
+ENTRY_POINT_GROUP = "nmt.tasks"
+
+
+class Batch(Protocol):
+    """What a collater makes, on the CPU, and a task computes its loss from."""
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples."""
+
+    @property
+    def num_targets(self) -> int:
+        """The denominator of the gradient: target tokens without padding, or images."""
+
+    def to(self, device: torch.device, /) -> Self:
+        """Return the batch on a device."""
+
+
+B = TypeVar("B", bound=Batch)
+B_co = TypeVar("B_co", bound=Batch, covariant=True)
+
+
+class Examples(Protocol[B_co]):
+    """The examples of one split."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(N, C) int32: the lengths that batches are sorted and cut by; (N, 1) ones where all are equal."""
+
+    def __len__(self) -> int:
+        """Return the number of examples N."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return one example, in the form that `collate` takes."""
+
+    def collate(self, items: list[Any], /) -> B_co:
+        """Make a batch, on the CPU."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of a batch, and what is logged about it."""
+
+    loss: Tensor
+    """Scalar: the sum over the targets of the batch."""
+    sums: dict[str, Tensor]
+    """Additive quantities only, such as "nll" or "correct": scalars, or numbers."""
+
+
+class Task(Protocol[B]):
+    """What is learned: the data, the model, the loss and the metrics."""
+
+    @property
+    def metrics(self) -> Mapping[str, Literal["min", "max"]]:
+        """The metrics that `--best-checkpoint-metric` may name, and which way is better."""
+
+    def build_model(self) -> nn.Module:
+        """Make a model with fresh parameters."""
+
+    def open_split(self, split: str, /) -> Examples[B]:
+        """Open the examples of "train", "valid" or "test"."""
+
+    def compute_loss(self, model: nn.Module, batch: B, /) -> LossOutput:
+        """Compute the summed loss of a batch that is on the device of the model."""
+
+    def summarize(self, sums: Mapping[str, float], /) -> dict[str, float]:
+        """Form ratios, such as loss per target, of sums over many batches and all ranks."""
+
+    def evaluate(self, model: nn.Module, examples: Examples[B], world: World, /) -> dict[str, float]:
+        """Compute metrics that are no ratio of sums, such as BLEU; the same on every rank; may be empty."""
+
+    def save_assets(self, folder: Path, /) -> None:
+        """Write what the model needs besides its parameters, such as vocabularies."""
+
+
+class TaskOptions(Protocol):
+    """The options of a task: a frozen dataclass that makes the task."""
+
+    def build(self, assets: Path | None) -> Task[Any]:
+        """Make the task.
+
+        Args:
+            assets: the folder that `save_assets` of an earlier run wrote, to take vocabularies from; None
+                to take them from the training data.
+        """
+
+
+def load_task(name: str) -> type[TaskOptions]:
+    """Return the options dataclass of a task, by its entry point in the group `nmt.tasks`.
+
+    Raises:
+        UserError: if no installed package offers a task of this name.
+    """
+    found = entry_points(group=ENTRY_POINT_GROUP)
+    if name not in found.names:
+        known = ", ".join(sorted(found.names)) or "(none is installed)"
+        near = suggest(name, found.names)
+        raise UserError(f"`task` must be the name of a task, but is {name!r}. The tasks are {known}.{near}")
+    options: type[TaskOptions] = found[name].load()
+    return options

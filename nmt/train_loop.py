@@ -1,0 +1,276 @@
+"""The story of a run: epochs, updates, reports, validation, checkpoints, and when to stop."""
+
+import filecmp
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from nmt.checkpoint import CheckpointFolder, load_config, load_weights
+from nmt.config import changed_fixed_options, write_yaml
+from nmt.data.batch_iterator import BatchIterator, ordered_batches
+from nmt.distributed import World, join_world
+from nmt.errors import UserError
+from nmt.options import TrainConfig
+from nmt.run_log import RunLog
+from nmt.task import Examples, Task
+from nmt.trainer import Trainer
+
+
+def train(config: TrainConfig[Any]) -> Path:
+    """Train until a limit of the configuration is reached, going on from the last checkpoint if there is one.
+
+    Under torchrun every rank calls this.
+
+    Returns:
+        The folder of the best checkpoint.
+
+    Raises:
+        UserError: The configuration, the data or the checkpoint to go on from do not fit.
+    """
+    with join_world(config.device) as world:
+        log = RunLog(config.save_dir, is_writer=world.is_main)
+        try:
+            return Run(config, world, log).train()
+        finally:
+            log.close()
+
+
+@dataclass
+class Progress:
+    """What a run remembers besides the trainer's state and its place in the data.
+
+    Attributes:
+        values: The value of `best-checkpoint-metric` after each update that was validated.
+        best_update: The update with the best value, the first of equals.
+        num_without_better: Validations since then.
+        interval_seconds: Time spent in training since the last report.
+    """
+
+    values: dict[int, float] = field(default_factory=dict)
+    best_update: int | None = None
+    num_without_better: int = 0
+    interval_seconds: float = 0.0
+
+    def note(self, update: int, value: float, *, better: str) -> None:
+        """Take in a validation; `better` is "min" or "max"."""
+        best = None if self.best_update is None else self.values[self.best_update]
+        self.values[update] = value
+        if best is None or (value < best if better == "min" else value > best):
+            self.best_update, self.num_without_better = update, 0
+        else:
+            self.num_without_better += 1
+
+
+class Run:
+    """The parts of a run, assembled; `train` is its story."""
+
+    def __init__(self, config: TrainConfig[Any], world: World, log: RunLog) -> None:
+        self.config = config
+        self.world = world
+        self.log = log
+        self.task: Task[Any] = config.task_options.build(None)
+        self.metric = config.checkpoints.best_checkpoint_metric
+        if self.metric not in self.task.metrics:
+            raise UserError(
+                f"`best-checkpoint-metric` must be one of {', '.join(self.task.metrics)}, but is {self.metric}."
+            )
+        train_examples = self.task.open_split("train")
+        self.valid_examples: Examples[Any] = self.task.open_split("valid")
+        self.batches = BatchIterator(
+            train_examples,
+            config.batching,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=config.batching.num_workers,
+        )
+        torch.manual_seed(config.seed)
+        model = self.task.build_model()
+        self.trainer = Trainer(self.task, model, config.optimization, world=world, seed=config.seed)
+        self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
+        self.progress = Progress()
+        self.clock = time.monotonic()
+
+    def train(self) -> Path:
+        """Go from where the run stands to its end; return the folder of the best checkpoint."""
+        self._resume_or_start()
+        while not (reason := self._reason_to_stop()):
+            with self.trainer.metrics.scope("train"):
+                self._train_epoch()
+        if self.trainer.update not in self.progress.values:
+            self._validate()
+            self._save()
+        self.log.say(f"finished: {reason}")
+        return self.checkpoints.path / "best"
+
+    def _train_epoch(self) -> None:
+        """Make the updates that are left of this epoch, or fewer if the run ends within it."""
+        options, epoch = self.config.checkpoints, self.batches.epoch
+        self.clock = time.monotonic()
+        for micro_batches in self.batches:
+            with self.trainer.metrics.scope("interval"):
+                self.trainer.train_step(micro_batches)
+            self._tick()
+            update = self.trainer.update
+            if update % self.config.log_interval == 0:
+                self._report("interval", epoch)
+            if _is_due(update, options.validate_interval_updates):
+                self._validate()
+                self._save()
+            elif _is_due(update, options.save_interval_updates):
+                self._save()
+            if self._reason_to_stop():
+                return
+        self._report("train", epoch)
+        if _is_due(epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
+            self._validate()
+            self._save()
+
+    def _reason_to_stop(self) -> str | None:
+        options = self.config.optimization
+        if options.max_update is not None and self.trainer.update >= options.max_update:
+            return f"reached max-update {options.max_update}"
+        if options.max_epoch is not None and self.batches.epoch > options.max_epoch:
+            return f"reached max-epoch {options.max_epoch}"
+        if options.patience is not None and self.progress.num_without_better >= options.patience:
+            return f"{self.metric} has not become better in {options.patience} validations (patience)"
+        return None
+
+    def _validate(self) -> None:
+        """Measure the validation set and remember the value that decides which checkpoint is best."""
+        share = ordered_batches(
+            self.valid_examples,
+            self.config.batching,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_workers=0,
+        )
+        results = self.trainer.validate(self.valid_examples, share)
+        self.progress.note(
+            self.trainer.update, results[self.metric], better=self.task.metrics[self.metric]
+        )
+        best = self.progress.values[self.progress.best_update or self.trainer.update]
+        position = {"update": self.trainer.update, "epoch": self.batches.epoch}
+        self.log.report("valid", {**position, **results, f"best {self.metric}": best})
+        self.clock = time.monotonic()
+
+    def _save(self) -> None:
+        """Write a checkpoint, point the links at it, and remove those that need not be kept."""
+        optimizer, trainer_state = self.trainer.state_dict()
+        if self.world.is_main:
+            state = {
+                "trainer": trainer_state,
+                "batches": self.batches.state_dict(),
+                "progress": asdict(self.progress),
+                "records_size": self.log.records_size(),
+            }
+            self.checkpoints.save(
+                self.trainer.update,
+                model=self.trainer.model,
+                task=self.task,
+                config=self.config,
+                optimizer=optimizer,
+                state=state,
+            )
+            if self.progress.best_update in self.checkpoints.updates():
+                self.checkpoints.link("best", self.progress.best_update)
+            self.checkpoints.prune(self._worth_keeping())
+        self.world.barrier()
+        self.clock = time.monotonic()
+
+    def _worth_keeping(self) -> set[int]:
+        options, sign = self.config.checkpoints, 1 if self.task.metrics[self.metric] == "min" else -1
+        saved = self.checkpoints.updates()
+        validated = [update for update in saved if update in self.progress.values]
+        by_value = sorted(validated, key=lambda update: (sign * self.progress.values[update], update))
+        return {*saved[-options.keep_last :], *by_value[: options.keep_best]}
+
+    def _resume_or_start(self) -> None:
+        """Take the newest checkpoint up, or note the configuration of a new run."""
+        saved = self.world.broadcast(self.checkpoints.updates())
+        if not saved:
+            if self.world.is_main:
+                write_yaml(self.config, self.config.save_dir / "config.yaml")
+            size = sum(parameter.numel() for parameter in self.trainer.model.parameters())
+            self.log.say(
+                f"start: {size:,} parameters, {self.batches.num_examples:,} training examples, "
+                f"{len(self.valid_examples):,} validation examples, {self.world.size} x {self.world.device.type}"
+            )
+            return
+        folder = self.checkpoints.at(saved[-1])
+        self._refuse_other_run(folder)
+        optimizer, state = self.checkpoints.load_state(saved[-1])
+        load_weights(self.trainer.model, folder)
+        self.trainer.load_state_dict(optimizer, state["trainer"])
+        self.batches.load_state_dict(state["batches"])
+        self.progress = _progress_from(state["progress"])
+        if self.world.is_main:
+            write_yaml(self.config, self.config.save_dir / "config.yaml")
+        self.log.cut_records(state["records_size"])
+        self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
+
+    def _refuse_other_run(self, folder: Path) -> None:
+        """Raise `UserError` if the checkpoint is of another model, task or vocabulary than the configuration."""
+        for name, before, now in changed_fixed_options(load_config(folder), self.config):
+            raise UserError(
+                f"`{name}` may not change when a run is resumed: it was {before} in `{folder}`, but is {now}. "
+                "Set it back or name another `save-dir`."
+            )
+        with TemporaryDirectory() as temporary:
+            self.task.save_assets(Path(temporary))
+            for path in sorted(Path(temporary).rglob("*")):
+                before_path = folder / path.relative_to(temporary)
+                if path.is_file() and not (
+                    before_path.is_file() and filecmp.cmp(path, before_path, shallow=False)
+                ):
+                    raise UserError(
+                        f"`{path.name}` of the data must be the one that the run began with, but differs from "
+                        f"`{before_path}`. Use the same data or name another `save-dir`."
+                    )
+
+    def _report(self, scope: str, epoch: int) -> None:
+        """Log what a scope has seen, then empty it."""
+        metrics = self.trainer.metrics
+        sums = metrics.sums(scope, self.world)
+        if sums:
+            record: dict[str, Any] = {"update": self.trainer.update, "epoch": epoch}
+            record.update(self.task.summarize(sums))
+            if scope == "interval":
+                record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)
+                record.update(metrics.gauges(scope))
+                self.progress.interval_seconds = 0.0
+            if sums["num_cancelled"]:
+                record["cancelled updates"] = int(sums["num_cancelled"])
+            self.log.report("train" if scope == "interval" else "epoch", record)
+        metrics.reset(scope)
+
+    def _tick(self) -> None:
+        """Count the time since the last update, and move the progress bar."""
+        now = time.monotonic()
+        self.progress.interval_seconds += now - self.clock
+        self.clock = now
+        self.log.progress(self.trainer.update, epoch=self.batches.epoch, total=self._expected_updates())
+
+    def _expected_updates(self) -> int | None:
+        """Estimate at which update the run will end, for the bar."""
+        options = self.config.optimization
+        ends = [] if options.max_update is None else [options.max_update]
+        if options.max_epoch is not None:
+            share = self.batches.examples_consumed / self.batches.num_examples
+            epochs_done = self.batches.epoch - 1 + share
+            ends.append(round(self.trainer.update * options.max_epoch / max(epochs_done, 1e-9)))
+        return min(ends, default=None)
+
+
+def _is_due(count: int, interval: int | None) -> bool:
+    return interval is not None and count % interval == 0
+
+
+def _progress_from(state: Mapping[str, Any]) -> Progress:
+    """Undo `asdict` and JSON, which has only text for keys."""
+    return Progress(**{**state, "values": {int(update): value for update, value in state["values"].items()}})

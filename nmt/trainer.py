@@ -1,0 +1,168 @@
+"""One update, one validation pass, and the state that outlives them.
+
+The update is exact: the gradient is (sum over the targets of all ranks and micro-batches) / (their number).
+The number is known before the forward pass, so each summed loss is scaled by world_size / number, and the
+mean that DistributedDataParallel takes over ranks becomes the sum that is wanted:
+(1 / W) * sum_r grad(W / N * L_r) = (1 / N) * sum_r grad L_r.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nmt.data.batch_iterator import MicroBatch
+from nmt.distributed import World
+from nmt.metrics import Metrics, merge_states
+from nmt.optim import build_optimizer, build_schedule
+from nmt.options import OptimizationOptions
+from nmt.task import Batch, Examples, LossOutput, Task
+
+
+class Trainer:
+    """A model, its optimizer and its metrics; knows no task but through the protocol."""
+
+    def __init__(
+        self, task: Task[Any], model: nn.Module, options: OptimizationOptions, *, world: World, seed: int
+    ) -> None:
+        self.task = task
+        self.model = model.to(world.device)
+        self.world = world
+        self.seed = seed
+        self.clip_norm = options.clip_norm
+        self.base_lr = options.lr
+        self.schedule = build_schedule(options, max_update=options.max_update)
+        self.optimizer = build_optimizer(self.model, options)
+        self.metrics = Metrics()
+        self.update = 0
+        objective = _Objective(task, self.model)
+        self.objective: nn.Module = DistributedDataParallel(objective) if world.size > 1 else objective
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Make one update from this rank's share of it.
+
+        Args:
+            micro_batches: As many on every rank, each with its weight: 1, or 0 for a filler, which is run
+                so that the ranks stay in step but counts for nothing.
+        """
+        self.model.train()
+        self._seed_generators()
+        num_targets = self.world.sum_(self._count_targets(micro_batches))
+        for i, (batch, weight) in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            with nullcontext() if is_last else self._without_sync():
+                output: LossOutput = self.objective(batch.to(self.world.device))
+                (output.loss * (weight * self.world.size / num_targets)).backward()
+            self._count(output, batch, weight=weight)
+        self._apply_gradient()
+
+    @torch.no_grad()
+    def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
+        """Return the task's metrics of a split, the same on every rank.
+
+        Args:
+            examples: The whole split.
+            batches: This rank's share of its batches.
+        """
+        self.model.eval()
+        with self.metrics.scope("valid", isolated=True):
+            self.metrics.reset("valid")
+            for batch in batches:
+                output = self.task.compute_loss(self.model, batch.to(self.world.device))
+                self._count(output, batch, weight=1.0)
+            results = self.task.summarize(self.metrics.sums("valid", self.world))
+        return {**results, **self.task.evaluate(self.model, examples, self.world)}
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the optimizer's tensors, named after their parameters, and the rest as plain values.
+
+        Every rank must call this: the metrics of all are gathered.
+        """
+        tensors = {
+            f"{name}.{key}": value
+            for name, parameter in self._optimized_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return tensors, {"update": self.update, "metrics": self.world.gather(self.metrics.state_dict())}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; the model's weights are loaded apart."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, (name, _) in enumerate(self._optimized_parameters()):
+            prefix = f"{name}."
+            state[index] = {
+                key.removeprefix(prefix): value
+                for key, value in tensors.items()
+                if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+            }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.update = values["update"]
+        states = values["metrics"]
+        if len(states) == self.world.size:
+            self.metrics.load_state_dict(states[self.world.rank])
+        elif self.world.is_main:  # another number of ranks: the sums of all go on in one place
+            self.metrics.load_state_dict(merge_states(states))
+
+    def _apply_gradient(self) -> None:
+        """Clip and step; a gradient that is not finite cancels the step on the device, unread by the host."""
+        parameters = [parameter for _, parameter in self._optimized_parameters()]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        is_bad = (~torch.isfinite(norm)).float()
+        self.update += 1
+        lr = self.base_lr * self.schedule(self.update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # torch's fused optimizers skip the step, and its count, where this flag is 1.
+        self.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Every rank has the same gradient here; divided so that the sum over ranks counts it once.
+        self.metrics.add({"num_cancelled": is_bad / self.world.size})
+        self.metrics.gauge("lr", lr)
+        self.metrics.gauge("grad", norm)
+
+    def _count_targets(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        total = sum(weight * batch.num_targets for batch, weight in micro_batches)
+        return torch.tensor(total, dtype=torch.float64).to(self._sum_dtype()).to(self.world.device)
+
+    def _count(self, output: LossOutput, batch: Batch, *, weight: float) -> None:
+        sums = {"loss": output.loss.detach(), **output.sums}
+        counts = {"num_targets": batch.num_targets, "num_examples": batch.num_examples}
+        self.metrics.add({name: weight * value for name, value in {**sums, **counts}.items()})
+
+    def _without_sync(self) -> Any:
+        """Keep DDP from summing gradients before the last micro-batch."""
+        if isinstance(self.objective, DistributedDataParallel):
+            return self.objective.no_sync()
+        return nullcontext()
+
+    def _optimized_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _seed_generators(self) -> None:
+        """Seed from (seed, update, rank), so that a resumed run draws the same numbers."""
+        digest = blake2b(f"{self.seed} {self.update} {self.world.rank}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little", signed=True))
+
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.float32 if self.world.device.type == "mps" else torch.float64
+
+
+class _Objective(nn.Module):
+    """The model together with the task's loss: what DDP wraps, so that the task may use the model freely."""
+
+    def __init__(self, task: Task[Any], model: nn.Module) -> None:
+        super().__init__()
+        self.task = task
+        self.model = model
+
+    def forward(self, batch: Batch) -> LossOutput:
+        return self.task.compute_loss(self.model, batch)

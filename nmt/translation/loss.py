@@ -1,0 +1,27 @@
+"""Label-smoothed cross-entropy of a Transformer on a batch of translations."""
+
+from nmt.data.parallel_dataset import TranslationBatch
+from nmt.data.vocabulary import PAD_ID
+from nmt.models.fused import linear_cross_entropy
+from nmt.models.transformer import Transformer
+from nmt.task import LossOutput
+
+
+def translation_loss(model: Transformer, batch: TranslationBatch, *, label_smoothing: float) -> LossOutput:
+    """Return the loss summed over the target tokens of a batch, in nats.
+
+    Args:
+        model: The model, called on the source (B, S) and the shifted target (B, T).
+        batch: Padded sentence pairs.
+        label_smoothing: Probability spread over the V - 1 other classes.
+
+    Returns:
+        The loss, and under "nll" the negative log-likelihood, both sums.
+    """
+    features = model.features(batch.target_input, model.encode(batch.source))  # (B, T, D)
+    is_token = batch.target != PAD_ID
+    # Padding leaves before the largest product of the model: (B, T, D) -> (N, D).
+    loss, nll = linear_cross_entropy(
+        features[is_token], model.output_weight, batch.target[is_token], label_smoothing=label_smoothing
+    )
+    return LossOutput(loss, {"nll": nll.detach()})

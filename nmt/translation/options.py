@@ -1,0 +1,43 @@
+"""The options of the translation task. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from nmt.errors import UserError
+from nmt.models.options import TransformerOptions
+
+if TYPE_CHECKING:
+    from nmt.translation.task import TranslationTask
+
+
+@dataclass(frozen=True)
+class TranslationOptions:
+    """Translation: a Transformer from one language to another."""
+
+    data: tyro.conf.Positional[Path]
+    """The data directory that nmt-preprocess made."""
+    model: TransformerOptions = field(default_factory=TransformerOptions)
+    label_smoothing: float = 0.1
+    """Probability that is spread over the other classes of the vocabulary."""
+    eval_bleu: bool = True
+    """Translate the validation set at each validation and score it with sacreBLEU."""
+    eval_beam: int = 5
+    """Beam size of these translations."""
+
+    def check(self) -> None:
+        """Raise `UserError` for values that make no sense."""
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}.")
+        if self.eval_beam < 1:
+            raise UserError(f"`eval-beam` must be at least 1, but is {self.eval_beam}.")
+
+    def build(self, assets: Path | None) -> TranslationTask:
+        """Make the task, with the vocabularies of a model folder, or of the data directory if there is none."""
+        from nmt.translation.task import TranslationTask
+
+        return TranslationTask(self, assets=assets)

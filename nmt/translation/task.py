@@ -1,0 +1,164 @@
+"""The translation task: vocabularies, data, model, loss, and BLEU on the validation set."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from nmt.data.batching import cut_batches
+from nmt.data.data_directory import DataDirectory
+from nmt.data.indexed_dataset import IndexedDataset
+from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
+from nmt.data.segmenter import Segmenter
+from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, Vocabulary
+from nmt.distributed import World
+from nmt.errors import UserError
+from nmt.generation.generator import Generator
+from nmt.generation.options import DecodingOptions
+from nmt.models.transformer import Transformer
+from nmt.task import LossOutput
+from nmt.translation.loss import translation_loss
+from nmt.translation.options import TranslationOptions
+from nmt.translation.scoring import bleu
+
+_LANGUAGES = "languages.json"
+_SEGMENTER = "sentencepiece.model"
+_TOKENS_TO_TRANSLATE_AT_ONCE = 2048
+
+
+class TranslationTask:
+    """Translation from `source_lang` to `target_lang`."""
+
+    metrics: Mapping[str, Literal["min", "max"]]
+
+    def __init__(self, options: TranslationOptions, *, assets: Path | None) -> None:
+        """Open the vocabularies.
+
+        Args:
+            options: The options.
+            assets: A model folder to take vocabularies from, or None for the data directory in the options.
+        """
+        self.options = options
+        self.metrics = {"loss": "min", "nll": "min", "ppl": "min"}
+        if options.eval_bleu:
+            self.metrics = {**self.metrics, "bleu": "max"}
+        if assets is None:
+            directory = self._data_directory()
+            self.assets = directory.path
+            self.source_lang, self.target_lang = directory.source_lang, directory.target_lang
+        else:
+            self.assets = assets
+            self.source_lang, self.target_lang = _read_languages(assets / _LANGUAGES)
+        self.source_vocabulary = Vocabulary.load(self.assets / f"dict.{self.source_lang}.txt")
+        self.target_vocabulary = Vocabulary.load(self.assets / f"dict.{self.target_lang}.txt")
+        self.source_segmenter = Segmenter(self.assets / _SEGMENTER, self.source_vocabulary)
+        self.target_segmenter = Segmenter(self.assets / _SEGMENTER, self.target_vocabulary)
+
+    def build_model(self) -> nn.Module:
+        """Return a freshly initialised Transformer."""
+        options = self.options.model
+        if options.share_all_embeddings and self.source_vocabulary != self.target_vocabulary:
+            raise UserError(
+                "`share-all-embeddings` must have one vocabulary for both languages, but "
+                f"dict.{self.source_lang}.txt and dict.{self.target_lang}.txt in `{self.assets}` differ."
+            )
+        return Transformer(
+            options,
+            source_vocabulary_size=len(self.source_vocabulary),
+            target_vocabulary_size=len(self.target_vocabulary),
+            pad_id=PAD_ID,
+        )
+
+    def open_split(self, split: str) -> ParallelDataset:
+        """Open "train", "valid" or "test" of the data directory.
+
+        Raises:
+            UserError: The split is missing or damaged, or was made with another vocabulary than the model's.
+        """
+        directory = self._data_directory()
+        for lang, vocabulary in (
+            (directory.source_lang, self.source_vocabulary),
+            (directory.target_lang, self.target_vocabulary),
+        ):
+            _check_same_vocabulary(vocabulary, directory, lang)
+        return ParallelDataset(
+            IndexedDataset(directory.split_prefix(split, directory.source_lang)),
+            IndexedDataset(directory.split_prefix(split, directory.target_lang)),
+        )
+
+    def compute_loss(self, model: nn.Module, batch: TranslationBatch) -> LossOutput:
+        """Return the label-smoothed cross-entropy, summed over target tokens."""
+        assert isinstance(model, Transformer)
+        return translation_loss(model, batch, label_smoothing=self.options.label_smoothing)
+
+    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return loss and negative log-likelihood a target token (nats), and the perplexity."""
+        num_targets = max(sums["num_targets"], 1.0)
+        nll = sums["nll"] / num_targets
+        return {
+            "loss": sums["loss"] / num_targets,
+            "nll": nll,
+            "ppl": math.exp(min(nll, 700.0)),  # float64 ends at exp(709)
+        }
+
+    def evaluate(self, model: nn.Module, examples: ParallelDataset, world: World) -> dict[str, float]:
+        """Translate the validation set and return its BLEU, or nothing if `eval_bleu` is off."""
+        if not self.options.eval_bleu:
+            return {}
+        decoding = DecodingOptions(beam=self.options.eval_beam)
+        generator = Generator([model], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
+        translations: dict[int, list[int]] = {}
+        batches = cut_batches(examples.sizes[:, :1], max_tokens=_TOKENS_TO_TRANSLATE_AT_ONCE)
+        for indices in batches[world.rank :: world.size]:
+            source = examples.collate([examples[i] for i in indices]).source.to(world.device)
+            for index, hypotheses in zip(indices.tolist(), generator.generate(source), strict=True):
+                translations[index] = hypotheses[0].tokens
+        everywhere = {index: tokens for part in world.gather(translations) for index, tokens in part.items()}
+        texts = self.target_segmenter.decode([everywhere[index] for index in range(len(examples))])
+        references = _read_lines(self._data_directory().raw_path("valid", self.target_lang))
+        return {"bleu": bleu(texts, references, target_lang=self.target_lang).score}
+
+    def save_assets(self, folder: Path) -> None:
+        """Copy what translating needs besides the weights: vocabularies, segmenter, languages."""
+        shutil.copyfile(self.assets / _SEGMENTER, folder / _SEGMENTER)
+        for lang in (self.source_lang, self.target_lang):
+            shutil.copyfile(self.assets / f"dict.{lang}.txt", folder / f"dict.{lang}.txt")
+        languages = {"source_lang": self.source_lang, "target_lang": self.target_lang}
+        (folder / _LANGUAGES).write_text(json.dumps(languages) + "\n", encoding="utf-8")
+
+    def _data_directory(self) -> DataDirectory:
+        return DataDirectory(self.options.data)
+
+
+def _read_languages(path: Path) -> tuple[str, str]:
+    try:
+        languages = json.loads(path.read_text(encoding="utf-8"))
+        return languages["source_lang"], languages["target_lang"]
+    except FileNotFoundError:
+        raise UserError(f"`{path}` must be a file of the model folder, but is missing.") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"`{path}` must name source_lang and target_lang, but is cut short or damaged.") from error
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Read text whose lines end with a newline and nothing else (`str.splitlines` knows other ends)."""
+    return path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+
+
+def _check_same_vocabulary(vocabulary: Vocabulary, directory: DataDirectory, lang: str) -> None:
+    other = directory.vocabulary(lang)
+    if vocabulary == other:
+        return
+    first = next(
+        (i for i, (a, b) in enumerate(zip(vocabulary.tokens, other.tokens, strict=False)) if a != b),
+        min(len(vocabulary), len(other)),
+    )
+    raise UserError(
+        f"The vocabulary of `{directory.path}` for {lang} must be the model's, but has {len(other)} types against "
+        f"{len(vocabulary)} and differs from id {first} on. "
+        "Preprocess with the model's sentencepiece.model (`--sentencepiece-model`)."
+    )

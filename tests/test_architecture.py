@@ -1,0 +1,250 @@
+"""The shape of the package: imports run downward and in no cycle, and torch comes only where it must."""
+
+import ast
+import dataclasses
+import graphlib
+import importlib
+import inspect
+import subprocess
+import sys
+import tomllib
+import typing
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import nmt
+from nmt.config import list_options
+from nmt.options import TrainConfig
+from nmt.task import ENTRY_POINT_GROUP, load_task
+
+PACKAGE = Path(nmt.__file__).parent
+PYPROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+
+# A module has the layer of its longest prefix here; every `options` module is on layer 0. A module without
+# an entry fails the test: whoever adds one decides where it stands.
+LAYERS = {
+    "nmt.errors": 0,
+    "nmt.config": 0,
+    "nmt.config_file": 0,
+    "nmt.config_values": 0,
+    "nmt.distributed": 0,
+    "nmt.metrics": 0,
+    "nmt.task": 0,
+    "nmt.models.architectures": 0,  # the presets of nmt.models.options
+    "nmt.data": 1,
+    "nmt.models": 1,
+    "nmt.optim": 1,
+    "nmt.generation": 2,
+    "nmt.checkpoint": 2,
+    "nmt.trainer": 2,
+    "nmt.run_log": 3,
+    "nmt.train_loop": 3,
+    "nmt.translation": 3,
+    "nmt.vision": 3,
+    "nmt.interop": 3,
+    "nmt.cli": 4,
+}
+
+# These neither import nor know each other, although they stand on one layer.
+STRANGERS = [("nmt.data", "nmt.models")]
+
+# A task's options make their task when `build` is called. The import for the type that `build` returns goes
+# with it; it is never run. All other imports count, those in functions and under TYPE_CHECKING too.
+BUILDS = {("nmt.translation.options", "nmt.translation.task")}
+
+# The modules of nmt.data that handle tensors; the others must serve preprocessing without torch.
+DATA_WITH_TENSORS = {"nmt.data.parallel_dataset", "nmt.data.batch_iterator"}
+
+
+class Import(NamedTuple):
+    """That one module of the package imports another, and where."""
+
+    source: str
+    target: str
+    function: str  # "" at the level of the module
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source} (line {self.line}) imports {self.target}"
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _layer(module: str) -> int:
+    if module == "nmt":
+        return 4
+    if module.endswith(".options"):
+        return 0
+    parts = module.split(".")
+    prefixes = [".".join(parts[:length]) for length in range(len(parts), 1, -1)]
+    return next(LAYERS[prefix] for prefix in prefixes if prefix in LAYERS)
+
+
+def _imports_of(module: str, source: str) -> list[Import]:
+    """List what a module imports of the package, in functions and under conditions too."""
+    found: list[Import] = []
+
+    def visit(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} (line {node.lineno}): imports must be absolute"
+            base = node.module or ""
+            within = [f"{base}.{alias.name}" for alias in node.names]
+            # The version is a constant of the package, which every import of a module runs anyway.
+            targets = sorted(
+                {name if name in MODULES else base for name in within if name != "nmt.__version__"}
+            )
+        else:
+            targets = []
+        for target in targets:
+            if target.split(".")[0] == "nmt":
+                found.append(Import(module, target, function, node.lineno))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            function = node.name
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def _is_exempt(imported: Import) -> bool:
+    if imported.source == "nmt":
+        return imported.function != ""  # the lazy public API
+    return (imported.source, imported.target) in BUILDS and imported.function in ("build", "")
+
+
+def _all_imports() -> list[Import]:
+    imports = [
+        imported
+        for module, path in MODULES.items()
+        for imported in _imports_of(module, path.read_text(encoding="utf-8"))
+    ]
+    return [imported for imported in imports if not _is_exempt(imported)]
+
+
+def _is_under(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def test_every_module_has_a_layer() -> None:
+    unknown = []
+    for module in MODULES:
+        try:
+            _layer(module)
+        except StopIteration:
+            unknown.append(module)
+    assert not unknown, f"add these to LAYERS: {unknown}"
+
+
+def test_imports_run_downward() -> None:
+    upward = [str(item) for item in _all_imports() if _layer(item.target) > _layer(item.source)]
+    assert not upward, "\n".join(upward)
+
+
+def test_strangers_do_not_import_each_other() -> None:
+    met = [
+        str(item)
+        for item in _all_imports()
+        for pair in STRANGERS
+        for one, other in (pair, pair[::-1])
+        if _is_under(item.source, one) and _is_under(item.target, other)
+    ]
+    assert not met, "\n".join(met)
+
+
+def test_there_is_no_import_cycle() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in MODULES}
+    for item in _all_imports():
+        graph[item.source].add(item.target)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_imports_in_functions_and_under_conditions_count() -> None:
+    source = (
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from nmt import errors\n"
+        "class A:\n    def build(self):\n        import nmt.config\n"
+    )
+    assert _imports_of("nmt.x", source) == [
+        Import("nmt.x", "nmt.errors", "", 3),
+        Import("nmt.x", "nmt.config", "build", 6),
+    ]
+
+
+def test_packages_hold_a_docstring_only() -> None:
+    for module, path in MODULES.items():
+        if path.name == "__init__.py" and module != "nmt":
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            assert len(body) == 1 and isinstance(body[0], ast.Expr), f"{path} must hold a docstring only"
+
+
+def _torch_after(code: str) -> str:
+    """Run Python code in a fresh process and return which of its lines imported torch ("" for none)."""
+    probe = f"import sys\n{code}\nsys.exit('torch was imported' if 'torch' in sys.modules else 0)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else done.stderr
+
+
+def test_options_and_preprocessing_import_no_torch() -> None:
+    light = [
+        module
+        for module in MODULES
+        if module in ("nmt", "nmt.config", "nmt.task", "nmt.cli.preprocess")
+        or module.endswith(".options")
+        or (_is_under(module, "nmt.data") and module not in DATA_WITH_TENSORS)
+    ]
+    code = "\n".join(
+        f"import {module}\nif 'torch' in sys.modules: sys.exit('{module} imports torch')" for module in light
+    )
+    assert _torch_after(code) == ""
+
+
+@pytest.mark.parametrize("command", sorted(PYPROJECT["project"]["scripts"]))
+def test_help_imports_no_torch(command: str) -> None:
+    module, function = PYPROJECT["project"]["scripts"][command].split(":")
+    code = (
+        f"import {module}\n"
+        f"try:\n    {module}.{function}(['--help'])\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "else:\n    raise AssertionError('--help must end the command')"
+    )
+    assert _torch_after(code) == ""
+
+
+def _option_types() -> list[Any]:
+    """List every nest of options: those of training for each task, and each dataclass of options."""
+    tasks = sorted(entry_points(group=ENTRY_POINT_GROUP).names)
+    types: list[Any] = [TrainConfig[load_task(name)] for name in tasks]  # type: ignore[misc]
+    for module in MODULES:
+        if module.endswith(".options") or _is_under(module, "nmt.cli"):
+            classes = inspect.getmembers(importlib.import_module(module), inspect.isclass)
+            own = [cls for _, cls in classes if cls.__module__ == module and dataclasses.is_dataclass(cls)]
+            types += [cls for cls in own if not getattr(cls, "__parameters__", ())]
+    return types
+
+
+@pytest.mark.parametrize("type_", _option_types(), ids=lambda type_: str(getattr(type_, "__name__", type_)))
+def test_field_names_are_unique_and_every_option_has_a_help_text(type_: Any) -> None:
+    options = list_options(type_)  # asserts that the names are unique
+    cls = typing.get_origin(type_) or type_
+    (tree,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(tree, ast.ClassDef)
+    documented = {
+        field.target.id
+        for field, text in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+    own = {option.name for option in options if not option.owner}
+    assert own <= documented, f"{cls.__name__}: no help text under {sorted(own - documented)}"

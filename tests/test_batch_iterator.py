@@ -1,0 +1,336 @@
+"""Tests of epochs of batches: dealt to ranks, interrupted, resumed, read by worker processes."""
+
+import json
+import multiprocessing
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nmt.data.batch_iterator import BatchIterator, ordered_batches
+from nmt.data.options import BatchingOptions
+from nmt.errors import UserError
+
+# This machine may have fewer cores than the tests have workers.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+OPTIONS = BatchingOptions(max_tokens=60, required_batch_size_multiple=2, window_size=40)
+
+
+class Lengths:
+    """Examples of given lengths; an item is its index, a batch the tuple of its items."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        return index
+
+    def collate(self, items):
+        return tuple(items)
+
+
+def some_lengths(count, *, seed=0, longest=12):
+    return Lengths(np.random.default_rng(seed).integers(1, longest + 1, (count, 2), dtype=np.int32))
+
+
+def through_json(state):
+    return json.loads(json.dumps(state))
+
+
+def run_ranks(examples, options, *, world_size, state=None, updates=None, seed=1):
+    """Run all ranks of a job side by side for some updates, or to the end of the epoch.
+
+    Returns:
+        the micro-batches of every update, of all ranks in a row, and the saved state.
+    """
+    ranks = [
+        BatchIterator(examples, options, seed=seed, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    if state is not None:
+        for rank in ranks:
+            rank.load_state_dict(through_json(state))
+    done = []
+    if updates != 0:
+        for number, parts in enumerate(zip(*ranks, strict=True), 1):
+            assert len({len(part) for part in parts}) == 1, "ranks must run the same number of micro-batches"
+            done.append([micro_batch for part in parts for micro_batch in part])
+            if number == updates:
+                break
+    states = [rank.state_dict() for rank in ranks]
+    assert all(state == states[0] for state in states)
+    return done, states[0]
+
+
+def real_batches(updates):
+    return [micro_batch.batch for update in updates for micro_batch in update if micro_batch.weight]
+
+
+def indices(updates):
+    return [index for batch in real_batches(updates) for index in batch]
+
+
+@settings(deadline=None)
+@given(
+    count=st.integers(1, 120),
+    world_size=st.integers(1, 4),
+    update_freq=st.integers(1, 3),
+    window_size=st.integers(1, 150),
+)
+def test_every_example_comes_once_per_epoch_over_all_ranks(count, world_size, update_freq, window_size):
+    options = replace(OPTIONS, update_freq=update_freq, window_size=window_size)
+    updates, state = run_ranks(some_lengths(count), options, world_size=world_size)
+    assert sorted(indices(updates)) == list(range(count))
+    assert state["epoch"] == 2
+    for update in updates[:-1]:
+        assert [micro_batch.weight for micro_batch in update] == [1.0] * (world_size * update_freq)
+    fillers = [micro_batch for micro_batch in updates[-1] if not micro_batch.weight]
+    assert len(fillers) < world_size
+    assert all(filler.batch in real_batches(updates[-1:]) for filler in fillers)
+
+
+@settings(deadline=None)
+@given(world_size=st.integers(2, 5), update_freq=st.integers(1, 3))
+def test_all_ranks_together_see_the_sequence_that_one_rank_sees(world_size, update_freq):
+    examples = some_lengths(150)
+    alone, _ = run_ranks(examples, OPTIONS, world_size=1)
+    options = replace(OPTIONS, update_freq=update_freq)
+    together, _ = run_ranks(examples, options, world_size=world_size)
+    dealt = []
+    for update in together:
+        per_rank = len(update) // world_size
+        # from rank after rank to batch after batch
+        dealt += [[update[rank * per_rank + i] for rank in range(world_size)] for i in range(per_rank)]
+    assert real_batches(dealt) == real_batches(alone)
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    examples = some_lengths(100)
+    first, state = run_ranks(examples, OPTIONS, world_size=1)
+    second, _ = run_ranks(examples, OPTIONS, world_size=1, state=state)
+    other_seed, _ = run_ranks(examples, OPTIONS, world_size=1, seed=2)
+    again, _ = run_ranks(examples, OPTIONS, world_size=1)
+    assert first == again
+    assert len({str(updates) for updates in (first, second, other_seed)}) == 3
+    assert sorted(indices(second)) == list(range(100))
+
+
+def test_one_iterator_goes_from_epoch_to_epoch():
+    batches = BatchIterator(some_lengths(100), OPTIONS, seed=1)
+    epochs = []
+    for epoch in (1, 2, 3):
+        assert batches.epoch == epoch
+        assert batches.examples_consumed == 0
+        epochs.append(sorted(indices(batches)))
+    assert epochs == [list(range(100))] * 3
+
+
+def test_resuming_at_any_update_equals_no_interruption():
+    examples = some_lengths(130)
+    options = replace(OPTIONS, update_freq=2)
+    uninterrupted, end = run_ranks(examples, options, world_size=2)
+    for stop in range(len(uninterrupted) + 1):
+        before, state = run_ranks(examples, options, world_size=2, updates=stop)
+        after, resumed_end = run_ranks(examples, options, world_size=2, state=state)
+        assert before + after == uninterrupted
+        assert resumed_end == end
+
+
+def test_a_run_stopped_after_the_last_update_still_ends_that_epoch():
+    examples = some_lengths(50)
+    updates, _ = run_ranks(examples, OPTIONS, world_size=1)
+    _, state = run_ranks(examples, OPTIONS, world_size=1, updates=len(updates))
+    assert state["epoch"] == 1
+    rest, state = run_ranks(examples, OPTIONS, world_size=1, state=state)
+    assert (rest, state["epoch"]) == ([], 2)
+
+
+job_legs = st.lists(
+    st.tuples(
+        st.fixed_dictionaries(
+            {
+                "max_tokens": st.none() | st.integers(12, 100),
+                "batch_size": st.integers(1, 12),
+                "required_batch_size_multiple": st.integers(1, 8),
+                "update_freq": st.integers(1, 2),
+                "window_size": st.integers(20, 200),
+            }
+        ),
+        st.integers(1, 3),  # ranks
+        st.integers(0, 6),  # updates
+        st.integers(1, 3),  # seed
+    ),
+    max_size=6,
+)
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 150), legs=job_legs)
+def test_every_example_comes_once_per_epoch_however_often_options_and_ranks_change(count, legs):
+    examples = some_lengths(count)
+    state, done = None, []
+    for changes, world_size, num_updates, seed in [*legs, ({}, 2, None, 1)]:
+        options = replace(OPTIONS, **changes)
+        updates, state = run_ranks(
+            examples, options, world_size=world_size, state=state, updates=num_updates, seed=seed
+        )
+        if state["epoch"] == 2 and num_updates is not None:
+            return  # the epoch ended early; other tests look at that
+        done += indices(updates)
+        for batch in real_batches(updates):
+            assert len(batch) <= (options.batch_size or count)
+            assert len(batch) * examples.sizes[list(batch)].max() <= (options.max_tokens or np.inf)
+        assert num_updates is None or state["examples_consumed"] == len(done)
+    assert sorted(done) == list(range(count))
+
+
+def test_only_another_cut_changes_the_sequence_of_a_resumed_run():
+    examples = some_lengths(130)
+    uninterrupted, _ = run_ranks(examples, OPTIONS, world_size=1)
+    before, state = run_ranks(examples, OPTIONS, world_size=1, updates=3)
+    other_ranks, _ = run_ranks(examples, replace(OPTIONS, update_freq=3), world_size=1, state=state)
+    assert real_batches(before + other_ranks) == real_batches(uninterrupted)
+    other_cut, _ = run_ranks(examples, replace(OPTIONS, max_tokens=40), world_size=1, state=state)
+    assert sorted(indices(before + other_cut)) == list(range(130))
+    assert real_batches(before + other_cut) != real_batches(uninterrupted)
+
+
+def test_another_seed_and_window_size_count_from_the_next_epoch():
+    examples = some_lengths(130)
+    uninterrupted, _ = run_ranks(examples, OPTIONS, world_size=1)
+    before, state = run_ranks(examples, OPTIONS, world_size=1, updates=3)
+    options = replace(OPTIONS, window_size=55)
+    after, state = run_ranks(examples, options, world_size=1, state=state, seed=7)
+    assert before + after == uninterrupted
+    assert (state["seed"], state["window_size"]) == (7, 55)
+
+
+def test_examples_that_are_too_long_are_left_out_and_counted_until_the_limit_is_raised():
+    examples = Lengths(np.array([[3, 3], [3, 30], [3, 3], [70, 3], [3, 3], [8, 8]], dtype=np.int32))
+    batches = BatchIterator(examples, replace(OPTIONS, max_tokens=29), seed=1)
+    assert (batches.num_too_long, batches.num_examples) == (2, 4)
+    assert sorted(indices(batches)) == [0, 2, 4, 5]
+    limited = BatchIterator(examples, OPTIONS, seed=1, max_positions=(8, 7))
+    assert sorted(indices(limited)) == [0, 2, 4]
+    assert BatchIterator(examples, OPTIONS, seed=1, max_positions=8).num_too_long == 2
+    _, state = run_ranks(examples, replace(OPTIONS, max_tokens=29), world_size=1, updates=1)
+    consumed = state["examples_consumed"]
+    rest, _ = run_ranks(examples, replace(OPTIONS, max_tokens=70), world_size=1, state=state)
+    assert len(indices(rest)) == 6 - consumed
+
+
+def test_data_without_a_fitting_example_are_refused():
+    for examples in (Lengths(np.full((3, 2), 100, dtype=np.int32)), some_lengths(0)):
+        with pytest.raises(UserError, match="max-tokens"):
+            next(iter(BatchIterator(examples, OPTIONS, seed=1)))
+
+
+def test_other_data_are_refused_within_an_epoch_and_taken_between_epochs():
+    _, inside = run_ranks(some_lengths(130), OPTIONS, world_size=1, updates=2)
+    with pytest.raises(UserError, match="130 examples, and now there are 131"):
+        run_ranks(some_lengths(131), OPTIONS, world_size=1, state=inside)
+    _, between = run_ranks(some_lengths(130), OPTIONS, world_size=1)
+    updates, _ = run_ranks(some_lengths(131), OPTIONS, world_size=1, state=between)
+    assert sorted(indices(updates)) == list(range(131))
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(UserError, match="`seed`"):
+        BatchIterator(some_lengths(3), OPTIONS, seed=-1)
+
+
+def test_the_end_of_an_older_iteration_by_a_newer_one_is_not_silent():
+    batches = BatchIterator(some_lengths(100), OPTIONS, seed=1)
+    older = iter(batches)
+    next(older)
+    next(iter(batches))
+    with pytest.raises(AssertionError, match="newer iteration"):
+        next(older)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_worker_processes_change_neither_batches_nor_position(num_workers):
+    examples = some_lengths(150)
+    plain = BatchIterator(examples, OPTIONS, seed=1)
+    expected = [list(plain) for _ in range(2)]
+    with BatchIterator(examples, OPTIONS, seed=1, num_workers=num_workers) as batches:
+        first_updates = []
+        for update in batches:
+            first_updates.append(update)
+            if len(first_updates) == 3:
+                break
+        workers = set(multiprocessing.active_children())
+        assert len(workers) == num_workers
+        _, state = run_ranks(examples, OPTIONS, world_size=1, updates=3)
+        assert batches.state_dict() == state, "what has been read ahead does not count"
+        assert first_updates + list(batches) == expected[0]
+        assert list(batches) == expected[1]
+        assert set(multiprocessing.active_children()) == workers, "workers live on"
+    assert not multiprocessing.active_children()
+
+
+def test_closing_in_the_middle_ends_the_workers_and_a_later_iteration_goes_on():
+    examples = some_lengths(150)
+    expected = list(BatchIterator(examples, OPTIONS, seed=1))
+    batches = BatchIterator(examples, replace(OPTIONS, num_workers=2), seed=1)
+    iteration = iter(batches)
+    first = next(iteration)
+    batches.close()
+    batches.close()
+    assert not multiprocessing.active_children()
+    assert [first, *batches] == expected
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_iterating_leaves_the_global_random_generator_alone():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    list(BatchIterator(some_lengths(30), OPTIONS, seed=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_memory_and_a_seek_cost_a_window_and_not_the_data_set():
+    sizes = np.broadcast_to(np.array([[20, 25]], dtype=np.int32), (20_000_000, 2))  # takes 8 bytes
+    options = replace(OPTIONS, max_tokens=4096, window_size=2**15)
+    tracemalloc.start()
+    try:
+        batches = BatchIterator(Lengths(sizes), options, seed=1)
+        next(iter(batches))
+        state = batches.state_dict() | {"window": 500}
+        batches.load_state_dict(state)
+        next(iter(batches))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert batches.state_dict()["window"] == 500
+    assert peak < 40e6  # bytes; a number per example would be 160e6
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ordered_batches_hold_every_example_once_over_all_ranks(world_size):
+    sizes = np.array([[100, 100], *some_lengths(77).sizes.tolist()], dtype=np.int32)  # one is too long
+    seen = Counter()
+    for rank in range(world_size):
+        longest = 0
+        for batch in ordered_batches(Lengths(sizes), OPTIONS, rank=rank, world_size=world_size):
+            seen.update(batch)
+            assert sizes[list(batch), 0].min() >= longest
+            longest = sizes[list(batch), 0].max()
+    assert seen == Counter(range(78))
+
+
+def test_ordered_batches_can_be_read_by_workers():
+    examples = some_lengths(77)
+    assert list(ordered_batches(examples, OPTIONS, num_workers=2)) == list(ordered_batches(examples, OPTIONS))
+    assert not multiprocessing.active_children()

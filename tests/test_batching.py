@@ -1,0 +1,214 @@
+"""Tests of the epoch's order and of cutting it into batches."""
+
+import itertools
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nmt.data.batching import (
+    BatchLimits,
+    Window,
+    count_too_long,
+    cut_batches,
+    keyed_permutation,
+    num_windows,
+    plan_ordered,
+    plan_window,
+    too_long,
+    window_examples,
+)
+from nmt.data.options import BatchingOptions
+from nmt.errors import UserError
+
+keys = st.tuples(st.integers(0, 2**70), st.integers(0, 1000))
+
+
+@st.composite
+def size_arrays(draw, max_count=150, longest=12):
+    columns = draw(st.integers(1, 3))
+    rows = draw(st.lists(st.tuples(*[st.integers(1, longest)] * columns), max_size=max_count))
+    return np.array(rows, dtype=np.int32).reshape(-1, columns)
+
+
+def cut_slowly(sizes, *, max_tokens, max_sentences, multiple):
+    """The rule of `cut_batches`, example by example."""
+    left = sorted(range(len(sizes)), key=lambda i: (sizes[i][0], sizes[i][-1]))
+    batches = []
+    while left:
+        batch = []
+        while left:
+            longer = [*batch, left[0]]
+            padded = len(longer) * max(max(sizes[i]) for i in longer)
+            fits = (max_tokens is None or padded <= max_tokens) and (
+                max_sentences is None or len(longer) <= max_sentences
+            )
+            if batch and not fits:
+                break
+            batch.append(left.pop(0))
+        while left and len(batch) > multiple and len(batch) % multiple:
+            left.insert(0, batch.pop())
+        batches.append(batch)
+    return batches
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 3000), key=keys)
+def test_keyed_permutation_is_a_bijection_for_any_size_and_key(size, key):
+    images = keyed_permutation(np.arange(size), size=size, key=key)
+    assert np.array_equal(np.sort(images), np.arange(size))
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 2**30), key=keys, data=st.data())
+def test_keyed_permutation_can_be_evaluated_anywhere(size, key, data):
+    indices = np.array(
+        data.draw(st.lists(st.integers(0, size - 1), max_size=20, unique=True)), dtype=np.int64
+    )
+    images = keyed_permutation(indices, size=size, key=key)
+    assert len(np.unique(images)) == len(indices)
+    assert ((images >= 0) & (images < size)).all()
+    one_by_one = [keyed_permutation(indices[i : i + 1], size=size, key=key)[0] for i in range(len(indices))]
+    assert images.tolist() == one_by_one
+
+
+def test_keyed_permutation_of_nothing_is_empty():
+    assert keyed_permutation(np.arange(0), size=0, key=(1,)).tolist() == []
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_all_permutations_of_few_elements_are_equally_frequent(size):
+    counts = dict.fromkeys(itertools.permutations(range(size)), 0)
+    num_keys = 60 * len(counts)
+    for key in range(num_keys):
+        counts[tuple(keyed_permutation(np.arange(size), size=size, key=(5, key)).tolist())] += 1
+    chi_square = sum((count - 60) ** 2 / 60 for count in counts.values())
+    degrees = len(counts) - 1
+    assert chi_square < degrees + 5 * math.sqrt(2 * degrees)
+
+
+def test_neighbours_are_scattered_over_a_large_range():
+    size = 1_000_003
+    images = keyed_permutation(np.arange(size), size=size, key=(1, 1))
+    # Of a random permutation: serial correlation 0 +- 1/sqrt(n); displacement n/3 on average.
+    assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 5 / math.sqrt(size)
+    assert abs(np.abs(images - np.arange(size)).mean() / size - 1 / 3) < 0.002
+    steps = np.bincount((images[1:] - images[:-1]) % size * 100 // size, minlength=100)
+    assert ((steps - size / 100) ** 2 / (size / 100)).sum() < 99 + 5 * math.sqrt(2 * 99)
+    other = keyed_permutation(np.arange(size), size=size, key=(1, 2))
+    assert (images == other).sum() < 20  # 1 expected
+
+
+@settings(deadline=None)
+@given(
+    sizes=size_arrays(),
+    max_tokens=st.none() | st.integers(12, 200),
+    max_sentences=st.none() | st.integers(1, 30),
+    multiple=st.integers(1, 9),
+)
+def test_cut_batches_equals_the_slow_reference(sizes, max_tokens, max_sentences, multiple):
+    limits = {"max_tokens": max_tokens, "max_sentences": max_sentences, "multiple": multiple}
+    batches = [batch.tolist() for batch in cut_batches(sizes, **limits)]
+    assert batches == cut_slowly(sizes.tolist(), **limits)
+
+
+@settings(deadline=None)
+@given(sizes=size_arrays(), max_tokens=st.integers(12, 200), multiple=st.integers(1, 9))
+def test_batches_hold_each_example_once_within_max_tokens_in_multiples(sizes, max_tokens, multiple):
+    batches = cut_batches(sizes, max_tokens=max_tokens, multiple=multiple)
+    assert sorted(itertools.chain.from_iterable(batches)) == list(range(len(sizes)))
+    assert all(len(batch) * sizes[batch].max() <= max_tokens for batch in batches)
+    assert all(len(batch) < multiple or len(batch) % multiple == 0 for batch in batches[:-1])
+
+
+def test_cut_batches_puts_an_overlong_example_into_a_batch_of_its_own():
+    sizes = np.array([[3, 3], [9, 2], [2, 3]])
+    batches = cut_batches(sizes, max_tokens=6, multiple=1)
+    assert [batch.tolist() for batch in batches] == [[2, 0], [1]]
+
+
+@settings(deadline=None)
+@given(
+    sizes=size_arrays(),
+    window_size=st.integers(1, 60),
+    max_tokens=st.integers(5, 100),
+    max_positions=st.none() | st.integers(5, 12).map(lambda n: (n,)),
+)
+def test_windows_hold_every_example_that_fits_exactly_once(sizes, window_size, max_tokens, max_positions):
+    limits = BatchLimits(max_tokens, max_positions=max_positions)
+    planned = []
+    for number in range(num_windows(len(sizes), window_size)):
+        window = Window(seed=1, epoch=1, number=number, size=window_size)
+        batches = plan_window(sizes, [(limits, 0)], window=window)
+        assert all(len(batch) * sizes[batch].max() <= max_tokens for batch in batches)
+        planned += [int(i) for batch in batches for i in batch]
+        assert set(planned[-sum(map(len, batches)) :] if batches else []) <= set(
+            window_examples(window, num_examples=len(sizes)).tolist()
+        )
+    fitting = np.flatnonzero(~too_long(sizes, limits))
+    assert sorted(planned) == fitting.tolist()
+    assert count_too_long(sizes, limits, block=7) == len(sizes) - len(fitting)
+
+
+def test_batches_of_a_window_are_shuffled_differently_in_each_epoch_and_window():
+    sizes = np.repeat(np.arange(1, 41, dtype=np.int32), 50)[:, None]
+    first_lengths = set()
+    for epoch, number in itertools.product((1, 2, 3), (0, 1)):
+        window = Window(seed=1, epoch=epoch, number=number, size=1000)
+        batches = plan_window(sizes, [(BatchLimits(200), 0)], window=window)
+        lengths = [int(sizes[batch].max()) for batch in batches]
+        assert lengths != sorted(lengths)
+        first_lengths.add(tuple(lengths))
+    assert len(first_lengths) == 6
+
+
+def test_max_positions_may_differ_by_column():
+    sizes = np.array([[5, 1], [6, 1], [1, 8], [1, 9]])
+    assert too_long(sizes, BatchLimits(None, max_positions=(5, 8))).tolist() == [False, True, False, True]
+    assert too_long(sizes, BatchLimits(None, max_positions=(7,))).tolist() == [False, False, True, True]
+
+
+@settings(deadline=None)
+@given(sizes=size_arrays(), world_size=st.integers(1, 4), max_tokens=st.integers(5, 50))
+def test_ordered_plans_share_all_examples_among_the_ranks(sizes, world_size, max_tokens):
+    limits = BatchLimits(max_tokens)
+    plans = [plan_ordered(sizes, limits, rank=rank, world_size=world_size) for rank in range(world_size)]
+    planned = [int(i) for plan in plans for batch in plan for i in batch]
+    assert sorted(planned) == list(range(len(sizes)))
+    for plan in plans:
+        lengths = [int(sizes[batch, 0].max()) for batch in plan]
+        assert lengths == sorted(lengths)
+
+
+def test_planning_takes_memory_by_the_window_and_not_by_the_data_set():
+    sizes = np.broadcast_to(np.array([[20, 25]], dtype=np.int32), (50_000_000, 2))  # takes 8 bytes
+    window = Window(seed=1, epoch=1, number=30, size=2**16)
+    tracemalloc.start()
+    try:
+        batches = plan_window(sizes, [(BatchLimits(4096), 0)], window=window)
+        assert count_too_long(sizes[:5_000_000], BatchLimits(4096)) == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(map(len, batches)) == 2**16
+    assert peak < 30e6
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (BatchingOptions(max_tokens=None), "batch-size"),
+        (BatchingOptions(max_tokens=0), "max-tokens"),
+        (BatchingOptions(batch_size=0), "batch-size"),
+        (BatchingOptions(update_freq=0), "update-freq"),
+        (BatchingOptions(required_batch_size_multiple=0), "required-batch-size-multiple"),
+        (BatchingOptions(num_workers=-1), "num-workers"),
+        (BatchingOptions(window_size=0), "window-size"),
+    ],
+)
+def test_options_out_of_range_are_named(options, name):
+    with pytest.raises(UserError, match=f"`{name}`"):
+        options.check()

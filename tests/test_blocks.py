@@ -1,0 +1,151 @@
+"""The reader: `\\n` alone ends a line, and both sides are cut at the same one."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nmt.data.blocks import check_file, decode_lines, find_file, read_blocks, read_lines
+from nmt.errors import UserError
+
+BOM = b"\xef\xbb\xbf"
+
+
+def reference_lines(data: bytes) -> list[bytes]:
+    lines = data.removeprefix(BOM).split(b"\n")
+    return lines[:-1] if lines[-1] == b"" else lines
+
+
+# Bytes that are likely to meet, and whatever else
+_bytes = st.lists(
+    st.sampled_from([b"\n", b"\r", b"\x0c", b"a", "\u2028\u0085é".encode(), BOM]) | st.binary()
+).map(b"".join)
+_lines = st.lists(_bytes.map(lambda data: data.replace(b"\n", b"")), max_size=30)
+
+
+@given(data=_bytes, is_compressed=st.booleans())
+def test_lines_are_what_split_gives(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, is_compressed: bool
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / ("text.gz" if is_compressed else "text")
+    path.write_bytes(gzip.compress(data) if is_compressed else data)
+    assert list(read_lines(path)) == reference_lines(data)
+
+
+@given(
+    pairs=st.lists(st.tuples(_bytes, _bytes), max_size=40),
+    last_newlines=st.tuples(st.booleans(), st.booleans()),
+    block_bytes=st.integers(2, 300),
+)
+def test_blocks_are_whole_pairs_in_order(
+    tmp_path_factory: pytest.TempPathFactory,
+    pairs: list[tuple[bytes, bytes]],
+    last_newlines: tuple[bool, bool],
+    block_bytes: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("blocks")
+    # A last line must not be empty, or leaving out its newline would leave out the line.
+    sides = [
+        [side.replace(b"\n", b"") for side in column] + [b"end"] for column in zip(*pairs, strict=True)
+    ] or [
+        [b"x"],
+        [b"y"],
+    ]
+    paths = [folder / "source", folder / "target"]
+    for path, lines, last_newline in zip(paths, sides, last_newlines, strict=True):
+        path.write_bytes(BOM + b"\n".join(lines) + b"\n" * last_newline)
+    blocks = list(read_blocks(*paths, block_bytes=block_bytes))
+    assert b"".join(block.source for block in blocks) == b"".join(line + b"\n" for line in sides[0])
+    assert b"".join(block.target for block in blocks) == b"".join(line + b"\n" for line in sides[1])
+    next_line = 1
+    for block in blocks:
+        assert block.first_line == next_line
+        assert block.num_pairs == block.source.count(b"\n") == block.target.count(b"\n") > 0
+        next_line += block.num_pairs
+
+
+def test_blocks_are_of_the_size_asked_for_however_the_sides_differ(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes((b"x" * 99 + b"\n") * 5000)
+    (tmp_path / "target").write_bytes(b"y\n" * 5000)
+    blocks = list(read_blocks(tmp_path / "source", tmp_path / "target", block_bytes=20_000))
+    assert max(len(block.source) + len(block.target) for block in blocks) <= 20_000
+    assert 50 <= len(blocks) <= 60
+
+
+def test_line_longer_than_a_block_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 1_000_000 + b"\nz")
+    (tmp_path / "target").write_bytes(b"y\nz")
+    blocks = list(read_blocks(tmp_path / "source", tmp_path / "target", block_bytes=1000))
+    assert blocks[0].source == b"x" * 1_000_000 + b"\n"
+    assert sum(block.num_pairs for block in blocks) == 2
+
+
+@pytest.mark.parametrize(("num_source", "num_target"), [(3, 1234), (1234, 3), (0, 2)])
+def test_different_numbers_of_lines_are_both_counted(
+    tmp_path: Path, num_source: int, num_target: int
+) -> None:
+    (tmp_path / "source").write_bytes(b"a b\n" * num_source)
+    (tmp_path / "target").write_bytes(b"c d e\n" * num_target)
+    with pytest.raises(UserError, match=f"{num_source:,} and {num_target:,}"):
+        list(read_blocks(tmp_path / "source", tmp_path / "target", block_bytes=100))
+
+
+def test_file_or_its_compressed_form_is_found(tmp_path: Path) -> None:
+    (tmp_path / "train.de.gz").touch()
+    (tmp_path / "train.en").touch()
+    assert find_file(f"{tmp_path}/train", "de") == tmp_path / "train.de.gz"
+    assert find_file(f"{tmp_path}/train", "en") == tmp_path / "train.en"
+    with pytest.raises(UserError, match=r"train\.fr must exist"):
+        find_file(f"{tmp_path}/train", "fr")
+
+
+@pytest.mark.parametrize(
+    ("data", "num_lines"), [(b"a", 1), (b"a\n", 1), (b"\n", 1), (b"a\rb\xc2\x85c\x0cd\xe2\x80\xa8e\n\nf", 3)]
+)
+def test_check_counts_lines(tmp_path: Path, data: bytes, num_lines: int) -> None:
+    (tmp_path / "text").write_bytes(data)
+    assert check_file(tmp_path / "text").num_lines == num_lines
+
+
+@pytest.mark.parametrize("data", [b"", BOM])
+def test_empty_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "text").write_bytes(data)
+    with pytest.raises(UserError, match="text must hold one sentence per line, but is empty"):
+        check_file(tmp_path / "text")
+
+
+@pytest.mark.parametrize("bad", [b"\xff", b"\xc3", b"\xed\xa0\x80"])
+@pytest.mark.parametrize("num_before", [0, 7, 200_000])
+def test_line_that_is_not_utf8_is_named(tmp_path: Path, bad: bytes, num_before: int) -> None:
+    data = "ein schöner Tag\n".encode() * num_before + b"x" + bad + b"\ny\n"
+    (tmp_path / "text").write_bytes(data)
+    with pytest.raises(UserError, match=f"text, line {num_before + 1}:"):
+        check_file(tmp_path / "text")
+    with pytest.raises(UserError, match=f"text, line {num_before + 11}:"):
+        decode_lines(data, tmp_path / "text", first_line=11)
+
+
+def test_character_cut_by_the_end_of_the_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"a\nb\xc3")
+    with pytest.raises(UserError, match="text, line 2:"):
+        check_file(tmp_path / "text")
+
+
+def test_damaged_gzip_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b"a sentence\n" * 1000)
+    for name, data in {
+        "cut.gz": whole[:-20],
+        "plain.gz": b"a sentence\n",
+        "bent.gz": whole[:30] + b"xx" + whole[32:],
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"{name} must be a whole gzip file"):
+            check_file(tmp_path / name)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_decoded_lines_are_split_at_newlines_only(text: str) -> None:
+    lines = text.split("\n")
+    assert decode_lines((text + "\n").encode(), Path("text"), first_line=1) == lines

@@ -1,0 +1,153 @@
+"""Models and search together: limits, ensembles, sentences that leave the batch, options."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_table
+
+from nmt.errors import UserError
+from nmt.generation.beam_search import Hypothesis
+from nmt.generation.generator import Generator
+from nmt.generation.options import DecodingOptions
+
+ENDLESS = from_table(
+    {(A,) * length: {A: 0.9, EOS: 0.1} for length in range(101)}
+)  # greedy search never ends it
+
+
+def generator(models: list[TableModel], options: DecodingOptions) -> Generator:
+    return Generator(models, options, pad_id=PAD, eos_id=EOS, unk_id=UNK)
+
+
+def padded(sentences: list[list[int]]) -> torch.Tensor:
+    longest = max(map(len, sentences))
+    return torch.tensor([sentence + [PAD] * (longest - len(sentence)) for sentence in sentences])
+
+
+def test_length_limit_is_the_sentences_own() -> None:
+    source = padded([[A, EOS], [A, A, A, A, EOS]])
+    options = DecodingOptions(beam=1, max_len_a=1.5, max_len_b=1)
+    results = generator([TableModel(ENDLESS)], options).generate(source)
+    assert [len(hypothesis.tokens) for (hypothesis,) in results] == [4, 8]  # 1.5*2 + 1; int(1.5*5 + 1)
+
+
+def test_length_limit_is_at_most_what_the_model_takes() -> None:
+    # Positions of the decoder: the start token and 6 others.
+    model = TableModel(ENDLESS, max_target_positions=7)
+    (hypothesis,) = generator([model], DecodingOptions(beam=1)).generate(padded([[A, EOS]]))[0]
+    assert hypothesis.tokens == [A] * 6
+
+
+def test_length_limit_of_an_ensemble_is_the_smallest() -> None:
+    models = [TableModel(ENDLESS, max_target_positions=7), TableModel(ENDLESS, max_target_positions=5)]
+    (hypothesis,) = generator(models, DecodingOptions(beam=1)).generate(padded([[A, EOS]]))[0]
+    assert hypothesis.tokens == [A] * 4
+
+
+def test_eos_at_the_limit_keeps_its_true_score() -> None:
+    model = TableModel(ENDLESS, max_target_positions=3)
+    (hypothesis,) = generator([model], DecodingOptions(beam=1)).generate(padded([[A, EOS]]))[0]
+    assert hypothesis.token_scores == pytest.approx([math.log(0.9), math.log(0.9), math.log(0.1)])
+
+
+def test_ensemble_averages_probabilities() -> None:
+    first, second, third = (random_table(seed, 7) for seed in range(3))
+
+    def mean(name: int, prefix: tuple[int, ...]) -> list[float]:
+        return [
+            sum(ps) / 3 for ps in zip(*(table(name, prefix) for table in (first, second, third)), strict=True)
+        ]
+
+    options = DecodingOptions(beam=4, nbest=4)
+    source = torch.tensor([[0, EOS], [4, EOS]])
+    together = generator([TableModel(first), TableModel(second), TableModel(third)], options).generate(source)
+    expected = generator([TableModel(mean)], options).generate(source)
+    assert_same(together, expected)
+
+
+def test_ensemble_of_one_model_twice_is_the_model() -> None:
+    table = random_table(5, 7)
+    options = DecodingOptions(beam=3, nbest=3)
+    source = torch.tensor([[0, EOS]])
+    twice = generator([TableModel(table), TableModel(table)], options).generate(source)
+    assert_same(twice, generator([TableModel(table)], options).generate(source))
+
+
+def test_done_sentences_leave_the_batch() -> None:
+    # Sentence A ends after one token, sentence B goes on to its limit of 4.
+    def probabilities(name: int, prefix: tuple[int, ...]) -> list[float]:
+        ends = name == A and len(prefix) == 1
+        return [0.0, 0.0, 1.0, 0.0, 0.0, 0.0] if ends else [0.0, 0.0, 0.2, 0.0, 0.8, 0.0]
+
+    model = TableModel(probabilities)
+    options = DecodingOptions(beam=1, max_len_a=0, max_len_b=4)
+    generator([model], options).generate(torch.tensor([[A, EOS], [B, EOS]]))
+    assert model.num_rows == [2, 2, 1, 1, 1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10**6), beam=st.integers(1, 4))
+def test_a_sentence_does_not_depend_on_its_neighbours(data: st.DataObject, seed: int, beam: int) -> None:
+    sentences = data.draw(st.lists(st.lists(st.integers(3, 6), max_size=4), min_size=1, max_size=6))
+    sources = [[3 + i, *rest, EOS] for i, rest in enumerate(sentences)]  # the first token names the sentence
+    order = data.draw(st.permutations(range(len(sources))))
+    options = DecodingOptions(beam=beam, nbest=beam, max_len_a=1.0, max_len_b=1)
+    search = generator([TableModel(random_table(seed, 8, sharpness=1.0))], options)
+    together = search.generate(padded([sources[i] for i in order]))
+    for place, i in enumerate(order):
+        assert search.generate(padded([sources[i]])) == [together[place]]
+
+
+def test_scores_are_as_accurate_as_the_model() -> None:
+    table = random_table(1, 7)
+    source = torch.tensor([[0, EOS]])
+    exact = generator([TableModel(table)], DecodingOptions()).generate(source)[0][0].score
+    rounded = (
+        generator([TableModel(table, dtype=torch.float32)], DecodingOptions()).generate(source)[0][0].score
+    )
+    halved = (
+        generator([TableModel(table, dtype=torch.float16)], DecodingOptions()).generate(source)[0][0].score
+    )
+    assert rounded == pytest.approx(exact, abs=1e-5)
+    assert torch.tensor(rounded).double().item() == rounded  # a float32 number
+    assert torch.tensor(exact).double().item() != exact
+    assert halved == pytest.approx(exact, abs=1e-2)
+
+
+def test_an_empty_batch_has_no_results() -> None:
+    assert (
+        generator([TableModel(ENDLESS)], DecodingOptions()).generate(torch.empty((0, 0), dtype=torch.int64))
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (DecodingOptions(beam=0), "`beam` must be at least 1, but is 0"),
+        (DecodingOptions(beam=2, nbest=3), r"`nbest` must be from 1 to beam \(2\), but is 3"),
+        (DecodingOptions(nbest=0), "`nbest` must be"),
+        (DecodingOptions(lenpen=math.nan), "`lenpen` must be a finite number"),
+        (DecodingOptions(lenpen=0.5, unnormalized=True), "`lenpen` must be left out"),
+        (DecodingOptions(min_len=-1), "`min-len` must be at least 0"),
+        (DecodingOptions(max_len_a=-1.0), "`max-len-a` must be at least 0"),
+        (DecodingOptions(max_len_b=-1), "`max-len-b` must be at least 0"),
+        (DecodingOptions(unkpen=math.inf), "`unkpen` must be a finite number"),
+        (DecodingOptions(temperature=0.0), "`temperature` must be above 0, but is 0.0"),
+    ],
+)
+def test_options_without_sense_are_refused(options: DecodingOptions, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        options.check()
+
+
+def assert_same(results: list[list[Hypothesis]], expected: list[list[Hypothesis]]) -> None:
+    """Compare tokens strictly and scores up to rounding."""
+    assert [[x.tokens for x in nbest] for nbest in results] == [
+        [x.tokens for x in nbest] for nbest in expected
+    ]
+    for nbest, nbest_expected in zip(results, expected, strict=True):
+        assert [x.score for x in nbest] == pytest.approx([x.score for x in nbest_expected])
