@@ -3,6 +3,7 @@
 import filecmp
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,11 +34,10 @@ def train(config: TrainConfig[Any]) -> Path:
         UserError: The configuration, the data or the checkpoint to go on from do not fit.
     """
     with join_world(config.device) as world:
-        log = RunLog(config.save_dir, is_writer=world.is_main)
-        try:
-            return Run(config, world, log).train()
-        finally:
-            log.close()
+        with closing(RunLog(config.save_dir, is_writer=world.is_main)) as log:
+            run = Run(config, world, log)
+            with closing(run.batches):
+                return run.train()
 
 
 @dataclass
@@ -87,13 +87,14 @@ class Run:
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
-            num_workers=config.batching.num_workers,
+            pin_memory=world.device.type == "cuda",
         )
         torch.manual_seed(config.seed)
         model = self.task.build_model()
         self.trainer = Trainer(self.task, model, config.optimization, world=world, seed=config.seed)
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
         self.progress = Progress()
+        self.epoch = self.batches.epoch  # of the last update; the iterator's is already the next at its end
         self.clock = time.monotonic()
 
     def train(self) -> Path:
@@ -110,7 +111,7 @@ class Run:
 
     def _train_epoch(self) -> None:
         """Make the updates that are left of this epoch, or fewer if the run ends within it."""
-        options, epoch = self.config.checkpoints, self.batches.epoch
+        options, self.epoch = self.config.checkpoints, self.batches.epoch
         self.clock = time.monotonic()
         for micro_batches in self.batches:
             with self.trainer.metrics.scope("interval"):
@@ -118,7 +119,7 @@ class Run:
             self._tick()
             update = self.trainer.update
             if update % self.config.log_interval == 0:
-                self._report("interval", epoch)
+                self._report("interval")
             if _is_due(update, options.validate_interval_updates):
                 self._validate()
                 self._save()
@@ -126,8 +127,8 @@ class Run:
                 self._save()
             if self._reason_to_stop():
                 return
-        self._report("train", epoch)
-        if _is_due(epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
+        self._report("train")
+        if _is_due(self.epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
             self._validate()
             self._save()
 
@@ -148,14 +149,13 @@ class Run:
             self.config.batching,
             rank=self.world.rank,
             world_size=self.world.size,
-            num_workers=0,
         )
         results = self.trainer.validate(self.valid_examples, share)
         self.progress.note(
             self.trainer.update, results[self.metric], better=self.task.metrics[self.metric]
         )
         best = self.progress.values[self.progress.best_update or self.trainer.update]
-        position = {"update": self.trainer.update, "epoch": self.batches.epoch}
+        position = {"update": self.trainer.update, "epoch": self.epoch}
         self.log.report("valid", {**position, **results, f"best {self.metric}": best})
         self.clock = time.monotonic()
 
@@ -209,6 +209,7 @@ class Run:
         self.trainer.load_state_dict(optimizer, state["trainer"])
         self.batches.load_state_dict(state["batches"])
         self.progress = _progress_from(state["progress"])
+        self.epoch = self.batches.epoch
         if self.world.is_main:
             write_yaml(self.config, self.config.save_dir / "config.yaml")
         self.log.cut_records(state["records_size"])
@@ -233,12 +234,12 @@ class Run:
                         f"`{before_path}`. Use the same data or name another `save-dir`."
                     )
 
-    def _report(self, scope: str, epoch: int) -> None:
+    def _report(self, scope: str) -> None:
         """Log what a scope has seen, then empty it."""
         metrics = self.trainer.metrics
         sums = metrics.sums(scope, self.world)
         if sums:
-            record: dict[str, Any] = {"update": self.trainer.update, "epoch": epoch}
+            record: dict[str, Any] = {"update": self.trainer.update, "epoch": self.epoch}
             record.update(self.task.summarize(sums))
             if scope == "interval":
                 record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)
@@ -254,7 +255,7 @@ class Run:
         now = time.monotonic()
         self.progress.interval_seconds += now - self.clock
         self.clock = now
-        self.log.progress(self.trainer.update, epoch=self.batches.epoch, total=self._expected_updates())
+        self.log.progress(self.trainer.update, epoch=self.epoch, total=self._expected_updates())
 
     def _expected_updates(self) -> int | None:
         """Estimate at which update the run will end, for the bar."""

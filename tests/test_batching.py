@@ -36,7 +36,9 @@ def size_arrays(draw, max_count=150, longest=12):
 
 def cut_slowly(sizes, *, max_tokens, max_sentences, multiple):
     """The rule of `cut_batches`, example by example."""
-    left = sorted(range(len(sizes)), key=lambda i: (sizes[i][0], sizes[i][-1]))
+    left = sorted(
+        range(len(sizes)), key=lambda i: (sizes[i][0], sizes[i][-1] if sizes[i][0] % 2 else -sizes[i][-1])
+    )
     batches = []
     while left:
         batch = []
@@ -153,16 +155,24 @@ def test_windows_hold_every_example_that_fits_exactly_once(sizes, window_size, m
     assert count_too_long(sizes, limits, block=7) == len(sizes) - len(fitting)
 
 
-def test_batches_of_a_window_are_shuffled_differently_in_each_epoch_and_window():
+def test_examples_and_batches_are_in_another_order_in_each_epoch_and_window():
+    sizes = np.ones((200, 1), dtype=np.int32)  # all equal, so that sorting leaves the order of the epoch
+    example_orders, batch_orders = set(), set()
+    for seed, epoch, number in itertools.product((1, 2), (1, 2), (0, 1)):
+        window = Window(seed=seed, epoch=epoch, number=number, size=100)
+        examples = window_examples(window, num_examples=200).tolist()
+        batches = plan_window(sizes, [(BatchLimits(5, multiple=1), 0)], window=window)
+        example_orders.add(tuple(examples))
+        batch_orders.add(tuple(examples.index(batch[0]) for batch in batches))
+    assert len(example_orders) == len(batch_orders) == 8
+
+
+def test_short_and_long_batches_are_mixed():
     sizes = np.repeat(np.arange(1, 41, dtype=np.int32), 50)[:, None]
-    first_lengths = set()
-    for epoch, number in itertools.product((1, 2, 3), (0, 1)):
-        window = Window(seed=1, epoch=epoch, number=number, size=1000)
-        batches = plan_window(sizes, [(BatchLimits(200), 0)], window=window)
-        lengths = [int(sizes[batch].max()) for batch in batches]
-        assert lengths != sorted(lengths)
-        first_lengths.add(tuple(lengths))
-    assert len(first_lengths) == 6
+    batches = plan_window(sizes, [(BatchLimits(200), 0)], window=Window(seed=1, epoch=1, number=0, size=2000))
+    lengths = np.array([sizes[batch].max() for batch in batches])
+    # Of a random order: serial correlation 0 +- 1/sqrt(number of batches).
+    assert abs(np.corrcoef(lengths[:-1], lengths[1:])[0, 1]) < 4 / math.sqrt(len(lengths))
 
 
 def test_max_positions_may_differ_by_column():

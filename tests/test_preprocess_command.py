@@ -1,10 +1,12 @@
 """nmt-preprocess through its real entry point: what it makes, and what it says of bad input."""
 
 import gzip
+import itertools
 import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,8 +72,8 @@ def run(argv: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def assert_fails(argv: list[str], *parts: str) -> str:
-    """Run; expect exit code 2 and, as the last line of stderr, an error with these parts. Return that line."""
+def assert_fails(argv: list[str], *parts: str) -> None:
+    """Run; expect exit code 2 and an error with these parts as the last line of stderr."""
     result = run(argv)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.splitlines()
@@ -80,7 +82,6 @@ def assert_fails(argv: list[str], *parts: str) -> str:
     for part in parts:
         assert part in lines[-1]
     assert sum(line.startswith("nmt-preprocess: error:") for line in lines) == 1
-    return lines[-1]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -268,7 +269,7 @@ def test_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "thesis.tex").read_text() == "precious"
 
 
-def _append(name: str, data: bytes):  # type: ignore[no-untyped-def]
+def _append(name: str, data: bytes) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         with (folder / name).open("ab") as file:
             file.write(data)
@@ -297,9 +298,8 @@ BAD_INPUT = {
         {},
         ["must hold sentences"],
     ),
-    "all too long": (None, {"max_length": "2"}, ["all 300 were dropped", "max-length"]),
+    "all too long": (None, {"max_length": "2"}, ["were dropped", "longer than 2 pieces", "`max-length`"]),
     "vocabulary too small": (None, {"vocab_size": "100"}, ["`vocab-size` must be at least 2", "is 100"]),
-    "vocabulary size is no number": (None, {"vocab_size": "many"}, ["vocab-size"]),
     "misspelt option": (None, {"vocabsize": "100"}, ["vocabsize", "vocab-size"]),
     "missing model": (None, {"sentencepiece_model": "/none.model", "vocab_size": None}, ["/none.model"]),
     "no model": (
@@ -375,7 +375,7 @@ def test_sample_of_lines_is_evenly_spread(tmp_path: Path, num_lines: int, max_li
     (tmp_path / "text").write_text("".join(f"{i}\n" for i in range(num_lines)))
     sample = [int(line) for line in sample_lines([TextFile(tmp_path / "text", num_lines, "")], max_lines)]
     assert len(sample) == min(num_lines, max_lines)
-    steps = {after - before for before, after in zip(sample, sample[1:], strict=False)}
+    steps = {after - before for before, after in itertools.pairwise(sample)}
     assert max(steps) - min(steps) <= 1
 
 

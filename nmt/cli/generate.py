@@ -103,16 +103,14 @@ class _Report:
     def print(self) -> None:
         """Print the warnings and a summary."""
         for numbers, fault in (
-            (self.cut, "longer than the model takes: their last pieces were not translated"),
-            (self.without_score, "without a translation: the model's output is not a number"),
+            (self.cut, "longer than the model takes, so their last pieces were left out"),
+            (self.without_score, "no translation, because the model's output is not a number"),
         ):
             if numbers:
                 named = ", ".join(f"{number:,}" for number in numbers[:_LINES_TO_NAME])
                 more = ", ..." if len(numbers) > _LINES_TO_NAME else ""
-                print(
-                    f"{PROG}: warning: {len(numbers):,} lines are {fault} (line {named}{more})",
-                    file=sys.stderr,
-                )
+                counts = f"{len(numbers):,} of {self.num_lines:,} lines"
+                print(f"{PROG}: warning: {counts}: {fault} (line {named}{more})", file=sys.stderr)
         seconds = time.perf_counter() - self.started
         rate = self.num_lines / max(seconds, 1e-9)
         print(

@@ -17,14 +17,14 @@ class GenerateOptions:
     input: Path | None = None
     """Text to translate, a sentence a line (.gz too); standard input if none is named."""
     output: Path | None = None
-    """Where to write the translations, `nbest` lines for each line of input; standard output if none is named."""
+    """Where to write the translations, `nbest` lines for a line; standard output if none is named."""
     reference: Path | None = None
-    """Reference translations, as many lines as the input: BLEU and chrF of the best hypotheses are printed."""
+    """Reference translations, as many lines as the input: BLEU and chrF of the best ones are printed."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     buffer_size: int = 10_000
     """Lines that are read, sorted by length and translated before they are written, in their own order."""
     max_tokens: int = 2048
-    """Largest batch: its sentences times the pieces of the longest one. It changes speed, not translations."""
+    """Largest batch: its sentences times the pieces of the longest one. It changes the speed alone."""
     batch_size: int | None = None
     """Most sentences of a batch."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

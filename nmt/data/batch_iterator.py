@@ -78,10 +78,6 @@ class BatchIterator:
 
     Worker processes live until `close()`, or until the iterator is garbage. They are spawned, since forking a
     process with threads or a CUDA context is unsafe. So `examples` must pickle: as paths rather than content.
-
-    Attributes:
-        num_too_long: number of examples left out since they are beyond `max_tokens` or `max_positions`.
-        num_examples: number of examples of an epoch under the current limits.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ def log_probabilities(logits: Sequence[Tensor], *, temperature: float) -> Tensor
     """Return the log of the mean, over models, of softmax(logits / temperature).
 
     Args:
-        logits: (R, V) of each model, any float type.
+        logits: (R, V) of each model, any float type; overwritten.
         temperature: Above 0.
 
     Returns:
@@ -26,7 +26,9 @@ def log_probabilities(logits: Sequence[Tensor], *, temperature: float) -> Tensor
     each = []
     for x in logits:
         x = x if x.dtype == torch.float64 else x.float()
-        each.append(torch.log_softmax(x if temperature == 1.0 else x / temperature, dim=-1))
+        if temperature != 1.0:
+            x /= temperature
+        each.append(torch.log_softmax(x, dim=-1, out=x))
     if len(each) == 1:
         return each[0]
     return torch.stack(each).logsumexp(dim=0) - math.log(len(each))

@@ -11,31 +11,23 @@ class DecodingOptions:
     """How translations are searched for. Names and meanings are fairseq's."""
 
     beam: int = 5
-    """hypotheses that are kept for a sentence at each step; 1 is greedy search"""
-
+    """Number of hypotheses that are kept for a sentence at each step; 1 is greedy search."""
     nbest: int = 1
-    """hypotheses that are returned for a sentence, best first"""
-
+    """Number of hypotheses that are returned for a sentence, best first."""
     lenpen: float = 1.0
-    """a score is (sum of log-probabilities) / length ** lenpen: below 1 favours shorter, above 1 longer"""
-
+    """A score is (sum of log-probabilities) / length ** lenpen: more than 1 favours long translations."""
     unnormalized: bool = False
-    """rank by the plain sum of log-probabilities; lenpen has no effect then"""
-
+    """Rank by the plain sum of log-probabilities, without a length penalty."""
     min_len: int = 1
-    """fewest tokens before the end of sentence; a sentence's length limit goes before it"""
-
+    """Fewest tokens before the end of sentence; a sentence's length limit goes before it."""
     max_len_a: float = 2.0
-    """a translation has at most max-len-a * (source pieces and end of sentence) + max-len-b tokens"""
-
+    """A translation has at most max-len-a * (source pieces + 1) + max-len-b tokens."""
     max_len_b: int = 10
-    """see max-len-a"""
-
+    """See max-len-a."""
     unkpen: float = 0.0
-    """subtracted from the log-probability of the unknown token"""
-
+    """Subtracted from the log-probability of the unknown token."""
     temperature: float = 1.0
-    """divides the logits: above 1 flattens the distribution, below 1 sharpens it"""
+    """Divides the logits: above 1 flattens the distribution, below 1 sharpens it."""
 
     def check(self) -> None:
         """Raise a `UserError` for the first value that makes no sense."""

@@ -53,6 +53,8 @@ class TranslationTask:
         else:
             self.assets = assets
             self.source_lang, self.target_lang = _read_languages(assets / _LANGUAGES)
+        if not (self.assets / _SEGMENTER).is_file():
+            raise UserError(f"`{self.assets / _SEGMENTER}` must exist, but is missing.")
         self.source_vocabulary = Vocabulary.load(self.assets / f"dict.{self.source_lang}.txt")
         self.target_vocabulary = Vocabulary.load(self.assets / f"dict.{self.target_lang}.txt")
         self.source_segmenter = Segmenter(self.assets / _SEGMENTER, self.source_vocabulary)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from nmt.data.parallel_dataset import pad_right
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.errors import UserError
 from nmt.generation.beam_search import Hypothesis
-from nmt.generation.generator import Generator, TranslationModel
+from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
+from nmt.models.transformer import Transformer
 from nmt.translation.task import TranslationTask
 
 
@@ -52,7 +53,7 @@ class Translation:
 class Translator:
     """A translation model, ready for text."""
 
-    def __init__(self, model: TranslationModel, task: TranslationTask, *, device: torch.device | str) -> None:
+    def __init__(self, model: Transformer, task: TranslationTask, *, device: torch.device | str) -> None:
         """Take a model that is on `device` and in evaluation mode, and the task that it was made for."""
         self.model = model
         self.task = task
@@ -65,12 +66,12 @@ class Translator:
         Raises:
             UserError: The folder is no model folder, is damaged, or holds a model that does not translate.
         """
-        model, task = load_model(Path(path), device)
-        if not isinstance(task, TranslationTask):
-            raise UserError(
-                f"`{path}` must hold a translation model, but was made for {type(task).__name__}."
-            )
-        return cls(cast(TranslationModel, model), task, device=device)
+        loaded: tuple[object, object] = load_model(Path(path), device)
+        model, task = loaded
+        if not isinstance(model, Transformer) or not isinstance(task, TranslationTask):
+            kind = type(model).__name__
+            raise UserError(f"`{path}` must hold a translation model, but holds a {kind} of another task.")
+        return cls(model, task, device=device)
 
     def translate(self, lines: Sequence[str], **decoding: Any) -> list[str]:
         """Return the best translation of each line; that of a blank line is empty.
@@ -122,7 +123,7 @@ class Translator:
         filled = (lengths > 1).nonzero()[0]  # lines that have a piece besides eos
         on_progress(len(lines) - len(filled))
         for chosen in cut_batches(
-            lengths[filled, None], max_tokens=batching.max_tokens, max_examples=batching.batch_size
+            lengths[filled, None], max_tokens=batching.max_tokens, max_sentences=batching.batch_size
         ):
             indices = filled[chosen]
             batch = self._search([sources[i] for i in indices], generator)

@@ -1,0 +1,247 @@
+"""nmt-generate: files in and out, scores, and what can go wrong."""
+
+import gzip
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_translation_model import WORDS, write_tiny_model
+
+from nmt.cli.generate import main
+from nmt.translation.translator import Translator
+
+LINES = [f"the {WORDS[i % 16]} {WORDS[i % 11]}" for i in range(20)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("run") / "model")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[str]:
+    return Translator.load(model).translate(LINES, beam=2)
+
+
+@pytest.fixture
+def generate(model: Path) -> Callable[..., None]:
+    return lambda *arguments: main(
+        ["--model", str(model), "--device", "cpu", "--beam", "2", *map(str, arguments)]
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "source.en", "\n".join(LINES) + "\n")
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read_lines(path: Path) -> list[str]:
+    return path.read_bytes().decode().removesuffix("\n").split("\n")
+
+
+def fails(capsys: pytest.CaptureFixture[str], command: Callable[[], None]) -> str:
+    """Run a command that must end with exit code 2; return the one line it prints."""
+    with pytest.raises(SystemExit) as error:
+        command()
+    assert error.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_translates_a_file_in_its_order(
+    generate: Callable[..., None], source: Path, expected: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "output.de"
+    generate("--input", source, "--output", output)
+    assert read_lines(output) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output.de", "source.en"]
+
+
+@pytest.mark.parametrize("arguments", [("--buffer-size", 3), ("--max-tokens", 1), ("--batch-size", 1)])
+def test_batches_change_no_translation(
+    generate: Callable[..., None],
+    source: Path,
+    expected: list[str],
+    tmp_path: Path,
+    arguments: tuple[str, int],
+) -> None:
+    generate("--input", source, "--output", tmp_path / "output", *arguments)
+    assert read_lines(tmp_path / "output") == expected
+
+
+def test_a_compressed_input_and_a_last_line_without_newline(
+    generate: Callable[..., None], expected: list[str], tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source.gz", gzip.compress("\n".join(LINES).encode()))
+    generate("--input", source, "--output", tmp_path / "output")
+    assert read_lines(tmp_path / "output") == expected
+
+
+def test_blank_in_blank_out_and_only_a_newline_ends_a_line(
+    generate: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "source", "a dog\n\n \r\na\rdog\u2028and\x85a\fcat\n")
+    generate("--input", source, "--output", tmp_path / "output")
+    lines = read_lines(tmp_path / "output")
+    assert len(lines) == 4
+    assert lines[1:3] == ["", ""]
+    assert lines[0]
+    assert lines[3]
+    assert capsys.readouterr().err.startswith("4 lines | 2 blank | ")
+
+
+def test_nbest_writes_as_many_lines_for_each(generate: Callable[..., None], tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "the dog\n\na cat\n")
+    generate("--input", source, "--output", tmp_path / "best")
+    generate("--input", source, "--output", tmp_path / "nbest", "--nbest", 2)
+    lines = read_lines(tmp_path / "nbest")
+    assert len(lines) == 6
+    assert lines[::2] == read_lines(tmp_path / "best")
+    assert lines[2:4] == ["", ""]
+
+
+def test_standard_input_to_standard_output(model: Path, expected: list[str], tmp_path: Path) -> None:
+    # Through the real entry point. Translations go to stdout alone, scores and reports to stderr.
+    reference = write(tmp_path / "reference", "\n".join(expected))
+    command = [Path(sys.executable).with_name("nmt-generate"), "--model", model, "--beam", "2"]
+    command += ["--num-threads", "1", "--reference", reference]
+    done = subprocess.run(
+        command, input="\n".join(LINES).encode(), capture_output=True, check=True, timeout=120
+    )
+    assert done.stdout.decode() == "\n".join(expected) + "\n"
+    report = done.stderr.decode().splitlines()
+    assert report[0].startswith("20 lines | 0 blank | ")
+    assert report[1].startswith("BLEU 100.00 | nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert report[2].startswith("chrF2 100.00 | nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+    assert len(report) == 3
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "the dog\n" * 20_000)
+    generate = Path(sys.executable).with_name("nmt-generate")
+    command = f"'{generate}' --model '{model}' --beam 1 --num-threads 1 --input '{source}' | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_scores_are_results_when_the_translations_go_to_a_file(
+    generate: Callable[..., None],
+    source: Path,
+    expected: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reference = write(tmp_path / "reference", "\n".join(expected) + "\n")
+    generate("--input", source, "--output", tmp_path / "output", "--reference", reference)
+    bleu, chrf = capsys.readouterr().out.splitlines()
+    assert bleu.startswith("BLEU 100.00 | nrefs:1")
+    assert chrf.startswith("chrF2 100.00 | nrefs:1")
+
+
+def test_a_reference_of_another_length_is_refused_with_both_counts(
+    generate: Callable[..., None], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = write(tmp_path / "reference", "eins\nzwei\n")
+    output = tmp_path / "output"
+    error = fails(capsys, lambda: generate("--input", source, "--output", output, "--reference", reference))
+    assert "must have the same number of lines, but have 20 and 2" in error
+    assert not output.exists()
+
+
+def test_a_source_that_is_too_long_is_named(
+    generate: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "source", "the dog\n" + "the " * 100 + "\n")
+    generate("--input", source, "--output", tmp_path / "output")
+    warning, summary = capsys.readouterr().err.splitlines()
+    assert warning.startswith("nmt-generate: warning: 1 of 2 lines: longer than the model takes")
+    assert warning.endswith("(line 2)")
+    assert summary.startswith("2 lines | 0 blank")
+
+
+@pytest.mark.parametrize("name", ["input", "reference"])
+def test_invalid_utf8_is_named_by_file_and_line(
+    generate: Callable[..., None], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    broken = write(tmp_path / "broken", b"a dog\n" * 2 + b"a \xff cat\n" + b"a dog\n" * 17)
+    other = [] if name == "input" else ["--input", source]
+    output = tmp_path / "output"
+    error = fails(capsys, lambda: generate(f"--{name}", broken, *other, "--output", output))
+    assert f"{broken}, line 3: must be UTF-8" in error
+    assert not output.exists()
+
+
+def test_invalid_utf8_in_a_stream_leaves_no_output(model: Path, tmp_path: Path) -> None:
+    command = [
+        Path(sys.executable).with_name("nmt-generate"),
+        "--model",
+        model,
+        "--output",
+        tmp_path / "output",
+    ]
+    command += ["--buffer-size", "1", "--num-threads", "1"]
+    done = subprocess.run(
+        command, input=b"a dog\na \xff cat\n", capture_output=True, check=False, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("nmt-generate: error: <stdin>, line 2: must be UTF-8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--input", "nothing.en"), "nothing.en must exist, but there is no such file"),
+        (("--input", "empty.en"), "empty.en must hold one sentence per line, but is empty"),
+        (("--input", "source.en", "--reference", "nothing.de"), "nothing.de: No such file or directory"),
+        (("--input", "source.en", "--output", "nowhere/output"), "`output` must be in a folder that exists"),
+        (("--input", "source.en", "--output", "source.en"), "`output` must be another file than `input`"),
+        (("--input", "source.en", "--nbest", 3), "`nbest` must be from 1 to beam (2), but is 3"),
+        (("--input", "source.en", "--max-tokens", 0), "`max-tokens` must be at least 1, but is 0"),
+        (("--input", "source.en", "--bean", 3), "Perhaps you meant `--beam`?"),
+        (("--input", "source.en", "--model", "."), "must be a file of the checkpoint, but is missing"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    generate: Callable[..., None],
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[object, ...],
+    text: str,
+) -> None:
+    write(tmp_path / "empty.en", "")
+    monkeypatch.chdir(tmp_path)
+    error = fails(capsys, lambda: generate(*arguments))
+    assert error.startswith("nmt-generate: error: ")
+    assert text in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.en", "source.en"]
+
+
+def test_an_output_that_exists_is_replaced_at_the_end_alone(
+    generate: Callable[..., None], source: Path, expected: list[str], tmp_path: Path
+) -> None:
+    output = write(tmp_path / "output", "old\n")
+    generate("--input", source, "--output", output)
+    assert read_lines(output) == expected

@@ -1,0 +1,158 @@
+"""The story of a run, told with a third task: it learns, stops, resumes as if never stopped, refuses others."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_task import PointOptions
+
+from nmt.checkpoint import CheckpointFolder
+from nmt.data.options import BatchingOptions
+from nmt.errors import UserError
+from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
+from nmt.train_loop import Progress, train
+
+pytestmark = pytest.mark.usefixtures("points_plugin")
+
+# 500 examples in batches of 32: 16 updates an epoch.
+OPTIMIZATION = OptimizationOptions(lr=0.02, warmup_updates=5, max_update=100)
+
+
+def config(folder: Path, **changes: Any) -> TrainConfig[PointOptions]:
+    checkpoints = CheckpointOptions(**changes.pop("checkpoints", {}))
+    optimization = replace(OPTIMIZATION, **changes.pop("optimization", {}))
+    settings: dict[str, Any] = {"device": "cpu", "log_interval": 10, **changes}
+    return TrainConfig(
+        task="points",
+        task_options=settings.pop("task_options", PointOptions()),
+        save_dir=folder,
+        batching=settings.pop("batching", BatchingOptions(max_tokens=None, batch_size=32)),
+        optimization=optimization,
+        checkpoints=checkpoints,
+        **settings,
+    )
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def log(folder: Path) -> str:
+    return (folder / "train.log").read_text()
+
+
+def tensors(folder: Path, update: int) -> dict[str, torch.Tensor]:
+    path = CheckpointFolder(folder / "checkpoints").at(update)
+    return {**load_file(path / "model.safetensors"), **load_file(path / "optimizer.safetensors")}
+
+
+def assert_bit_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_task_that_is_not_about_sentences_learns(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    best = train(config(folder, checkpoints={"best_checkpoint_metric": "accuracy"}))
+    validations = records(folder, "valid")
+    assert validations[-1]["accuracy"] > 0.95
+    highest = max(validations, key=lambda record: (record["accuracy"], -record["update"]))
+    assert best.resolve().name == f"update-{highest['update']:07d}"
+    assert "finished: reached max-update 100" in log(folder)
+    # Batch norm's statistics are part of the model.
+    assert tensors(folder, 100)["1.num_batches_tracked"] == 100
+
+
+@pytest.mark.parametrize("stop", [5, 16, 37, 64], ids=["first epoch", "end of epoch", "mid-epoch", "epoch 4"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path: Path, stop: int) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config(whole))
+    train(config(parts, optimization={"max_update": stop}))
+    train(config(parts))
+    assert_bit_equal(tensors(whole, 100), tensors(parts, 100))
+
+    def without_time(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in record.items() if key != "targets/s"} for record in found]
+
+    for kind in ("train", "epoch"):
+        assert without_time(records(parts, kind)) == without_time(records(whole, kind))
+    assert f"resume: from {parts}/checkpoints/update-{stop:07d}, update {stop}" in log(parts)
+
+
+def test_lines_written_after_the_checkpoint_are_cut_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, optimization={"max_update": 50}))
+    with (folder / "metrics.jsonl").open("a") as file:  # as a process does that is killed before it saves
+        file.write('{"kind": "train", "update": 60}\n{"kind": "tra')
+    train(config(folder, optimization={"max_update": 60}))
+    assert [record["update"] for record in records(folder, "train")] == [10, 20, 30, 40, 50, 60]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, optimization={"max_update": 20}))
+    before = {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()}
+    train(config(folder, optimization={"max_update": 20}))
+    assert {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()} == before
+    assert log(folder).rstrip().endswith("finished: reached max-update 20")
+
+
+def test_it_stops_after_an_epoch_and_out_of_patience(tmp_path: Path) -> None:
+    train(config(tmp_path / "epochs", optimization={"max_update": None, "max_epoch": 2}))
+    assert CheckpointFolder(tmp_path / "epochs" / "checkpoints").updates() == [16, 32]
+    # With a learning rate of almost nothing only the statistics of batch norm move, and not always for the better.
+    no_progress = {"max_update": None, "patience": 2, "lr": 1e-12}
+    train(config(tmp_path / "patience", optimization=no_progress, checkpoints={"best_checkpoint_metric": "accuracy"}))
+    assert "finished: accuracy has not become better in 2 validations (patience)" in log(tmp_path / "patience")
+    values = [record["accuracy"] for record in records(tmp_path / "patience", "valid")]
+    assert values[-3] == max(values) and values[-3] not in values[:-3]
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, checkpoints={"keep_last": 2, "keep_best": 2, "save_interval_updates": 10}))
+    losses = {record["update"]: record["loss"] for record in records(folder, "valid")}
+    best = sorted(losses, key=lambda update: losses[update])[:2]
+    saved = sorted({*range(10, 101, 10), *losses})
+    assert CheckpointFolder(folder / "checkpoints").updates() == sorted({*saved[-2:], *best})
+
+
+def test_what_may_not_change_is_named_and_what_may_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, optimization={"max_update": 20}))
+    with pytest.raises(UserError, match=r"`slope` may not change .* it was 2\.0 .*, but is 3\.0"):
+        train(config(folder, task_options=PointOptions(slope=3.0)))
+    with pytest.raises(UserError, match="`seed` may not change"):
+        train(config(folder, seed=2))
+    with pytest.raises(UserError, match="`optimizer` may not change"):
+        train(config(folder, optimization={"optimizer": "adamw"}))
+    classes = folder / "checkpoints" / "update-0000020" / "classes.txt"
+    classes.write_text("left\nright\n")
+    with pytest.raises(UserError, match=r"classes\.txt.*differs"):
+        train(config(folder))
+    classes.write_text("below\nabove\n")
+    train(config(folder, optimization={"max_update": 25, "lr": 0.01}, batching=BatchingOptions(batch_size=50)))
+    assert records(folder, "valid")[-1]["update"] == 25
+
+
+def test_an_unknown_metric_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one of loss, accuracy, but is bleu"):
+        train(config(tmp_path / "run", checkpoints={"best_checkpoint_metric": "bleu"}))
+
+
+def test_the_first_of_equals_is_best() -> None:
+    progress = Progress()
+    for update, value in [(1, 3.0), (2, 2.0), (3, 2.0), (4, 2.5)]:
+        progress.note(update, value, better="min")
+    assert (progress.best_update, progress.num_without_better) == (2, 2)
+    progress.note(5, 1.0, better="min")
+    assert (progress.best_update, progress.num_without_better) == (5, 0)
+    progress = Progress()
+    progress.note(1, 3.0, better="max")
+    progress.note(2, 2.0, better="max")
+    assert progress.best_update == 1
