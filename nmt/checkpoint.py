@@ -93,7 +93,9 @@ class CheckpointFolder:
         try:
             state: dict[str, Any] = json.loads(_existing(folder / _STATE).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise UserError(f"`{folder / _STATE}` must be complete JSON, but is cut short or damaged.") from error
+            raise UserError(
+                f"`{folder / _STATE}` must be complete JSON, but is cut short or damaged."
+            ) from error
         return optimizer, state
 
 
@@ -122,7 +124,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             )
         tensor.copy_(loaded.pop(name))
     if loaded:
-        raise UserError(f"`{path}` must hold the weights of the model alone, but has `{next(iter(loaded))}` too.")
+        raise UserError(
+            f"`{path}` must hold the weights of the model alone, but has `{next(iter(loaded))}` too."
+        )
 
 
 def load_config(folder: Path) -> TrainConfig[Any]:
@@ -139,7 +143,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
         UserError: The folder lacks a file, is cut short, has another format version, or does not fit together.
     """
     if not folder.is_dir():
-        raise UserError(f"`{folder}` must be a model folder, but is {'a file' if folder.exists() else 'missing'}.")
+        raise UserError(
+            f"`{folder}` must be a model folder, but is {'a file' if folder.exists() else 'missing'}."
+        )
     task: Task[Any] = load_config(folder).task_options.build(folder)
     model = task.build_model()
     load_weights(model, folder)
@@ -208,7 +214,9 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
             )
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"`{path}` must be a complete safetensors file, but is cut short or damaged: {error}.") from error
+        raise UserError(
+            f"`{path}` must be a complete safetensors file, but is cut short or damaged: {error}."
+        ) from error
 
 
 def _existing(path: Path) -> Path:

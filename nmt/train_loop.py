@@ -33,11 +33,12 @@ def train(config: TrainConfig[Any]) -> Path:
     Raises:
         UserError: The configuration, the data or the checkpoint to go on from do not fit.
     """
-    with join_world(config.device) as world:
-        with closing(RunLog(config.save_dir, is_writer=world.is_main)) as log:
-            run = Run(config, world, log)
-            with closing(run.batches):
-                return run.train()
+    with (
+        join_world(config.device) as world,
+        closing(RunLog(config.save_dir, is_writer=world.is_main)) as log,
+        closing(Run(config, world, log)) as run,
+    ):
+        return run.train()
 
 
 @dataclass
@@ -109,6 +110,10 @@ class Run:
         self.log.say(f"finished: {reason}")
         return self.checkpoints.path / "best"
 
+    def close(self) -> None:
+        """End the processes that read batches ahead."""
+        self.batches.close()
+
     def _train_epoch(self) -> None:
         """Make the updates that are left of this epoch, or fewer if the run ends within it."""
         options, self.epoch = self.config.checkpoints, self.batches.epoch
@@ -151,9 +156,7 @@ class Run:
             world_size=self.world.size,
         )
         results = self.trainer.validate(self.valid_examples, share)
-        self.progress.note(
-            self.trainer.update, results[self.metric], better=self.task.metrics[self.metric]
-        )
+        self.progress.note(self.trainer.update, results[self.metric], better=self.task.metrics[self.metric])
         best = self.progress.values[self.progress.best_update or self.trainer.update]
         position = {"update": self.trainer.update, "epoch": self.epoch}
         self.log.report("valid", {**position, **results, f"best {self.metric}": best})
@@ -192,6 +195,19 @@ class Run:
 
     def _resume_or_start(self) -> None:
         """Take the newest checkpoint up, or note the configuration of a new run."""
+        num_all = self.batches.num_examples + self.batches.num_too_long
+        if self.batches.num_too_long:
+            share = self.batches.num_too_long / num_all
+            warning = "warning: " if share > 0.01 else ""
+            self.log.say(
+                f"{warning}left out: {self.batches.num_too_long:,} of {num_all:,} training examples "
+                f"({share:.2%}) are longer than max-tokens"
+            )
+        if self.batches.num_examples == 0:
+            raise UserError(
+                f"`max-tokens` must be at least the length of some examples, but is "
+                f"{self.config.batching.max_tokens} and all {num_all:,} are longer."
+            )
         saved = self.world.broadcast(self.checkpoints.updates())
         if not saved:
             if self.world.is_main:

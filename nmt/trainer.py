@@ -134,9 +134,9 @@ class Trainer:
         return torch.tensor(total, dtype=torch.float64).to(self._sum_dtype()).to(self.world.device)
 
     def _count(self, output: LossOutput, batch: Batch, *, weight: float) -> None:
-        sums = {"loss": output.loss.detach(), **output.sums}
-        counts = {"num_targets": batch.num_targets, "num_examples": batch.num_examples}
-        self.metrics.add({name: weight * value for name, value in {**sums, **counts}.items()})
+        sums: dict[str, Tensor | float] = {"loss": output.loss.detach(), **output.sums}
+        sums |= {"num_targets": batch.num_targets, "num_examples": batch.num_examples}
+        self.metrics.add({name: weight * value for name, value in sums.items()})
 
     def _without_sync(self) -> Any:
         """Keep DDP from summing gradients before the last micro-batch."""

@@ -46,7 +46,15 @@ def test_the_mean_of_models_is_the_mean(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.yaml", "sentencepiece.model", "dict.de.txt", "dict.en.txt", "languages.json"]
+    "name",
+    [
+        "model.safetensors",
+        "config.yaml",
+        "sentencepiece.model",
+        "dict.de.txt",
+        "dict.en.txt",
+        "languages.json",
+    ],
 )
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
@@ -114,7 +122,12 @@ def test_only_what_is_complete_counts_and_the_rest_is_cleaned_away(folder: Path,
     checkpoints.prune({10, 15})
     assert checkpoints.updates() == [10, 15]
     assert not unfinished.exists()
-    assert sorted(p.name for p in checkpoints.path.iterdir()) == ["best", "last", "update-0000010", "update-0000015"]
+    assert sorted(p.name for p in checkpoints.path.iterdir()) == [
+        "best",
+        "last",
+        "update-0000010",
+        "update-0000015",
+    ]
     optimizer, state = checkpoints.load_state(10)
     assert optimizer["weight.step"].item() == 10.0 and state == {"update": 10}
     load_model(checkpoints.path / "best")

@@ -107,8 +107,16 @@ def test_it_stops_after_an_epoch_and_out_of_patience(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path / "epochs" / "checkpoints").updates() == [16, 32]
     # With a learning rate of almost nothing only the statistics of batch norm move, and not always for the better.
     no_progress = {"max_update": None, "patience": 2, "lr": 1e-12}
-    train(config(tmp_path / "patience", optimization=no_progress, checkpoints={"best_checkpoint_metric": "accuracy"}))
-    assert "finished: accuracy has not become better in 2 validations (patience)" in log(tmp_path / "patience")
+    train(
+        config(
+            tmp_path / "patience",
+            optimization=no_progress,
+            checkpoints={"best_checkpoint_metric": "accuracy"},
+        )
+    )
+    assert "finished: accuracy has not become better in 2 validations (patience)" in log(
+        tmp_path / "patience"
+    )
     values = [record["accuracy"] for record in records(tmp_path / "patience", "valid")]
     assert values[-3] == max(values) and values[-3] not in values[:-3]
 
@@ -136,7 +144,9 @@ def test_what_may_not_change_is_named_and_what_may_is_taken(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"classes\.txt.*differs"):
         train(config(folder))
     classes.write_text("below\nabove\n")
-    train(config(folder, optimization={"max_update": 25, "lr": 0.01}, batching=BatchingOptions(batch_size=50)))
+    train(
+        config(folder, optimization={"max_update": 25, "lr": 0.01}, batching=BatchingOptions(batch_size=50))
+    )
     assert records(folder, "valid")[-1]["update"] == 25
 
 

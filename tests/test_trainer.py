@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from toy_task import PointExamples, PointTask, Points
 from torch import nn
+from toy_task import PointExamples, Points, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.data.parallel_dataset import TranslationBatch
@@ -36,7 +36,9 @@ SIZES = TransformerOptions(
 )
 # Eleven pairs of uneven lengths, from a fixed generator; batches of uneven sizes out of them.
 RANDOM = np.random.default_rng(5)
-PAIRS = [tuple(RANDOM.integers(4, 15, size=n).tolist() for n in RANDOM.integers(1, 9, size=2)) for _ in range(11)]
+PAIRS = [
+    tuple(RANDOM.integers(4, 15, size=n).tolist() for n in RANDOM.integers(1, 9, size=2)) for _ in range(11)
+]
 CPU = single(torch.device("cpu"))
 
 
@@ -68,7 +70,7 @@ def collate(indices: list[int]) -> TranslationBatch:
     targets = [PAIRS[i][1] + [EOS] for i in indices]
     return TranslationBatch(
         source=pad(sources),
-        target_input=pad([[EOS] + row[:-1] for row in targets]),
+        target_input=pad([[EOS, *row[:-1]] for row in targets]),
         target=pad(targets),
         num_examples=len(indices),
         num_targets=sum(map(len, targets)),
@@ -83,7 +85,9 @@ class GradientTrainer(Trainer):
 
 
 def gradient_of(micro_batches: list[tuple[list[int], float]], world: World) -> tuple[dict[str, Any], Any]:
-    trainer = GradientTrainer(PairTask(), PairTask().build_model(), OptimizationOptions(), world=world, seed=1)
+    trainer = GradientTrainer(
+        PairTask(), PairTask().build_model(), OptimizationOptions(), world=world, seed=1
+    )
     with trainer.metrics.scope("train"):
         trainer.train_step([MicroBatch(collate(indices), weight) for indices, weight in micro_batches])
     return trainer.gradient, trainer.metrics.sums("train", world)

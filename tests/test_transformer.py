@@ -88,9 +88,13 @@ def test_state_follows_reordered_rows_in_chunks_of_any_size(data: st.DataObject)
         expected = model.decode(prefixes, model.encode(source.repeat_interleave(beams, dim=0)))
         torch.testing.assert_close(logits, expected[:, -chunk:], rtol=0, atol=1e-12)
         # Some sentences stay, in any order, each with any of its rows.
-        staying = data.draw(st.lists(st.sampled_from(range(len(source))), min_size=1, max_size=3, unique=True))
+        staying = data.draw(
+            st.lists(st.sampled_from(range(len(source))), min_size=1, max_size=3, unique=True)
+        )
         row_of = st.integers(0, beams - 1)
-        rows = torch.tensor([sentence * beams + data.draw(row_of) for sentence in staying for _ in range(beams)])
+        rows = torch.tensor(
+            [sentence * beams + data.draw(row_of) for sentence in staying for _ in range(beams)]
+        )
         memory, source = memory.select(torch.tensor(staying)), source[staying]
         state.reorder_(rows)
         prefixes = prefixes[rows]
@@ -120,7 +124,9 @@ def test_tied_embeddings_are_one_parameter() -> None:
     shared = make_model(VARIANTS["shared"])
     assert shared.output_weight is shared.encoder.embedding.tokens.weight
     apart = make_model(TINY)
-    names = {name for name, _ in apart.named_parameters() if name.endswith(("tokens.weight", "output_weight"))}
+    names = {
+        name for name, _ in apart.named_parameters() if name.endswith(("tokens.weight", "output_weight"))
+    }
     assert names == {"output_weight", "encoder.embedding.tokens.weight", "decoder.embedding.tokens.weight"}
 
 

@@ -106,9 +106,10 @@ def cut_batches(
 ) -> list[Indices]:
     """Sort examples by length and cut them greedily into batches.
 
-    They are sorted by the first column and within it by the last, upwards and downwards in turn. Each batch takes as many as it may: its
-    number of examples times its longest length, of any column, is at most `max_tokens`. If more than
-    `multiple` fit, their number is cut down to a multiple of it; the last batch is kept whatever its size.
+    They are sorted by the first column and within it by the last, upwards and downwards in turn. Each batch
+    takes as many as it may: its number of examples times its longest length, of any column, is at most
+    `max_tokens`. If more than `multiple` fit, their number is cut down to a multiple of it; the last batch is
+    kept whatever its size.
 
     Args:
         sizes: (n, C) lengths. An example longer than `max_tokens` becomes a batch of its own; leave such

@@ -30,8 +30,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:
             return x + self.dropout(block(self.norm(x)))
-        result: Tensor = self.norm(x + self.dropout(block(x)))
-        return result
+        return self.norm(x + self.dropout(block(x)))
 
 
 class FeedForward(nn.Module):
@@ -41,13 +40,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.expand = nn.Linear(dim, ffn_dim)
         self.contract = nn.Linear(ffn_dim, dim)
-        self.activation = {"relu": F.relu, "gelu": F.gelu}[options.activation_fn]
+        self.activation: Callable[[Tensor], Tensor] = F.relu if options.activation_fn == "relu" else F.gelu
         self.dropout = Dropout(options.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, T, D) -> (R, T, D)."""
-        result: Tensor = self.contract(self.dropout(self.activation(self.expand(x))))
-        return result
+        return self.contract(self.dropout(self.activation(self.expand(x))))
 
 
 class Embedding(nn.Module):
@@ -85,8 +83,7 @@ class Embedding(nn.Module):
         """Embed (R, T) int64 ids, the first of which stands at position `start` (from 0), as (R, T, D)."""
         first = self.first_position + start
         positions = self.positions[first : first + token_ids.size(1)]
-        result: Tensor = self.dropout(self.norm(self.scale * self.tokens(token_ids) + positions))
-        return result
+        return self.dropout(self.norm(self.scale * self.tokens(token_ids) + positions))
 
 
 def sinusoids(num_positions: int, dim: int) -> Tensor:

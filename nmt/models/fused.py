@@ -3,7 +3,8 @@
 Shapes: N tokens (padding left out), D model, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,8 @@ def linear_cross_entropy(
         The loss and the negative log-likelihood, both scalars in float32 (float64 for float64 features) and
         sums over the N tokens, in nats. Only the loss carries a gradient.
     """
-    loss, nll = _LinearCrossEntropy.apply(features, weight, target, label_smoothing)
+    apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearCrossEntropy.apply)
+    loss, nll = apply(features, weight, target, label_smoothing)
     return loss, nll
 
 

@@ -6,7 +6,6 @@ from typing import Literal
 from nmt.errors import UserError
 from nmt.models.architectures import ARCHITECTURES
 
-
 FIXED = {"fixed": True}  # may not change when a run is resumed
 
 

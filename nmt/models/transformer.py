@@ -4,6 +4,8 @@ Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length
 E head size, F feed-forward, V vocabulary. Sequences are padded on the right.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,12 @@ class Transformer(nn.Module):
     """Encode a source once, then decode a target in one pass (training) or token by token (search)."""
 
     def __init__(
-        self, options: TransformerOptions, *, source_vocabulary_size: int, target_vocabulary_size: int, pad_id: int
+        self,
+        options: TransformerOptions,
+        *,
+        source_vocabulary_size: int,
+        target_vocabulary_size: int,
+        pad_id: int,
     ) -> None:
         super().__init__()
         assert not options.share_all_embeddings or source_vocabulary_size == target_vocabulary_size
@@ -42,8 +49,7 @@ class Transformer(nn.Module):
 
     def features(self, target_input: Tensor, memory: Memory, state: DecoderState | None = None) -> Tensor:
         """Return the decoder's last hidden states (R, T, D); arguments as in `decode`."""
-        features: Tensor = self.decoder(target_input, memory, state)
-        return features
+        return self.decoder(target_input, memory, state)
 
     def decode(self, target_input: Tensor, memory: Memory, state: DecoderState | None = None) -> Tensor:
         """Predict the token that follows each position.
@@ -87,8 +93,7 @@ class Encoder(nn.Module):
         x = self.embedding(source)
         for layer in self.layers:
             x = layer(x, attention_mask)
-        normed: Tensor = self.final_norm(x)
-        return normed
+        return self.final_norm(x)
 
 
 class Decoder(nn.Module):
@@ -110,7 +115,9 @@ class Decoder(nn.Module):
 
     def project_memory(self, encoded: Tensor, padding_mask: Tensor) -> Memory:
         """Project the encoder's output (B, S, D) to what each layer attends to."""
-        projected = [layer.cross_attention.project_memory(encoded) for layer in self.layers]
+        projected = [
+            cast(DecoderLayer, layer).cross_attention.project_memory(encoded) for layer in self.layers
+        ]
         return Memory([keys for keys, _ in projected], [values for _, values in projected], padding_mask)
 
     def forward(self, target_input: Tensor, memory: Memory, state: DecoderState | None) -> Tensor:
@@ -120,8 +127,7 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[i]
             x = layer(x, memory.keys[i], memory.values[i], attention_mask=attention_mask, state=layer_state)
-        normed: Tensor = self.final_norm(x)
-        return normed
+        return self.final_norm(x)
 
 
 class EncoderLayer(nn.Module):
@@ -143,8 +149,7 @@ class EncoderLayer(nn.Module):
         """(B, S, D) -> (B, S, D); the mask is True where attention is allowed."""
         around_attention, around_feed_forward = self.residuals
         x = around_attention(x, lambda y: self.self_attention(y, attention_mask=attention_mask))
-        result: Tensor = around_feed_forward(x, self.feed_forward)
-        return result
+        return around_feed_forward(x, self.feed_forward)
 
 
 class DecoderLayer(nn.Module):
@@ -164,11 +169,16 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor | None, state: LayerState | None
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        state: LayerState | None,
     ) -> Tensor:
         """(R, T, D) -> (R, T, D); keys, values and mask are the memory's, the state is this layer's."""
         around_self, around_cross, around_feed_forward = self.residuals
         x = around_self(x, lambda y: self.self_attention(y, is_causal=True, state=state))
         x = around_cross(x, lambda y: self.cross_attention(y, keys, values, attention_mask=attention_mask))
-        result: Tensor = around_feed_forward(x, self.feed_forward)
-        return result
+        return around_feed_forward(x, self.feed_forward)

@@ -32,7 +32,9 @@ class TranslationOptions:
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""
         if not 0.0 <= self.label_smoothing < 1.0:
-            raise UserError(f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}.")
+            raise UserError(
+                f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}."
+            )
         if self.eval_beam < 1:
             raise UserError(f"`eval-beam` must be at least 1, but is {self.eval_beam}.")
 

@@ -79,7 +79,8 @@ class TranslationTask:
         """Open "train", "valid" or "test" of the data directory.
 
         Raises:
-            UserError: The split is missing or damaged, or was made with another vocabulary than the model's.
+            UserError: The split is missing or damaged, was made with another vocabulary than the model's, or
+                is longer than the model has positions for.
         """
         directory = self._data_directory()
         for lang, vocabulary in (
@@ -87,10 +88,21 @@ class TranslationTask:
             (directory.target_lang, self.target_vocabulary),
         ):
             _check_same_vocabulary(vocabulary, directory, lang)
-        return ParallelDataset(
+        dataset = ParallelDataset(
             IndexedDataset(directory.split_prefix(split, directory.source_lang)),
             IndexedDataset(directory.split_prefix(split, directory.target_lang)),
         )
+        longest = dataset.sizes.max(axis=0).tolist()
+        model = self.options.model
+        for side, length, limit in zip(
+            ("source", "target"), longest, (model.max_source_positions, model.max_target_positions), strict=True
+        ):
+            if length > limit:
+                raise UserError(
+                    f"`max-{side}-positions` must be at least {length}, the longest {side} of `{split}` in "
+                    f"`{directory.path}`, but is {limit}. Raise it, or preprocess with `--max-length {limit}`."
+                )
+        return dataset
 
     def compute_loss(self, model: nn.Module, batch: TranslationBatch) -> LossOutput:
         """Return the label-smoothed cross-entropy, summed over target tokens."""
@@ -111,6 +123,7 @@ class TranslationTask:
         """Translate the validation set and return its BLEU, or nothing if `eval_bleu` is off."""
         if not self.options.eval_bleu:
             return {}
+        assert isinstance(model, Transformer)
         decoding = DecodingOptions(beam=self.options.eval_beam)
         generator = Generator([model], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
         translations: dict[int, list[int]] = {}
@@ -143,7 +156,9 @@ def _read_languages(path: Path) -> tuple[str, str]:
     except FileNotFoundError:
         raise UserError(f"`{path}` must be a file of the model folder, but is missing.") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"`{path}` must name source_lang and target_lang, but is cut short or damaged.") from error
+        raise UserError(
+            f"`{path}` must name source_lang and target_lang, but is cut short or damaged."
+        ) from error
 
 
 def _read_lines(path: Path) -> list[str]:

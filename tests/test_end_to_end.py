@@ -1,0 +1,223 @@
+"""The commands through their real entry points: a model learns to reverse strings of digits."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SIZES = [
+    *("--encoder-layers", "2", "--decoder-layers", "2", "--encoder-embed-dim", "64", "--decoder-embed-dim", "64"),
+    *("--encoder-ffn-embed-dim", "128", "--decoder-ffn-embed-dim", "128"),
+    *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4", "--share-all-embeddings"),
+]
+TRAINING = [
+    *("--max-tokens", "1024", "--lr", "3e-3", "--warmup-updates", "100", "--dropout", "0"),
+    *("--lr-scheduler", "cosine", "--max-update", "700", "--validate-interval", "1000"),
+    *("--validate-interval-updates", "100", "--best-checkpoint-metric", "bleu", "--device", "cpu"),
+]
+
+
+class Files(NamedTuple):
+    text: Path
+    data: Path
+    run: Path
+
+
+def run(command: str, *arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / command, *map(str, arguments)],
+        input=text,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=500,
+    )
+
+
+def succeed(command: str, *arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    result = run(command, *arguments, text=text)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def refused(command: str, *arguments: object) -> str:
+    """Run a command that must fail as bad input does: exit code 2, one line, no traceback."""
+    result = run(command, *arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(f"{command}: error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def write_digits(folder: Path) -> None:
+    """Write distinct strings of 2 to 8 digits and their reversals: 4,000 pairs to learn, 100 and 300 unseen."""
+    rng = random.Random(1)
+    strings: set[tuple[str, ...]] = set()
+    while len(strings) < 4400:
+        strings.add(tuple(rng.choices("0123456789", k=rng.randint(2, 8))))
+    ordered = sorted(strings)
+    rng.shuffle(ordered)
+    for split, start, end in (("train", 0, 4000), ("valid", 4000, 4100), ("test", 4100, 4400)):
+        for language, step in (("xx", 1), ("yy", -1)):
+            lines = (" ".join(digits[::step]) + "\n" for digits in ordered[start:end])
+            (folder / f"{split}.{language}").write_text("".join(lines))
+
+
+def preprocess(text: Path, data: Path) -> None:
+    prefixes = [argument for split in ("train", "valid", "test") for argument in (f"--{split}pref", text / split)]
+    languages = ["--source-lang", "xx", "--target-lang", "yy"]
+    succeed("nmt-preprocess", *languages, *prefixes, "--destdir", data, "--vocab-size", 300, "--workers", 1)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("digits")
+    made = Files(folder, folder / "data", folder / "run")
+    write_digits(folder)
+    preprocess(folder, made.data)
+    succeed("nmt-train", made.data, "--save-dir", made.run, *SIZES, *TRAINING)
+    return made
+
+
+@pytest.mark.timeout(300)
+def test_it_learns_to_reverse_unseen_strings(files: Files, tmp_path: Path) -> None:
+    output, reference = tmp_path / "out.yy", files.text / "test.yy"
+    result = succeed(
+        *("nmt-generate", "--model", files.run / "checkpoints" / "best", "--input", files.text / "test.xx"),
+        *("--output", output, "--reference", reference, "--beam", 5),
+    )
+    pairs = list(zip(output.read_text().splitlines(), reference.read_text().splitlines(), strict=True))
+    assert sum(ours == theirs for ours, theirs in pairs) / len(pairs) > 0.98
+    assert re.search(r"^BLEU \d+\.\d+ \| nrefs:1\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:", result.stdout)
+    assert re.search(r"^chrF2 \d+\.\d+ \| nrefs:1\|", result.stdout, re.MULTILINE)
+
+
+def test_standard_input_is_translated_in_order_and_blank_stays_blank(files: Files) -> None:
+    result = succeed("nmt-generate", "--model", files.run / "checkpoints" / "last", text="1 2 3\n\n7 8 9 1 2\n4 5")
+    assert result.stdout == "3 2 1\n\n2 1 9 8 7\n5 4\n"
+
+
+def test_the_average_is_a_model_folder_like_any_other(files: Files, tmp_path: Path) -> None:
+    output = tmp_path / "average"
+    succeed("nmt-average", files.run / "checkpoints", "--last", 3, "--output", output)
+    folders = sorted((files.run / "checkpoints").glob("update-*"))[-3:]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    for name, mean in load_file(output / "model.safetensors").items():
+        torch.testing.assert_close(mean, torch.stack([each[name] for each in weights]).mean(0))
+    assert succeed("nmt-generate", "--model", output, text="1 2 3 4 5\n").stdout == "5 4 3 2 1\n"
+    assert "must not exist" in refused("nmt-average", files.run / "checkpoints", "--output", output)
+    few = refused("nmt-average", files.run / "checkpoints", "--last", 99, "--output", tmp_path / "other")
+    assert "at least 99 checkpoints" in few
+
+
+def test_the_same_command_says_that_the_run_is_finished(files: Files) -> None:
+    result = succeed("nmt-train", files.data, "--save-dir", files.run, *SIZES, *TRAINING)
+    assert "resume: from" in result.stderr
+    assert result.stderr.endswith("finished: reached max-update 700\n")
+
+
+def test_a_yaml_file_and_the_command_line_say_the_same(files: Files, tmp_path: Path) -> None:
+    short = ["--max-update", "6", "--log-interval", "1", "--lr", "1e-3", "--no-eval-bleu", "--device", "cpu"]
+    succeed("nmt-train", files.data, "--save-dir", tmp_path / "flags", *SIZES, *short, "--max-tokens", 600)
+    config = tmp_path / "config.yaml"
+    text = f"data: {files.data}\nmax_tokens: 600\nencoder-layers: 1\nlr: 1e-3\neval-bleu: no\ndevice: cpu\n"
+    config.write_text(text + "max-update: 6\nlog-interval: 1\n")
+    succeed("nmt-train", "--config", config, "--save-dir", tmp_path / "yaml", *SIZES)
+    one, other = (
+        [
+            {name: value for name, value in json.loads(line).items() if name != "targets/s"}
+            for line in (tmp_path / way / "metrics.jsonl").read_text().splitlines()
+        ]
+        for way in ("flags", "yaml")
+    )
+    assert one == other and len(one) == 7
+
+
+def test_two_ranks_under_torchrun_train_resume_and_agree(files: Files, tmp_path: Path) -> None:
+    def torchrun(max_update: int) -> str:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
+            *("-m", "nmt.cli.train", files.data, "--save-dir", tmp_path / "run", *SIZES, "--device", "cpu"),
+            *("--max-tokens", "500", "--lr", "1e-3", "--warmup-updates", "10", "--log-interval", "10"),
+            *("--validate-interval-updates", "20", "--update-freq", "2", "--max-update", str(max_update)),
+            *("--eval-beam", "1", "--max-source-positions", "16", "--max-target-positions", "16"),
+        ]
+        result = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, timeout=280
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    first = torchrun(20)
+    assert "2 x cpu" in first and first.count("finished: reached max-update 20") == 1
+    assert "resume: from" in torchrun(40)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
+    assert len(losses) == 4 and losses[3] < losses[0]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(files: Files, tmp_path: Path) -> None:
+    options = [*SIZES, "--max-tokens", "600", "--lr", "1e-3", "--max-update", "60", "--no-eval-bleu"]
+    options += ["--save-interval-updates", "3", "--keep-last", "2", "--dropout", "0.2", "--device", "cpu"]
+    succeed("nmt-train", files.data, "--save-dir", tmp_path / "whole", *options)
+    rng = random.Random()
+    for _ in range(4):
+        process = subprocess.Popen(
+            [BIN / "nmt-train", files.data, "--save-dir", tmp_path / "killed", *options],
+            stderr=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+        )
+        time.sleep(rng.uniform(2, 7))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    succeed("nmt-train", files.data, "--save-dir", tmp_path / "killed", *options)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        whole, killed = (load_file(tmp_path / way / "checkpoints" / "last" / name) for way in ("whole", "killed"))
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def test_bad_input_to_training_is_one_clear_line(files: Files, tmp_path: Path) -> None:
+    new = ("--save-dir", tmp_path / "new")
+    assert "Perhaps you meant `--max-tokens`" in refused("nmt-train", files.data, *new, "--max-token", "5")
+    assert "transformer_tiny" in refused("nmt-train", files.data, *new, "--arch", "transformer_tin")
+    assert "must be a data directory" in refused("nmt-train", tmp_path / "nowhere", *new)
+    assert "`label-smoothing` must be" in refused("nmt-train", files.data, *new, "--label-smoothing", "1.5")
+    assert "must be a multiple" in refused("nmt-train", files.data, *new, "--encoder-embed-dim", "30")
+    assert "one of loss, nll, ppl, bleu" in refused("nmt-train", files.data, *new, "--best-checkpoint-metric", "x")
+    assert "`max-target-positions`" in refused(
+        "nmt-train", files.data, *new, *SIZES, "--max-target-positions", "5"
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text("max-tokens: many\n")
+    assert f"{config}: `max-tokens` must be" in refused("nmt-train", files.data, *new, "--config", config)
+    config.write_text("max-tokns: 5\n")
+    assert "`max-tokens`" in refused("nmt-train", files.data, *new, "--config", config)
+    assert "missing.yaml" in refused("nmt-train", files.data, *new, "--config", tmp_path / "missing.yaml")
+    assert not (tmp_path / "new" / "checkpoints").exists()
+
+
+def test_another_model_or_vocabulary_may_not_take_up_a_run(files: Files, tmp_path: Path) -> None:
+    resume = ("nmt-train", files.data, "--save-dir", files.run, *TRAINING)
+    line = refused(*resume, *SIZES, "--encoder-layers", "3")
+    assert "`encoder-layers` may not change" in line and "it was 2" in line and "but is 3" in line
+    rng = random.Random(2)
+    for split in ("train", "valid", "test"):
+        for language in ("xx", "yy"):
+            letters = [" ".join(rng.choices("abcdefghijkl0123", k=5)) for _ in range(50)]
+            (tmp_path / f"{split}.{language}").write_text("\n".join(letters))
+    preprocess(tmp_path, tmp_path / "data")
+    line = refused("nmt-train", tmp_path / "data", "--save-dir", files.run, *TRAINING, *SIZES)
+    assert "must be the one that the run began with" in line
