@@ -8,9 +8,7 @@ A folder is complete if its final name exists. Nothing in it is a pickle.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from nmt.config import from_mapping, read_yaml, write_yaml
 from nmt.errors import UserError
+from nmt.new_folder import new_folder, remove_folder, remove_leftovers, sync
 from nmt.options import TrainConfig
 from nmt.task import Task, load_task
 
@@ -59,32 +58,28 @@ class CheckpointFolder:
         """Write a checkpoint and let `last` point at it; one of the same update that exists is kept."""
         final = self.at(update)
         if not final.exists():
-            temporary = _start_folder(final)
-            _save_tensors(optimizer, temporary / _OPTIMIZER)
-            (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            _write_model(temporary, weights(model), config=config, task=task)
-            _finish_folder(temporary, final)
+            with new_folder(final) as temporary:
+                _save_tensors(optimizer, temporary / _OPTIMIZER)
+                (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+                _write_model(temporary, weights(model), config=config, task=task)
         self.link("last", update)
         return final
 
     def link(self, name: str, update: int) -> None:
         """Point the symbolic link `name` at a checkpoint, atomically."""
-        temporary = self.path / f".{name}.tmp"
+        temporary = self.path / f".{name}.link"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(self.at(update).name)
         temporary.replace(self.path / name)
-        _sync(self.path)
+        sync(self.path)
 
     def prune(self, keep: Iterable[int]) -> None:
         """Remove the checkpoints of all other updates, and what a killed process left unfinished."""
         kept = set(keep)
         for update in self.updates():
             if update not in kept:
-                # Renamed first: a removal that is cut short must not leave half a checkpoint behind.
-                doomed = self.path / f".removed-{self.at(update).name}"
-                self.at(update).rename(doomed)
-        for leftover in (*self.path.glob(".removed-*"), *self.path.glob(".tmp-*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+                remove_folder(self.at(update))
+        remove_leftovers(self.path)
 
     def load_state(self, update: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the optimizer's tensors and the state of the run."""
@@ -183,9 +178,8 @@ def write_model_folder(
     """
     if folder.exists():
         raise UserError(f"`{folder}` must not exist yet. Remove it or name another folder.")
-    temporary = _start_folder(folder)
-    _write_model(temporary, tensors, config=config, task=task)
-    _finish_folder(temporary, folder)
+    with new_folder(folder) as temporary:
+        _write_model(temporary, tensors, config=config, task=task)
 
 
 def _write_model(
@@ -223,29 +217,3 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"`{path}` must be a file of the checkpoint, but is missing.")
     return path
-
-
-def _start_folder(final: Path) -> Path:
-    """Make the temporary folder that `_finish_folder` renames."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f".tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    return temporary
-
-
-def _finish_folder(temporary: Path, final: Path) -> None:
-    """Bring everything to the disk, then give the folder its name."""
-    for path in temporary.rglob("*"):
-        _sync(path)
-    _sync(temporary)
-    temporary.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -32,6 +32,7 @@ LAYERS = {
     "nmt.config_values": 0,
     "nmt.distributed": 0,
     "nmt.metrics": 0,
+    "nmt.new_folder": 0,
     "nmt.task": 0,
     "nmt.models.architectures": 0,  # the presets of nmt.models.options
     "nmt.data": 1,

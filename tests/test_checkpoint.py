@@ -113,7 +113,7 @@ def test_only_what_is_complete_counts_and_the_rest_is_cleaned_away(folder: Path,
             state={"update": update},
         )
     # A process that was killed while it wrote leaves a folder with a temporary name.
-    unfinished = checkpoints.path / ".tmp-update-0000020"
+    unfinished = checkpoints.path / ".update-0000020.tmp"
     unfinished.mkdir()
     (unfinished / "state.json").write_text("{")
     assert checkpoints.updates() == [5, 10, 15]

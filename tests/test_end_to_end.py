@@ -18,7 +18,16 @@ from safetensors.torch import load_file
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SIZES = [
-    *("--encoder-layers", "2", "--decoder-layers", "2", "--encoder-embed-dim", "64", "--decoder-embed-dim", "64"),
+    *(
+        "--encoder-layers",
+        "2",
+        "--decoder-layers",
+        "2",
+        "--encoder-embed-dim",
+        "64",
+        "--decoder-embed-dim",
+        "64",
+    ),
     *("--encoder-ffn-embed-dim", "128", "--decoder-ffn-embed-dim", "128"),
     *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4", "--share-all-embeddings"),
 ]
@@ -75,7 +84,9 @@ def write_digits(folder: Path) -> None:
 
 
 def preprocess(text: Path, data: Path) -> None:
-    prefixes = [argument for split in ("train", "valid", "test") for argument in (f"--{split}pref", text / split)]
+    prefixes = [
+        argument for split in ("train", "valid", "test") for argument in (f"--{split}pref", text / split)
+    ]
     languages = ["--source-lang", "xx", "--target-lang", "yy"]
     succeed("nmt-preprocess", *languages, *prefixes, "--destdir", data, "--vocab-size", 300, "--workers", 1)
 
@@ -99,12 +110,16 @@ def test_it_learns_to_reverse_unseen_strings(files: Files, tmp_path: Path) -> No
     )
     pairs = list(zip(output.read_text().splitlines(), reference.read_text().splitlines(), strict=True))
     assert sum(ours == theirs for ours, theirs in pairs) / len(pairs) > 0.98
-    assert re.search(r"^BLEU \d+\.\d+ \| nrefs:1\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:", result.stdout)
+    assert re.search(
+        r"^BLEU \d+\.\d+ \| nrefs:1\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:", result.stdout
+    )
     assert re.search(r"^chrF2 \d+\.\d+ \| nrefs:1\|", result.stdout, re.MULTILINE)
 
 
 def test_standard_input_is_translated_in_order_and_blank_stays_blank(files: Files) -> None:
-    result = succeed("nmt-generate", "--model", files.run / "checkpoints" / "last", text="1 2 3\n\n7 8 9 1 2\n4 5")
+    result = succeed(
+        "nmt-generate", "--model", files.run / "checkpoints" / "last", text="1 2 3\n\n7 8 9 1 2\n4 5"
+    )
     assert result.stdout == "3 2 1\n\n2 1 9 8 7\n5 4\n"
 
 
@@ -184,7 +199,9 @@ def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(files: Files, 
         process.wait()
     succeed("nmt-train", files.data, "--save-dir", tmp_path / "killed", *options)
     for name in ("model.safetensors", "optimizer.safetensors"):
-        whole, killed = (load_file(tmp_path / way / "checkpoints" / "last" / name) for way in ("whole", "killed"))
+        whole, killed = (
+            load_file(tmp_path / way / "checkpoints" / "last" / name) for way in ("whole", "killed")
+        )
         assert whole.keys() == killed.keys()
         assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
@@ -196,7 +213,9 @@ def test_bad_input_to_training_is_one_clear_line(files: Files, tmp_path: Path) -
     assert "must be a data directory" in refused("nmt-train", tmp_path / "nowhere", *new)
     assert "`label-smoothing` must be" in refused("nmt-train", files.data, *new, "--label-smoothing", "1.5")
     assert "must be a multiple" in refused("nmt-train", files.data, *new, "--encoder-embed-dim", "30")
-    assert "one of loss, nll, ppl, bleu" in refused("nmt-train", files.data, *new, "--best-checkpoint-metric", "x")
+    assert "one of loss, nll, ppl, bleu" in refused(
+        "nmt-train", files.data, *new, "--best-checkpoint-metric", "x"
+    )
     assert "`max-target-positions`" in refused(
         "nmt-train", files.data, *new, *SIZES, "--max-target-positions", "5"
     )

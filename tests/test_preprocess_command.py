@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nmt.cli.options import PreprocessOptions
 from nmt.data.blocks import TextFile
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDataset
+from nmt.data.options import PreprocessOptions
 from nmt.data.preprocess import preprocess, sample_lines
 from nmt.data.segmenter import Segmenter
 from nmt.errors import UserError
@@ -243,7 +243,7 @@ def test_size_that_the_text_cannot_fill_is_lowered_and_said(tmp_path: Path) -> N
 
 
 def test_killed_run_leaves_no_directory_and_the_next_one_cleans_up(tmp_path: Path) -> None:
-    leftover = make_text(tmp_path) / "data.nmt-preprocess.tmp"
+    leftover = make_text(tmp_path) / ".data.tmp"
     leftover.mkdir()
     (leftover / "train.en-de.en.bin").write_bytes(b"half")
     assert run(arguments(tmp_path)).returncode == 0

@@ -2,33 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import tyro
 
 from nmt.cli.command import run_command
+from nmt.cli.options import AverageOptions
 from nmt.config import parse_command
 from nmt.errors import UserError
 
 PROG = "nmt-average"
-
-
-@dataclass(frozen=True)
-class AverageOptions:
-    """Which checkpoints to average, and where to write the result."""
-
-    checkpoints: tyro.conf.Positional[Path]
-    """The `checkpoints` folder of a run."""
-    output: Path
-    """The model folder to write; it must not exist."""
-    last: int = 5
-    """Average this many of the newest checkpoints."""
-
-    def check(self) -> None:
-        """Raise `UserError` for less than one checkpoint."""
-        if self.last < 1:
-            raise UserError(f"`last` must be at least 1, but is {self.last}.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from nmt.cli.command import run_command
-from nmt.cli.generate_options import GenerateOptions
+from nmt.cli.options import GenerateOptions
 from nmt.config import parse_command
 from nmt.data.blocks import check_file, decode_lines, read_lines, unequal_counts
 from nmt.errors import UserError

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from nmt.cli.command import run_command
-from nmt.cli.options import PreprocessOptions
 from nmt.config import parse_command
+from nmt.data.options import PreprocessOptions
 
 PROG = "nmt-preprocess"
 _DESCRIPTION = (

@@ -1,8 +1,91 @@
-"""Options of the data pipeline."""
+"""The options of preprocessing and of batching. Imports no torch."""
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from nmt.errors import UserError
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What to make a data directory of, and how."""
+
+    source_lang: str
+    """Source language: the last part of the names of the source files, as `en` in `train.en`."""
+    target_lang: str
+    """Target language: the last part of the names of the target files."""
+    destdir: Path
+    """The data directory to make."""
+    trainpref: str | None = None
+    """Prefix of the training files: `DIR/train` for `DIR/train.en` and `DIR/train.de`, or both with `.gz`."""
+    validpref: str | None = None
+    """Prefix of the validation files."""
+    testpref: str | None = None
+    """Prefix of the test files."""
+    sentencepiece_model: Path | None = None
+    """Take this SentencePiece model; without it, one is trained on both sides of the training text."""
+    vocab_size: int = 8000
+    """Size of the joint vocabulary, special symbols included; lowered if the text yields fewer pieces."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """Kind of SentencePiece model."""
+    character_coverage: float = 0.9995
+    """Share of the text's characters to have their own piece; the others are spelled in bytes."""
+    extra_symbols: tuple[str, ...] = ()
+    """Strings that are always one piece, such as `<formal>`."""
+    max_length: int = 1024
+    """Drop pairs with a longer side than this, in pieces, the end of sentence included."""
+    workers: int = 1
+    """Number of processes; the result does not depend on it."""
+    overwrite: bool = False
+    """Replace the data directory that is there."""
+
+    def check(self) -> None:
+        """Raise `UserError` for values that make no sense alone or together."""
+        for name, language in (("source-lang", self.source_lang), ("target-lang", self.target_lang)):
+            if not language or any(character in "/\\" or character.isspace() for character in language):
+                raise UserError(f"`{name}` must be a part of a file name, such as `en`, but is {language!r}.")
+        if self.source_lang == self.target_lang:
+            raise UserError(
+                f"`source-lang` and `target-lang` must differ, but both are `{self.source_lang}`."
+            )
+        if self.trainpref is None and self.sentencepiece_model is None:
+            raise UserError(
+                "`trainpref` or `sentencepiece-model` must be given, but both are missing. "
+                "Name the training text to train a SentencePiece model on."
+            )
+        if self.trainpref is None and self.validpref is None and self.testpref is None:
+            raise UserError(
+                "`trainpref`, `validpref` or `testpref` must be given, but all are missing. Name a text."
+            )
+        for name in ("vocab_size", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"`{_flag(name)}` must be at least 1, but is {getattr(self, name)}.")
+        if self.max_length < 2:
+            raise UserError(
+                f"`max-length` must be at least 2, a piece and the end, but is {self.max_length}."
+            )
+        if not 0.98 <= self.character_coverage <= 1.0:
+            raise UserError(f"`character-coverage` must be from 0.98 to 1, but is {self.character_coverage}.")
+        for symbol in self.extra_symbols:
+            if not symbol or any(character.isspace() for character in symbol):
+                raise UserError(f"`extra-symbols` must be without white space, but one is {symbol!r}.")
+        if len(set(self.extra_symbols)) < len(self.extra_symbols):
+            raise UserError(f"`extra-symbols` must differ, but are {' '.join(self.extra_symbols)}.")
+        self._check_training_options_are_used()
+
+    def _check_training_options_are_used(self) -> None:
+        """Refuse options of the training of a SentencePiece model where there is none."""
+        if self.sentencepiece_model is None:
+            return
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        for name in ("vocab_size", "model_type", "character_coverage", "extra_symbols"):
+            if getattr(self, name) != defaults[name]:
+                raise UserError(
+                    f"`{_flag(name)}` must not be set with `sentencepiece-model`, which is trained already. "
+                    "Leave one of them out."
+                )
 
 
 @dataclass(frozen=True)
@@ -54,3 +137,7 @@ class BatchingOptions:
                 f"`num-workers` must be at least 0, but is {self.num_workers}. "
                 "Give 0 to read the data in the training process."
             )
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -13,7 +13,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nmt.cli.options import PreprocessOptions
 from nmt.data.binarize import BlockEncoder, SideReport, SplitFiles, SplitReport, binarize
 from nmt.data.blocks import (
     BLOCK_BYTES,
@@ -26,10 +25,11 @@ from nmt.data.blocks import (
 )
 from nmt.data.data_directory import FORMAT_VERSION, MODEL_NAME, RECORD_NAME, dictionary_name, split_name
 from nmt.data.indexed_dataset import smallest_dtype
-from nmt.data.new_folder import check_replaceable, new_folder
+from nmt.data.options import PreprocessOptions
 from nmt.data.segmenter import Segmenter, read_vocabulary, train_segmenter
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
+from nmt.new_folder import new_folder
 
 MAX_TRAINING_SENTENCES = 10_000_000  # of both sides together, for SentencePiece
 _LARGE_SHARE_TOO_LONG = 0.01
@@ -59,9 +59,9 @@ def preprocess(options: PreprocessOptions, *, log: Log, block_bytes: int = BLOCK
     Raises:
         UserError: Anything is wrong with the input, the options, or the place of the directory.
     """
-    check_replaceable(options.destdir, mark=RECORD_NAME, overwrite=options.overwrite)
+    _check_replaceable(options.destdir, overwrite=options.overwrite)
     splits = _check_splits(options)
-    with new_folder(options.destdir, mark=RECORD_NAME, overwrite=options.overwrite) as folder:
+    with new_folder(options.destdir) as folder:
         vocabulary = _make_segmenter(options, splits, folder / MODEL_NAME, log)
         segmenter = Segmenter(folder / MODEL_NAME, vocabulary)
         reports = {
@@ -249,3 +249,18 @@ def _describe_side(side: SideReport, text: TextFile) -> dict[str, Any]:
         "byte_fallback_rate": side.rate(side.num_bytes),
         "input": {"file": text.path.name, "lines": text.num_lines, "sha256": text.sha256},
     }
+
+
+def _check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raise `UserError` if something is at `path` that may not be replaced."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / RECORD_NAME).is_file():
+        raise UserError(
+            f"{path} must be new or empty, but holds something else than data. Choose another name."
+        )
+    if not overwrite:
+        raise UserError(
+            f"{path} must be new or empty, but is a data directory already. "
+            "Choose another name, or replace it with `overwrite`."
+        )

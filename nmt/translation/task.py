@@ -95,7 +95,10 @@ class TranslationTask:
         longest = dataset.sizes.max(axis=0).tolist()
         model = self.options.model
         for side, length, limit in zip(
-            ("source", "target"), longest, (model.max_source_positions, model.max_target_positions), strict=True
+            ("source", "target"),
+            longest,
+            (model.max_source_positions, model.max_target_positions),
+            strict=True,
         ):
             if length > limit:
                 raise UserError(

@@ -1,0 +1,97 @@
+"""A folder that appears under its name when it is complete, or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nmt.errors import UserError
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary sibling folder to write into; rename it to `path` when the block ends well.
+
+    Whatever is at `path` by then is replaced: look first whether it may be. On an exception the temporary
+    folder is removed. That of a killed process stays, and goes with the next attempt (or `remove_leftovers`).
+
+    Args:
+        path: The final name. Its parents are made.
+
+    Raises:
+        UserError: Another process is writing the same folder.
+    """
+    path = path.resolve()  # through symbolic links, so that the sibling is on the same file system
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        _lock(lock, temporary)
+        _empty(temporary)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                sync(file)
+            sync(temporary)
+            _rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; if the process is killed meanwhile, a part of it stays, but not under its name."""
+    doomed = path.with_name(f".{path.name}.old")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left in a folder that nobody else writes to now."""
+    for pattern in (".*.tmp", ".*.old"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(lock: int, temporary: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{temporary} must be free, but another process writes there. Wait.") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    replaced = path.with_name(f".{path.name}.old")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if path.exists():
+        path.rename(replaced)
+    temporary.rename(path)
+    sync(path.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
