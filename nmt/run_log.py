@@ -28,7 +28,7 @@ class RunLog:
         self._text: TextIO = (folder / "train.log").open("a", encoding="utf-8")
         self._records: TextIO = self._records_path.open("a", encoding="utf-8")
         if sys.stderr.isatty():
-            self._bar = tqdm(unit="update", dynamic_ncols=True, smoothing=0.05, leave=False)
+            self._bar = tqdm(unit=" updates", dynamic_ncols=True, smoothing=0.05, leave=False)
 
     def say(self, line: str) -> None:
         """Write a line for people."""
