@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Rows of logits that are held at once: 512 rows of 8,000 floats are 16 MB.
-_LOGITS_AT_ONCE = 4_000_000
+# Logits that are held at once. On a CPU few enough for its caches (16 MB in float32: 500 tokens of 8,000
+# classes), elsewhere enough to keep the device busy.
+_LOGITS_AT_ONCE = {"cpu": 4_000_000}
+_LOGITS_AT_ONCE_ELSEWHERE = 64_000_000
 
 
 class Dropout(nn.Module):
@@ -91,7 +93,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=accurate)
         loss = torch.zeros((), dtype=accurate, device=features.device)
         nll = torch.zeros_like(loss)
-        chunk = max(1, _LOGITS_AT_ONCE // vocabulary_size)
+        at_once = _LOGITS_AT_ONCE.get(features.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
+        chunk = max(1, at_once // vocabulary_size)
         logits_buffer = features.new_empty(min(chunk, num_tokens), vocabulary_size)
         for start in range(0, num_tokens, chunk):
             h, y = features[start : start + chunk], target[start : start + chunk]
