@@ -5,10 +5,8 @@ Where several training sentences are equally near, a translation counts as right
 the figures are upper bounds of what copying can reach.
 """
 
-import argparse
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 
 Ngrams = Counter[tuple[str, ...]]
 
@@ -79,10 +77,6 @@ def nearest_by_ngrams(sentence: str, index: Index) -> list[int]:
     return [number for number, value in enumerate(dice) if value == best]
 
 
-def read_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
-
-
 def score_copying(
     train: tuple[list[str], list[str]], test: tuple[list[str], list[str]]
 ) -> tuple[float, float]:
@@ -95,21 +89,3 @@ def score_copying(
         ):
             right[method] += any(train[1][number] == reference for number in nearest)
     return right[0] / len(test[0]), right[1] / len(test[0])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="holds train and test .en and .de")
-    folder = parser.parse_args().folder
-    train, test = (
-        (read_lines(folder / f"{split}.en"), read_lines(folder / f"{split}.de"))
-        for split in ("train", "test")
-    )
-    by_edits, by_ngrams = score_copying(train, test)
-    print(
-        f"copying the nearest training neighbour is exactly right: {by_edits:.1%} by word edits, {by_ngrams:.1%} by n-grams"
-    )
-
-
-if __name__ == "__main__":
-    main()

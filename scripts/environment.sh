@@ -1,0 +1,65 @@
+# Sourced by the other scripts: makes .venv where it is missing and installs the package into it.
+#
+#   source scripts/environment.sh
+#   make_environment EXTRA...      # EXTRA: extras of pyproject.toml, such as test
+#
+# $BIN is the folder of the environment's commands. A second run finds everything in place and does nothing.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+BIN="$ROOT/.venv/bin"
+
+say() { echo "== $*"; }
+fail() { echo "error: $*" >&2; exit 1; }
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11 python; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer must be installed, but none was found. Install one, or name it with PYTHON=..."
+}
+
+# torch first and on its own, because of where it comes from: a plain install on Linux brings several GB of CUDA
+# libraries, which only a machine with an NVIDIA driver wants.
+install_torch() {
+    if "$BIN/python" -c 'import torch' 2>/dev/null; then
+        return
+    fi
+    local pin
+    pin=$(grep '^torch==' "$ROOT/constraints.txt")
+    if command -v nvidia-smi >/dev/null 2>&1 || [ "$(uname)" = Darwin ]; then
+        say "installing $pin"
+        "$BIN/pip" install --quiet "$pin"
+    elif "$BIN/pip" install --quiet --no-index --no-deps "$pin" 2>/dev/null; then
+        say "installed $pin from local files"
+    elif say "installing $pin for the CPU" &&
+        "$BIN/pip" install --quiet --index-url https://download.pytorch.org/whl/cpu "$pin"; then
+        :
+    else
+        say "PyTorch's CPU index is out of reach: installing $pin from the default index (several GB)"
+        "$BIN/pip" install --quiet "$pin"
+    fi
+}
+
+make_environment() {
+    local extras stamp wanted
+    extras=$(IFS=,; echo "$*")
+    stamp="$ROOT/.venv/.installed-${extras//,/-}"
+    wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)
+    if [ -x "$BIN/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$ROOT $wanted" ]; then
+        return
+    fi
+    if ! "$BIN/python" -c 'import pip' 2>/dev/null; then
+        local python
+        python=$(find_python) || exit 1
+        say "making .venv with $("$python" --version)"
+        "$python" -m venv "$ROOT/.venv"
+    fi
+    install_torch
+    say "installing the package${extras:+ with [$extras]}"
+    "$BIN/pip" install --quiet -c "$ROOT/constraints.txt" -e "$ROOT${extras:+[$extras]}"
+    echo "$ROOT $wanted" >"$stamp"
+}
