@@ -36,6 +36,11 @@ class World:
         """True on rank 0, which writes files and logs."""
         return self.rank == 0
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """The type in which sums are kept."""
+        return sum_dtype(self.device)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor on `device` by its sum over all ranks, and return it; its dtype stays."""
         if self.size > 1:
@@ -62,6 +67,11 @@ class World:
         """Wait until every rank is here."""
         if self.size > 1:
             self.sum_(torch.zeros(1, device=self.device)).item()
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def single(device: torch.device) -> World:

@@ -7,12 +7,13 @@ ranks have been added. Nothing here waits for the device until `sums` or `gauges
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmt.distributed import World
+from nmt.distributed import World, sum_dtype
 
 
 class _Scope:
@@ -99,7 +100,7 @@ class Metrics:
         return {
             name: {
                 "sums": {key: float(value) for key, value in scope.sums.items()},
-                "gauges": {key: float(value) for key, value in scope.gauges.items()},
+                "gauges": {key: float(value) for key, value in scope.gauges.items() if isfinite(value)},
             }
             for name, scope in self._scopes.items()
         }
@@ -138,11 +139,9 @@ def _keep(value: Tensor | float) -> Tensor | float:
     if not isinstance(value, Tensor):
         return float(value)
     assert value.numel() == 1, f"a metric must be one number, but has the shape {tuple(value.shape)}"
-    # A copy, since the caller may go on with its tensor in place. MPS has no float64.
-    dtype = torch.float32 if value.device.type == "mps" else torch.float64
-    return value.detach().reshape(()).to(dtype, copy=True)
+    # A copy, since the caller may go on with its tensor in place.
+    return value.detach().reshape(()).to(sum_dtype(value.device), copy=True)
 
 
 def _on_device(value: Tensor | float, device: torch.device) -> Tensor:
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.as_tensor(value, dtype=dtype, device=device)
+    return torch.as_tensor(value, dtype=sum_dtype(device), device=device)

@@ -69,7 +69,7 @@ class CheckpointOptions:
     """Keep this many of the newest checkpoints."""
     keep_best: int = 1
     """Keep this many of the best checkpoints."""
-    best_checkpoint_metric: str = "loss"
+    best_checkpoint_metric: str = field(default="loss", metadata={"fixed": True})
     """The validation metric that decides which checkpoint is best."""
 
     def check(self) -> None:

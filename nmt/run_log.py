@@ -4,6 +4,7 @@ Only rank 0 writes; on other ranks everything here does nothing.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -43,7 +44,8 @@ class RunLog:
         if not self._is_writer:
             return
         self.say(" | ".join([kind, *(f"{name} {_format(name, value)}" for name, value in record.items())]))
-        self._records.write(json.dumps({"kind": kind, **record}) + "\n")
+        numbers = {name: _json_value(value) for name, value in record.items()}
+        self._records.write(json.dumps({"kind": kind, **numbers}) + "\n")
         self._records.flush()
 
     def progress(self, update: int, *, epoch: int, total: int | None) -> None:
@@ -76,6 +78,11 @@ class RunLog:
                 self._bar.close()
             self._text.close()
             self._records.close()
+
+
+def _json_value(value: Any) -> Any:
+    """Return None for what JSON has no number for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _format(name: str, value: Any) -> str:

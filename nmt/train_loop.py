@@ -1,13 +1,14 @@
 """The story of a run: epochs, updates, reports, validation, checkpoints, and when to stop."""
 
 import filecmp
+import math
 import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +21,8 @@ from nmt.options import TrainConfig
 from nmt.run_log import RunLog
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
+
+Direction = Literal["min", "max"]
 
 
 def train(config: TrainConfig[Any]) -> Path:
@@ -36,7 +39,7 @@ def train(config: TrainConfig[Any]) -> Path:
     with (
         join_world(config.device) as world,
         closing(RunLog(config.save_dir, is_writer=world.is_main)) as log,
-        closing(Run(config, world, log)) as run,
+        closing(Run(config, world=world, log=log)) as run,
     ):
         return run.train()
 
@@ -47,39 +50,46 @@ class Progress:
 
     Attributes:
         values: The value of `best-checkpoint-metric` after each update that was validated.
-        best_update: The update with the best value, the first of equals.
-        num_without_better: Validations since then.
+        num_without_better: Validations since the best one.
         interval_seconds: Time spent in training since the last report.
     """
 
     values: dict[int, float] = field(default_factory=dict)
-    best_update: int | None = None
     num_without_better: int = 0
     interval_seconds: float = 0.0
 
-    def note(self, update: int, value: float, *, better: str) -> None:
-        """Take in a validation; `better` is "min" or "max"."""
-        best = None if self.best_update is None else self.values[self.best_update]
+    def note(self, update: int, value: float, *, better: Direction) -> None:
+        """Take in a validation."""
         self.values[update] = value
-        if best is None or (value < best if better == "min" else value > best):
-            self.best_update, self.num_without_better = update, 0
-        else:
-            self.num_without_better += 1
+        self.num_without_better = 0 if self.ranking(better)[0] == update else self.num_without_better + 1
+
+    def ranking(self, better: Direction) -> list[int]:
+        """Return the validated updates, best first; the earlier of equals first, what is not a number last."""
+        sign = 1 if better == "min" else -1
+
+        def rank(update: int) -> tuple[bool, float, int]:
+            value = self.values[update]
+            return (True, 0.0, update) if math.isnan(value) else (False, sign * value, update)
+
+        return sorted(self.values, key=rank)
 
 
 class Run:
-    """The parts of a run, assembled; `train` is its story."""
+    """The parts of a run; `train` is its story."""
 
-    def __init__(self, config: TrainConfig[Any], world: World, log: RunLog) -> None:
+    def __init__(self, config: TrainConfig[Any], *, world: World, log: RunLog) -> None:
+        """Open the data and build the model; nothing is written yet."""
         self.config = config
         self.world = world
         self.log = log
         self.task: Task[Any] = config.task_options.build(None)
         self.metric = config.checkpoints.best_checkpoint_metric
         if self.metric not in self.task.metrics:
+            known = ", ".join(self.task.metrics)
             raise UserError(
-                f"`best-checkpoint-metric` must be one of {', '.join(self.task.metrics)}, but is {self.metric}."
+                f"`best-checkpoint-metric` must be one of {known}, but is {self.metric}. Name one."
             )
+        self.better: Direction = self.task.metrics[self.metric]
         train_examples = self.task.open_split("train")
         self.valid_examples: Examples[Any] = self.task.open_split("valid")
         self.batches = BatchIterator(
@@ -95,18 +105,18 @@ class Run:
         self.trainer = Trainer(self.task, model, config.optimization, world=world, seed=config.seed)
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
         self.progress = Progress()
-        self.epoch = self.batches.epoch  # of the last update; the iterator's is already the next at its end
+        # Epoch of the last update; that of `batches` has moved on once its iteration is exhausted.
+        self.epoch = self.batches.epoch
         self.clock = time.monotonic()
 
     def train(self) -> Path:
         """Go from where the run stands to its end; return the folder of the best checkpoint."""
+        self._check_lengths()
         self._resume_or_start()
         while not (reason := self._reason_to_stop()):
-            with self.trainer.metrics.scope("train"):
-                self._train_epoch()
+            self._train_epoch()
         if self.trainer.update not in self.progress.values:
-            self._validate()
-            self._save()
+            self._validate_and_save()
         self.log.say(f"finished: {reason}")
         return self.checkpoints.path / "best"
 
@@ -116,26 +126,28 @@ class Run:
 
     def _train_epoch(self) -> None:
         """Make the updates that are left of this epoch, or fewer if the run ends within it."""
-        options, self.epoch = self.config.checkpoints, self.batches.epoch
+        options, metrics = self.config.checkpoints, self.trainer.metrics
+        self.epoch = self.batches.epoch
         self.clock = time.monotonic()
         for micro_batches in self.batches:
-            with self.trainer.metrics.scope("interval"):
+            # "train" is what has been seen since the last report, "epoch" since the epoch began.
+            with metrics.scope("epoch"), metrics.scope("train"):
                 self.trainer.train_step(micro_batches)
-            self._tick()
+            self._count_time()
+            self._show_progress()
             update = self.trainer.update
             if update % self.config.log_interval == 0:
-                self._report("interval")
+                self._report("train")
             if _is_due(update, options.validate_interval_updates):
-                self._validate()
-                self._save()
+                self._validate_and_save()
             elif _is_due(update, options.save_interval_updates):
                 self._save()
             if self._reason_to_stop():
                 return
-        self._report("train")
+            self.clock = time.monotonic()  # reports, validation and checkpoints are no time of training
+        self._report("epoch")
         if _is_due(self.epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
-            self._validate()
-            self._save()
+            self._validate_and_save()
 
     def _reason_to_stop(self) -> str | None:
         options = self.config.optimization
@@ -147,20 +159,22 @@ class Run:
             return f"{self.metric} has not become better in {options.patience} validations (patience)"
         return None
 
-    def _validate(self) -> None:
-        """Measure the validation set and remember the value that decides which checkpoint is best."""
+    def _validate_and_save(self) -> None:
+        """Measure the validation set, note the value that decides which checkpoint is best, and save."""
         share = ordered_batches(
             self.valid_examples,
             self.config.batching,
             rank=self.world.rank,
             world_size=self.world.size,
+            pin_memory=self.world.device.type == "cuda",
         )
-        results = self.trainer.validate(self.valid_examples, share)
-        self.progress.note(self.trainer.update, results[self.metric], better=self.task.metrics[self.metric])
-        best = self.progress.values[self.progress.best_update or self.trainer.update]
+        # Rank 0 decides for all: a difference in the last bit must not stop one rank and not another.
+        results = self.world.broadcast(self.trainer.validate(self.valid_examples, share))
+        self.progress.note(self.trainer.update, results[self.metric], better=self.better)
+        best = self.progress.values[self.progress.ranking(self.better)[0]]
         position = {"update": self.trainer.update, "epoch": self.epoch}
         self.log.report("valid", {**position, **results, f"best {self.metric}": best})
-        self.clock = time.monotonic()
+        self._save()
 
     def _save(self) -> None:
         """Write a checkpoint, point the links at it, and remove those that need not be kept."""
@@ -180,55 +194,45 @@ class Run:
                 optimizer=optimizer,
                 state=state,
             )
-            if self.progress.best_update in self.checkpoints.updates():
-                self.checkpoints.link("best", self.progress.best_update)
-            self.checkpoints.prune(self._worth_keeping())
+            self._link_best_and_prune()
         self.world.barrier()
-        self.clock = time.monotonic()
 
-    def _worth_keeping(self) -> set[int]:
-        options, sign = self.config.checkpoints, 1 if self.task.metrics[self.metric] == "min" else -1
-        saved = self.checkpoints.updates()
-        validated = [update for update in saved if update in self.progress.values]
-        by_value = sorted(validated, key=lambda update: (sign * self.progress.values[update], update))
-        return {*saved[-options.keep_last :], *by_value[: options.keep_best]}
+    def _link_best_and_prune(self) -> None:
+        """Point `best` at the best checkpoint that is there, and remove those that need not be kept."""
+        options, saved = self.config.checkpoints, self.checkpoints.updates()
+        best = [update for update in self.progress.ranking(self.better) if update in saved]
+        if best:
+            self.checkpoints.link("best", best[0])
+        self.checkpoints.prune({*saved[-options.keep_last :], *best[: options.keep_best]})
 
     def _resume_or_start(self) -> None:
         """Take the newest checkpoint up, or note the configuration of a new run."""
-        num_all = self.batches.num_examples + self.batches.num_too_long
-        if self.batches.num_too_long:
-            share = self.batches.num_too_long / num_all
-            warning = "warning: " if share > 0.01 else ""
-            self.log.say(
-                f"{warning}left out: {self.batches.num_too_long:,} of {num_all:,} training examples "
-                f"({share:.2%}) are longer than max-tokens"
-            )
-        if self.batches.num_examples == 0:
-            raise UserError(
-                f"`max-tokens` must be at least the length of some examples, but is "
-                f"{self.config.batching.max_tokens} and all {num_all:,} are longer."
-            )
         saved = self.world.broadcast(self.checkpoints.updates())
-        if not saved:
-            if self.world.is_main:
-                write_yaml(self.config, self.config.save_dir / "config.yaml")
+        if saved:
+            self._resume(saved[-1])
+        else:
             size = sum(parameter.numel() for parameter in self.trainer.model.parameters())
             self.log.say(
                 f"start: {size:,} parameters, {self.batches.num_examples:,} training examples, "
                 f"{len(self.valid_examples):,} validation examples, {self.world.size} x {self.world.device.type}"
             )
-            return
-        folder = self.checkpoints.at(saved[-1])
+        if self.world.is_main:
+            write_yaml(self.config, self.config.save_dir / "config.yaml")
+
+    def _resume(self, update: int) -> None:
+        folder = self.checkpoints.at(update)
         self._refuse_other_run(folder)
-        optimizer, state = self.checkpoints.load_state(saved[-1])
+        optimizer, state = self.checkpoints.load_state(update)
         load_weights(self.trainer.model, folder)
         self.trainer.load_state_dict(optimizer, state["trainer"])
         self.batches.load_state_dict(state["batches"])
         self.progress = _progress_from(state["progress"])
         self.epoch = self.batches.epoch
-        if self.world.is_main:
-            write_yaml(self.config, self.config.save_dir / "config.yaml")
         self.log.cut_records(state["records_size"])
+        # No rank may still be reading when rank 0 removes old checkpoints.
+        self.world.barrier()
+        if self.world.is_main:
+            self._link_best_and_prune()  # a process may have been killed before it did
         self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
 
     def _refuse_other_run(self, folder: Path) -> None:
@@ -250,38 +254,53 @@ class Run:
                         f"`{before_path}`. Use the same data or name another `save-dir`."
                     )
 
+    def _check_lengths(self) -> None:
+        """Say how many examples are left out because of their length; raise `UserError` if all are."""
+        num_left_out, num_left = self.batches.num_too_long, self.batches.num_examples
+        if num_left == 0:
+            raise UserError(
+                f"`max-tokens` must be at least the length of some examples, but is "
+                f"{self.config.batching.max_tokens} and all {num_left_out:,} are longer. Raise it."
+            )
+        if num_left_out:
+            share = num_left_out / (num_left_out + num_left)
+            warning = "warning: " if share > 0.01 else ""
+            self.log.say(
+                f"{warning}left out: {num_left_out:,} of {num_left_out + num_left:,} training examples "
+                f"({share:.2%}) are longer than max-tokens"
+            )
+
     def _report(self, scope: str) -> None:
         """Log what a scope has seen, then empty it."""
         metrics = self.trainer.metrics
         sums = metrics.sums(scope, self.world)
-        if sums:
-            record: dict[str, Any] = {"update": self.trainer.update, "epoch": self.epoch}
-            record.update(self.task.summarize(sums))
-            if scope == "interval":
-                record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)
-                record.update(metrics.gauges(scope))
-                self.progress.interval_seconds = 0.0
-            if sums["num_cancelled"]:
-                record["cancelled updates"] = int(sums["num_cancelled"])
-            self.log.report("train" if scope == "interval" else "epoch", record)
+        record: dict[str, Any] = {"update": self.trainer.update, "epoch": self.epoch}
+        record.update(self.task.summarize(sums))
+        if scope == "train":
+            self._count_time()  # reading the sums has waited for the device
+            record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)
+            record.update(metrics.gauges(scope))
+            self.progress.interval_seconds = 0.0
+        if sums["num_cancelled"]:
+            record["cancelled updates"] = round(sums["num_cancelled"])
+        self.log.report(scope, record)
         metrics.reset(scope)
 
-    def _tick(self) -> None:
-        """Count the time since the last update, and move the progress bar."""
+    def _count_time(self) -> None:
+        """Count what has passed since the clock was last read as time of training."""
         now = time.monotonic()
         self.progress.interval_seconds += now - self.clock
         self.clock = now
-        self.log.progress(self.trainer.update, epoch=self.epoch, total=self._expected_updates())
 
-    def _expected_updates(self) -> int | None:
-        """Estimate at which update the run will end, for the bar."""
+    def _show_progress(self) -> None:
+        """Move the progress bar, towards an estimate of the update at which the run will end."""
         options = self.config.optimization
         ends = [] if options.max_update is None else [options.max_update]
         if options.max_epoch is not None:
             share = self.batches.examples_consumed / self.batches.num_examples
             epochs_done = self.batches.epoch - 1 + share
             ends.append(round(self.trainer.update * options.max_epoch / max(epochs_done, 1e-9)))
-        return min(ends, default=None)
+        self.log.progress(self.trainer.update, epoch=self.epoch, total=min(ends, default=None))
 
 
 def _is_due(count: int, interval: int | None) -> bool:

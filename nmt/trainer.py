@@ -17,10 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World
+from nmt.errors import UserError
 from nmt.metrics import Metrics, merge_states
 from nmt.optim import build_optimizer, build_schedule
 from nmt.options import OptimizationOptions
 from nmt.task import Batch, Examples, LossOutput, Task
+
+_RESTORE = "Restore the checkpoint, or begin a new run."
 
 
 class Trainer:
@@ -40,7 +43,12 @@ class Trainer:
         self.metrics = Metrics()
         self.update = 0
         objective = _Objective(task, self.model)
-        self.objective: nn.Module = DistributedDataParallel(objective) if world.size > 1 else objective
+        self.objective: nn.Module = objective
+        if world.size > 1:
+            # Buffers that are saved change in training (batch norm's statistics): all ranks follow rank 0's.
+            num_parameters = len(list(self.model.named_parameters(remove_duplicate=False)))
+            has_statistics = len(self.model.state_dict()) > num_parameters
+            self.objective = DistributedDataParallel(objective, broadcast_buffers=has_statistics)
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Make one update from this rank's share of it.
@@ -52,13 +60,18 @@ class Trainer:
         self.model.train()
         self._seed_generators()
         num_targets = self.world.sum_(self._count_targets(micro_batches))
+        outputs: list[LossOutput] = []
         for i, (batch, weight) in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             with nullcontext() if is_last else self._without_sync():
-                output: LossOutput = self.objective(batch.to(self.world.device))
+                output = self.objective(batch.to(self.world.device))
                 (output.loss * (weight * self.world.size / num_targets)).backward()
-            self._count(output, batch, weight=weight)
-        self._apply_gradient()
+            outputs.append(output)
+        is_cancelled = self._apply_gradient()
+        for output, (batch, weight) in zip(outputs, micro_batches, strict=True):
+            sums = _sums(output, batch)
+            # What was cancelled is not counted, or one loss that is not a number would spoil the whole epoch's.
+            self.metrics.add({key: torch.where(is_cancelled, 0.0, weight * sums[key]) for key in sums})
 
     @torch.no_grad()
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
@@ -73,7 +86,7 @@ class Trainer:
             self.metrics.reset("valid")
             for batch in batches:
                 output = self.task.compute_loss(self.model, batch.to(self.world.device))
-                self._count(output, batch, weight=1.0)
+                self.metrics.add(_sums(output, batch))
             results = self.task.summarize(self.metrics.sums("valid", self.world))
         return {**results, **self.task.evaluate(self.model, examples, self.world)}
 
@@ -91,16 +104,20 @@ class Trainer:
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; the model's weights are loaded apart."""
-        state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, _) in enumerate(self._optimized_parameters()):
-            prefix = f"{name}."
-            state[index] = {
-                key.removeprefix(prefix): value
-                for key, value in tensors.items()
-                if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-            }
+        by_parameter: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._optimized_parameters()}
+        for full_name, tensor in tensors.items():
+            name, _, key = full_name.rpartition(".")
+            if name not in by_parameter:
+                raise UserError(f"The optimizer's state must be of this model, but has `{name}`. {_RESTORE}")
+            by_parameter[name][key] = tensor
+        if lacking := [name for name, state in by_parameter.items() if not state]:
+            raise UserError(
+                f"The optimizer's state must be of this model, but lacks `{lacking[0]}`. {_RESTORE}"
+            )
+        # torch numbers the parameters in the order in which the optimizer was given them: this one.
+        numbered = dict(enumerate(by_parameter.values()))
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         self.update = values["update"]
         states = values["metrics"]
         if len(states) == self.world.size:
@@ -108,35 +125,36 @@ class Trainer:
         elif self.world.is_main:  # another number of ranks: the sums of all go on in one place
             self.metrics.load_state_dict(merge_states(states))
 
-    def _apply_gradient(self) -> None:
-        """Clip and step; a gradient that is not finite cancels the step on the device, unread by the host."""
+    def _apply_gradient(self) -> Tensor:
+        """Clip and step; a gradient that is not finite cancels the step on the device, unread by the host.
+
+        Returns:
+            Whether the step was cancelled, a scalar bool on the device, the same on every rank.
+        """
         parameters = [parameter for _, parameter in self._optimized_parameters()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        is_bad = (~torch.isfinite(norm)).float()
+        is_cancelled = ~torch.isfinite(norm)
         self.update += 1
         lr = self.base_lr * self.schedule(self.update)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # torch's fused optimizers skip the step, and its count, where this flag is 1.
-        self.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+        self.optimizer.found_inf = is_cancelled.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # Every rank has the same gradient here; divided so that the sum over ranks counts it once.
-        self.metrics.add({"num_cancelled": is_bad / self.world.size})
+        self.metrics.add({"num_cancelled": is_cancelled / self.world.size})
         self.metrics.gauge("lr", lr)
         self.metrics.gauge("grad", norm)
+        return is_cancelled
 
     def _count_targets(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         total = sum(weight * batch.num_targets for batch, weight in micro_batches)
-        return torch.tensor(total, dtype=torch.float64).to(self._sum_dtype()).to(self.world.device)
-
-    def _count(self, output: LossOutput, batch: Batch, *, weight: float) -> None:
-        sums: dict[str, Tensor | float] = {"loss": output.loss.detach(), **output.sums}
-        sums |= {"num_targets": batch.num_targets, "num_examples": batch.num_examples}
-        self.metrics.add({name: weight * value for name, value in sums.items()})
+        # A fill, unlike a copy, does not let the host wait for the device.
+        return torch.full((), total, dtype=self.world.sum_dtype, device=self.world.device)
 
     def _without_sync(self) -> Any:
         """Keep DDP from summing gradients before the last micro-batch."""
@@ -152,9 +170,6 @@ class Trainer:
         digest = blake2b(f"{self.seed} {self.update} {self.world.rank}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little", signed=True))
 
-    def _sum_dtype(self) -> torch.dtype:
-        return torch.float32 if self.world.device.type == "mps" else torch.float64
-
 
 class _Objective(nn.Module):
     """The model together with the task's loss: what DDP wraps, so that the task may use the model freely."""
@@ -166,3 +181,9 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Batch) -> LossOutput:
         return self.task.compute_loss(self.model, batch)
+
+
+def _sums(output: LossOutput, batch: Batch) -> dict[str, Tensor | float]:
+    """Return all that is additive about a batch."""
+    counts = {"num_targets": batch.num_targets, "num_examples": batch.num_examples}
+    return {"loss": output.loss.detach(), **output.sums, **counts}

@@ -179,7 +179,8 @@ def test_the_first_to_finish_are_kept_even_if_later_ones_are_better() -> None:
 
 def test_results_return_to_their_sentences_after_others_have_left() -> None:
     beam, finished = start(torch.tensor([5, 5, 5]), beam_size=1, dtype=torch.float64)
-    beam = keep(beam, torch.tensor([0, 2]))
+    beam, rows = keep(beam, torch.arange(3), live=torch.tensor([0, 2]))
+    assert rows.tolist() == [0, 2]
     beam, _ = extend(beam, _two_best([[EOS, A], [EOS, A]]), finished, eos_id=EOS, lenpen=1.0)
     assert finished.counts.tolist() == [1, 0, 1]
 

@@ -1,6 +1,7 @@
 """The story of a run, told with a third task: it learns, stops, resumes as if never stopped, refuses others."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ def test_what_may_not_change_is_named_and_what_may_is_taken(tmp_path: Path) -> N
         train(config(folder, task_options=PointOptions(slope=3.0)))
     with pytest.raises(UserError, match="`seed` may not change"):
         train(config(folder, seed=2))
+    with pytest.raises(UserError, match="`best-checkpoint-metric` may not change"):
+        train(config(folder, checkpoints={"best_checkpoint_metric": "accuracy"}))
     with pytest.raises(UserError, match="`optimizer` may not change"):
         train(config(folder, optimization={"optimizer": "adamw"}))
     classes = folder / "checkpoints" / "update-0000020" / "classes.txt"
@@ -155,14 +158,13 @@ def test_an_unknown_metric_is_refused_with_the_known_ones(tmp_path: Path) -> Non
         train(config(tmp_path / "run", checkpoints={"best_checkpoint_metric": "bleu"}))
 
 
-def test_the_first_of_equals_is_best() -> None:
+def test_the_first_of_equals_is_best_and_what_is_not_a_number_never() -> None:
     progress = Progress()
-    for update, value in [(1, 3.0), (2, 2.0), (3, 2.0), (4, 2.5)]:
+    for update, value in [(1, math.nan), (2, 2.0), (3, 2.0), (4, 2.5)]:
         progress.note(update, value, better="min")
-    assert (progress.best_update, progress.num_without_better) == (2, 2)
+    assert progress.ranking("min") == [2, 3, 4, 1] and progress.num_without_better == 2
     progress.note(5, 1.0, better="min")
-    assert (progress.best_update, progress.num_without_better) == (5, 0)
-    progress = Progress()
-    progress.note(1, 3.0, better="max")
-    progress.note(2, 2.0, better="max")
-    assert progress.best_update == 1
+    assert progress.ranking("min")[0] == 5 and progress.num_without_better == 0
+    progress.note(6, math.nan, better="min")
+    assert progress.num_without_better == 1
+    assert progress.ranking("max") == [4, 2, 3, 5, 1, 6]

@@ -7,7 +7,8 @@ and calls `extend`; sentences that are done leave with `keep`. At the end `best`
     while beam.scores.numel() > 0:
         candidates = ...
         beam, rows = extend(beam, candidates, finished, eos_id=2, lenpen=1.0)
-        beam = keep(beam, (~beam.is_done).nonzero().squeeze(1))
+        beam, rows = keep(beam, rows, live=(~beam.is_done).nonzero().squeeze(1))
+        ...                                             # what is kept of each row follows: state.reorder_(rows)
     hypotheses = best(finished, nbest=1)
 
 The rules are fairseq's. Of the 2K best candidates of a sentence, those that end it and rank among the first K
@@ -30,7 +31,7 @@ class Hypothesis:
     """One finished translation."""
 
     tokens: list[int]  # without eos
-    score: float  # natural log: the sum of token_scores / length ** lenpen, eos counted in the length
+    score: float  # natural log: sum(token_scores) / length**lenpen, where the length counts eos
     token_scores: list[float]  # one per token, and the last one for eos
 
 
@@ -126,12 +127,13 @@ def extend(
     ends = candidates.tokens == eos_id  # (B, C)
     _finish_(finished, beam, candidates, ends=ends[:, :beam_size], lenpen=lenpen)
 
-    going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam_size]  # others before eos, each best first
-    chosen = candidates.take(going_on)  # (B, C) -> (B, K)
+    # A stable sort of the flag (bool cannot be sorted) puts those that go on first, best first.
+    ranks_going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam_size]
+    chosen = candidates.take(ranks_going_on)  # (B, C) -> (B, K)
     is_full = finished.counts[beam.sentences] == beam_size
     extended = Beam(
-        tokens=_append(_of_parents(beam.tokens, chosen.parents), chosen.tokens),
-        token_scores=_append(_of_parents(beam.token_scores, chosen.parents), chosen.token_scores),
+        tokens=_append(_gather_hypotheses(beam.tokens, chosen.parents), chosen.tokens),
+        token_scores=_append(_gather_hypotheses(beam.token_scores, chosen.parents), chosen.token_scores),
         scores=chosen.scores,
         sentences=beam.sentences,
         limits=beam.limits,
@@ -141,9 +143,10 @@ def extend(
     return extended, (first_rows + chosen.parents).flatten()
 
 
-def keep(beam: Beam, live: Tensor) -> Beam:
-    """Return the beam of the sentences at the positions `live` (B',) alone."""
-    return Beam(
+def keep(beam: Beam, rows: Tensor, *, live: Tensor) -> tuple[Beam, Tensor]:
+    """Let the other sentences go: return the beam and the rows of those at the places `live` (B',)."""
+    beam_size = beam.scores.size(1)
+    kept = Beam(
         tokens=beam.tokens[live],
         token_scores=beam.token_scores[live],
         scores=beam.scores[live],
@@ -151,6 +154,7 @@ def keep(beam: Beam, live: Tensor) -> Beam:
         limits=beam.limits[live],
         is_done=beam.is_done[live],
     )
+    return kept, rows.view(-1, beam_size)[live].flatten()
 
 
 def best(finished: Finished, *, nbest: int) -> list[list[Hypothesis]]:
@@ -164,8 +168,8 @@ def best(finished: Finished, *, nbest: int) -> list[list[Hypothesis]]:
     counts = finished.counts.clamp(max=nbest).tolist()
     scores = finished.scores.gather(1, order).tolist()
     lengths = finished.lengths.gather(1, order).tolist()
-    tokens = _of_parents(finished.tokens, order).tolist()
-    token_scores = _of_parents(finished.token_scores, order).tolist()
+    tokens = _gather_hypotheses(finished.tokens, order).tolist()
+    token_scores = _gather_hypotheses(finished.token_scores, order).tolist()
     results = []
     for sentence, count in enumerate(counts):
         hypotheses = [
@@ -186,18 +190,21 @@ def _finish_(finished: Finished, beam: Beam, candidates: Candidates, *, ends: Te
     scores, parents = candidates.scores[:, :beam_size], candidates.parents[:, :beam_size]
     ends = ends & scores.isfinite() & ~beam.is_done[:, None]
     slots = finished.counts[beam.sentences][:, None] + ends.cumsum(dim=1) - 1
-    slots = torch.where(ends, slots, beam_size).clamp(max=beam_size)  # the last one, K, is for waste
+    # Slot K is for waste: what does not end, and what ends when all slots are filled.
+    slots = torch.where(ends, slots, beam_size).clamp(max=beam_size)
     place = (beam.sentences[:, None], slots)  # (B, K)
     length = beam.step + 1
-    token_scores = _append(_of_parents(beam.token_scores, parents), candidates.token_scores[:, :beam_size])
-    finished.tokens[*place, : length - 1] = _of_parents(beam.tokens, parents)
+    token_scores = _append(
+        _gather_hypotheses(beam.token_scores, parents), candidates.token_scores[:, :beam_size]
+    )
+    finished.tokens[*place, : length - 1] = _gather_hypotheses(beam.tokens, parents)
     finished.token_scores[*place, :length] = token_scores
     finished.scores[place] = scores / length**lenpen
     finished.lengths[place] = length
     finished.counts[beam.sentences] += (slots < beam_size).sum(dim=1)
 
 
-def _of_parents(values: Tensor, parents: Tensor) -> Tensor:
+def _gather_hypotheses(values: Tensor, parents: Tensor) -> Tensor:
     """Return for each place the row of its parent: (B, K, t) and (B, C) -> (B, C, t)."""
     return values.gather(1, parents[:, :, None].expand(-1, -1, values.size(2)))
 

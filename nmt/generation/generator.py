@@ -31,7 +31,7 @@ class TranslationModel(Protocol):
         """Return a state of empty prefixes. It has `reorder_`: new row i goes on from old row `rows[i]`."""
 
     def decode(self, target_input: Tensor, memory: Any, state: Any) -> Tensor:
-        """Take new tokens (R, T) into the state and return logits (R, T, V)."""
+        """Take new tokens (R, T) into the state and return logits (R, T, V), which the caller may overwrite."""
 
 
 class Generator:
@@ -84,8 +84,7 @@ class Generator:
             if live.numel() == 0:
                 return best(finished, nbest=self.options.nbest)
             if live.numel() < beam.is_done.numel():
-                rows = rows.view(-1, self.options.beam)[live].flatten()
-                beam = keep(beam, live)
+                beam, rows = keep(beam, rows, live=live)
                 memories = [memory.select(live) for memory in memories]
             for state in states:
                 state.reorder_(rows)

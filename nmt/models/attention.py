@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.qkv_proj = nn.Linear(dim, 3 * dim)
         self.out_proj = nn.Linear(dim, dim)
-        # fairseq draws q, k and v as separate (dim, dim) matrices and narrows them by 1/sqrt(2).
+        # fairseq draws q, k and v as separate (dim, dim) matrices and narrows them by 1/sqrt(2); these are views.
         for weight in self.qkv_proj.weight.chunk(3):
             nn.init.xavier_uniform_(weight, gain=2**-0.5)
         nn.init.zeros_(self.qkv_proj.bias)
@@ -78,13 +78,16 @@ class SelfAttention(nn.Module):
         Returns:
             (R, T, D).
         """
+        assert attention_mask is None or not is_causal
+        # (R, T, 3D) -> (R, 3H, T, E) -> three times (R, H, T, E)
         query, keys, values = split_heads(self.qkv_proj(x), 3 * self.num_heads).chunk(3, dim=1)
         if state is not None:
             num_new = x.size(1)
             keys, values = state.append(keys, values)
-            if is_causal and num_new > 1:  # query t stands at position length - num_new + t
-                ones = torch.ones(num_new, state.length, dtype=torch.bool, device=x.device)
-                attention_mask = ones.tril(diagonal=state.length - num_new)
+            if is_causal and num_new > 1:  # a single new token may see all of them and needs no mask
+                everything = torch.ones(num_new, state.length, dtype=torch.bool, device=x.device)
+                # Query t stands at position length - num_new + t.
+                attention_mask = everything.tril(diagonal=state.length - num_new)
             is_causal = False
         dropout = self.dropout if self.training else 0.0
         return self.out_proj(
@@ -110,17 +113,18 @@ class CrossAttention(nn.Module):
 
     def project_memory(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """Project the encoder's output (B, S, memory_dim) to keys and values, (B, H, S, E) each."""
+        # (B, S, 2D) -> (B, 2H, S, E) -> twice (B, H, S, E)
         keys, values = split_heads(self.kv_proj(encoded), 2 * self.num_heads).chunk(2, dim=1)
         return keys, values
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor) -> Tensor:
         """Let each row attend to the memory of its sentence.
 
         Args:
             x: (R, T, D), the K rows of a sentence side by side.
             keys: (B, H, S, E).
             values: (B, H, S, E).
-            attention_mask: (B, 1, 1, S) bool, False at padding; None where there is none.
+            attention_mask: (B, 1, 1, S) bool, False at padding.
 
         Returns:
             (R, T, D).

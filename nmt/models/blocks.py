@@ -28,6 +28,7 @@ class Residual(nn.Module):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        """(R, T, D) -> (R, T, D), as the block."""
         if self.pre_norm:
             return x + self.dropout(block(self.norm(x)))
         return self.norm(x + self.dropout(block(x)))
@@ -68,6 +69,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.scale = 1.0 if options.no_scale_embedding else math.sqrt(dim)
         self.first_position = pad_id + 1
+        self.max_positions = max_positions
         self.tokens = nn.Embedding(vocabulary_size, dim, padding_idx=pad_id)
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
         nn.init.zeros_(self.tokens.weight[pad_id])
@@ -81,6 +83,7 @@ class Embedding(nn.Module):
 
     def forward(self, token_ids: Tensor, start: int = 0) -> Tensor:
         """Embed (R, T) int64 ids, the first of which stands at position `start` (from 0), as (R, T, D)."""
+        assert start + token_ids.size(1) <= self.max_positions, "longer than the table of positions"
         first = self.first_position + start
         positions = self.positions[first : first + token_ids.size(1)]
         return self.dropout(self.norm(self.scale * self.tokens(token_ids) + positions))

@@ -20,23 +20,19 @@ class Memory:
     Attributes:
         keys: one (B, H, S, E) tensor for each decoder layer.
         values: the same for values.
-        padding_mask: (B, S) bool, True at padding, or None where no sentence is padded.
+        padding_mask: (B, S) bool, True at padding.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    padding_mask: Tensor | None
-
-    @property
-    def num_sentences(self) -> int:
-        return self.keys[0].size(0)
+    padding_mask: Tensor
 
     def select(self, sentences: Tensor) -> Memory:
         """Return the memory of some sentences, given their (B',) int64 indices."""
         return Memory(
             keys=[keys[sentences] for keys in self.keys],
             values=[values[sentences] for values in self.values],
-            padding_mask=None if self.padding_mask is None else self.padding_mask[sentences],
+            padding_mask=self.padding_mask[sentences],
         )
 
 

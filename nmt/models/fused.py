@@ -68,7 +68,9 @@ def linear_cross_entropy(
         sums over the N tokens, in nats. Only the loss carries a gradient.
     """
     apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearCrossEntropy.apply)
-    loss, nll = apply(features, weight, target, label_smoothing)
+    # Asked here, since within `apply` gradients are always off.
+    needs_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
+    loss, nll = apply(features, weight, target, label_smoothing, needs_gradient)
     return loss, nll
 
 
@@ -82,10 +84,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        label_smoothing: float,
+        needs_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         num_tokens, vocabulary_size = features.size(0), weight.size(0)
-        needs_gradient = any(ctx.needs_input_grad)
         accurate = torch.promote_types(features.dtype, torch.float32)
         other = label_smoothing / (vocabulary_size - 1)
         extra = 1.0 - label_smoothing - other
@@ -123,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_features, grad_weight = ctx.saved_tensors
         scale = grad_loss.to(grad_features.dtype)
-        return grad_features * scale, grad_weight * scale, None, None
+        return grad_features * scale, grad_weight * scale, None, None, None

@@ -17,7 +17,10 @@ from nmt.models.options import TransformerOptions
 
 
 class Transformer(nn.Module):
-    """Encode a source once, then decode a target in one pass (training) or token by token (search)."""
+    """Encode a source once, then decode a target in one pass (training) or token by token (search).
+
+    There is no `forward`: `encode` and `decode` are called apart.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,11 @@ class Transformer(nn.Module):
             nn.init.normal_(self.output_weight, std=options.decoder_embed_dim**-0.5)
 
     def encode(self, source: Tensor) -> Memory:
-        """Encode (B, S) int64 token ids, each ending in eos and padded on the right."""
+        """Encode sources, and project them to what each decoder layer attends to.
+
+        Args:
+            source: (B, S) int64 token ids, each sentence ending in eos and padded on the right.
+        """
         padding_mask = source == self.pad_id
         return self.decoder.project_memory(self.encoder(source, padding_mask), padding_mask)
 
@@ -122,7 +129,7 @@ class Decoder(nn.Module):
 
     def forward(self, target_input: Tensor, memory: Memory, state: DecoderState | None) -> Tensor:
         """(R, T) int64 -> (R, T, D); see `Transformer.decode`."""
-        attention_mask = None if memory.padding_mask is None else ~memory.padding_mask[:, None, None, :]
+        attention_mask = ~memory.padding_mask[:, None, None, :]  # (B, 1, 1, S)
         x = self.embedding(target_input, start=0 if state is None else state.length)
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[i]
@@ -141,15 +148,13 @@ class EncoderLayer(nn.Module):
         )
         self.feed_forward = FeedForward(dim, options.encoder_ffn_embed_dim, options=options)
         pre_norm = options.encoder_normalize_before
-        self.residuals = nn.ModuleList(
-            Residual(dim, pre_norm=pre_norm, dropout=options.dropout) for _ in range(2)
-        )
+        self.around_attention = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
+        self.around_feed_forward = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D); the mask is True where attention is allowed."""
-        around_attention, around_feed_forward = self.residuals
-        x = around_attention(x, lambda y: self.self_attention(y, attention_mask=attention_mask))
-        return around_feed_forward(x, self.feed_forward)
+        x = self.around_attention(x, lambda y: self.self_attention(y, attention_mask=attention_mask))
+        return self.around_feed_forward(x, self.feed_forward)
 
 
 class DecoderLayer(nn.Module):
@@ -164,9 +169,9 @@ class DecoderLayer(nn.Module):
         )
         self.feed_forward = FeedForward(dim, options.decoder_ffn_embed_dim, options=options)
         pre_norm = options.decoder_normalize_before
-        self.residuals = nn.ModuleList(
-            Residual(dim, pre_norm=pre_norm, dropout=options.dropout) for _ in range(3)
-        )
+        self.around_self_attention = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
+        self.around_cross_attention = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
+        self.around_feed_forward = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
 
     def forward(
         self,
@@ -174,11 +179,15 @@ class DecoderLayer(nn.Module):
         keys: Tensor,
         values: Tensor,
         *,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor,
         state: LayerState | None,
     ) -> Tensor:
         """(R, T, D) -> (R, T, D); keys, values and mask are the memory's, the state is this layer's."""
-        around_self, around_cross, around_feed_forward = self.residuals
-        x = around_self(x, lambda y: self.self_attention(y, is_causal=True, state=state))
-        x = around_cross(x, lambda y: self.cross_attention(y, keys, values, attention_mask=attention_mask))
-        return around_feed_forward(x, self.feed_forward)
+
+        def attend_to_source(y: Tensor) -> Tensor:
+            return self.cross_attention(y, keys, values, attention_mask=attention_mask)
+
+        # No padding mask: padding stands on the right, so no token sees it, and its own outputs are not counted.
+        x = self.around_self_attention(x, lambda y: self.self_attention(y, is_causal=True, state=state))
+        x = self.around_cross_attention(x, attend_to_source)
+        return self.around_feed_forward(x, self.feed_forward)
