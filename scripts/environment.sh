@@ -25,11 +25,12 @@ find_python() {
 # torch first and on its own, because of where it comes from: a plain install on Linux brings several GB of CUDA
 # libraries, which only a machine with an NVIDIA driver wants.
 install_torch() {
-    if "$BIN/python" -c 'import torch' 2>/dev/null; then
+    local pin installed
+    pin=$(grep '^torch==' "$ROOT/constraints.txt")
+    installed=$("$BIN/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)
+    if [ "torch==${installed%%+*}" = "$pin" ]; then # 2.13.0+cpu is 2.13.0
         return
     fi
-    local pin
-    pin=$(grep '^torch==' "$ROOT/constraints.txt")
     if command -v nvidia-smi >/dev/null 2>&1 || [ "$(uname)" = Darwin ]; then
         say "installing $pin"
         "$BIN/pip" install --quiet "$pin"

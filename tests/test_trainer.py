@@ -80,8 +80,9 @@ def collate(indices: list[int]) -> TranslationBatch:
 class GradientTrainer(Trainer):
     """Keeps the gradient of the update instead of stepping."""
 
-    def _apply_gradient(self) -> None:
+    def _apply_gradient(self) -> torch.Tensor:
         self.gradient = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        return torch.tensor(False)
 
 
 def gradient_of(micro_batches: list[tuple[list[int], float]], world: World) -> tuple[dict[str, Any], Any]:
