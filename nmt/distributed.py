@@ -84,8 +84,9 @@ def join_world(device: str) -> Iterator[World]:
     """Join the ranks that torchrun started, or be the only one, and leave them at the end.
 
     Args:
-        device: "auto" (CUDA if there is one, else MPS for a single process, else the CPU), "cpu", "cuda" or
-            "mps". With CUDA, rank r of a machine takes the r-th GPU.
+        device: "auto" (CUDA if there is one, else the CPU), "cpu", "cuda" or "mps" (an Apple GPU, for a single
+            process; not chosen by itself, since nothing has been measured on one). With CUDA, rank r of a
+            machine takes the r-th GPU.
 
     Raises:
         UserError: for a device that is unknown or not there, or an environment that torchrun did not make.
@@ -119,7 +120,7 @@ def _choose_device(name: str, *, size: int, local_rank: int) -> torch.device:
         raise UserError(f"`device` must be one of {', '.join(known)}, but is {name!r}.")
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps and size == 1 else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     if name == "mps":

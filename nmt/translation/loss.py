@@ -19,9 +19,12 @@ def translation_loss(model: Transformer, batch: TranslationBatch, *, label_smoot
         The loss, and under "nll" the negative log-likelihood, both sums.
     """
     features = model.features(batch.target_input, model.encode(batch.source))  # (B, T, D)
-    # Padding leaves before the largest product of the model: (B, T, D) -> (N, D). That N is known spares a GPU
-    # the wait that counting would be.
-    tokens = (batch.target != PAD_ID).flatten().nonzero_static(size=batch.num_targets).squeeze(1)
+    # Padding leaves before the largest product of the model: (B, T, D) -> (N, D).
+    is_token = (batch.target != PAD_ID).flatten()
+    if is_token.is_cuda:  # the host knows their number, and need not wait for the device to count them
+        tokens = is_token.nonzero_static(size=batch.num_targets).squeeze(1)
+    else:
+        tokens = is_token.nonzero().squeeze(1)
     loss, nll = linear_cross_entropy(
         features.flatten(0, 1).index_select(0, tokens),
         model.output_weight,
