@@ -79,7 +79,7 @@ class CheckpointFolder:
         for update in self.updates():
             if update not in kept:
                 remove_folder(self.at(update))
-        remove_leftovers(self.path)
+        remove_leftovers(self.path, of="update-*")
 
     def load_state(self, update: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the optimizer's tensors and the state of the run."""
@@ -192,7 +192,10 @@ def _write_model(
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "nmt", "format_version": FORMAT_VERSION})
+    try:
+        save_file(contiguous, path, metadata={"format": "nmt", "format_version": FORMAT_VERSION})
+    except SafetensorError as error:  # it does not say so by an OSError
+        raise UserError(f"`{path}` could not be written: {error}. Is the disk full?") from error
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -207,7 +210,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
                 "Use the release of nmt-toolkit that wrote it."
             )
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise UserError(
             f"`{path}` must be a complete safetensors file, but is cut short or damaged: {error}."
         ) from error

@@ -80,7 +80,7 @@ def from_mapping(type_: type[T], mapping: Mapping[str, Any], *, where: str) -> T
         raise UserError(f"{where}: `{missing[0]}` must be given. Add the line `{missing[0]}: VALUE`.")
     instance = _build(type_, values)
     try:
-        _check(instance)
+        check_options(instance)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return typing.cast(T, instance)
@@ -133,8 +133,22 @@ def parse_command(type_: type[T], argv: Sequence[str], *, prog: str, description
         if option.presets:
             description += f"\n\n{option.flag} is one of: {', '.join(option.presets)}."
     instance = _run_tyro(type_, defaults, argv, prog=prog, description=description)
-    _check(instance)
+    check_options(instance)
     return typing.cast(T, instance)
+
+
+def check_options(instance: Any) -> None:
+    """Call `check` of every dataclass in a nest of options, the inner ones first.
+
+    Raises:
+        UserError: for values that make no sense alone or together.
+    """
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            check_options(value)
+    if isinstance(instance, Checked):
+        instance.check()
 
 
 def peek(argv: Sequence[str], flag: str) -> str | None:
@@ -209,16 +223,6 @@ def _build(type_: Any, values: Mapping[str, Any]) -> Any:
         for field, hint in _resolved_fields(type_)
     }
     return (typing.get_origin(type_) or type_)(**arguments)
-
-
-def _check(instance: Any) -> None:
-    """Call `check` of every dataclass in the nest, the inner ones first."""
-    for field in dataclasses.fields(instance):
-        value = getattr(instance, field.name)
-        if dataclasses.is_dataclass(value):
-            _check(value)
-    if isinstance(instance, Checked):
-        instance.check()
 
 
 def _defaults(options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A run on one device is a world of size 1; nothing outside this file asks whether
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class World:
         dist.broadcast_object_list(values, src=source, device=self.device)
         return values[0]
 
+    def copy_from_main_(self, tensor: Tensor) -> None:
+        """Replace a tensor on `device` by that of rank 0."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
@@ -112,6 +118,9 @@ def join_world(device: str) -> Iterator[World]:
         yield World(rank=rank, size=size, device=chosen)
     finally:
         dist.destroy_process_group()
+        # DDP keeps Gloo's threads alive. One that is still waiting for Python's lock, to let its last tensor go,
+        # would abort the process when the interpreter ends; while this thread sleeps, it gets the lock.
+        time.sleep(0.1)
 
 
 def _choose_device(name: str, *, size: int, local_rank: int) -> torch.device:

@@ -52,10 +52,10 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes have left in a folder that nobody else writes to now."""
-    for pattern in (".*.tmp", ".*.old"):
-        for leftover in folder.glob(pattern):
+def remove_leftovers(folder: Path, *, of: str) -> None:
+    """Remove what killed processes have left of new and removed folders whose name matches the pattern `of`."""
+    for ending in (".tmp", ".old"):
+        for leftover in folder.glob(f".{of}{ending}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -3,6 +3,7 @@
 A field with `metadata={"fixed": True}` may not change when a run is resumed.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -40,11 +41,13 @@ class OptimizationOptions:
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense alone or together."""
-        if self.lr <= 0:
-            raise UserError(f"`lr` must be above 0, but is {self.lr}.")
-        for name in ("warmup_updates", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise UserError(f"`{_flag(name)}` must not be negative, but is {getattr(self, name)}.")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"`lr` must be above 0 and finite, but is {self.lr}.")
+        for name in ("warmup_updates", "weight_decay", "clip_norm", "adam_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"`{_flag(name)}` must be finite and not negative, but is {getattr(self, name)}."
+                )
         for name in ("max_epoch", "max_update", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -110,8 +113,8 @@ class TrainConfig(Generic[TaskOptionsT]):
         """Raise `UserError` for values that make no sense."""
         if self.log_interval < 1:
             raise UserError(f"`log-interval` must be at least 1, but is {self.log_interval}.")
-        if self.seed < 0:
-            raise UserError(f"`seed` must not be negative, but is {self.seed}.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"`seed` must be at least 0 and below 2**63, but is {self.seed}.")
 
 
 def _flag(name: str) -> str:

@@ -3,6 +3,7 @@
 Only rank 0 writes; on other ranks everything here does nothing.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -14,26 +15,47 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from nmt.errors import UserError
+
 
 class RunLog:
     """The log files of a run folder, and its progress bar on a terminal."""
 
     def __init__(self, folder: Path, *, is_writer: bool) -> None:
-        """Open the logs in the folder of a run, for appending; only rank 0 is a writer."""
-        self._is_writer = is_writer
-        self._bar: tqdm[Any] | None = None
-        if not is_writer:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
+        """Name the folder of a run; only rank 0 is a writer."""
+        self._folder = folder
         self._records_path = folder / "metrics.jsonl"
-        self._text: TextIO = (folder / "train.log").open("a", encoding="utf-8")
-        self._records: TextIO = self._records_path.open("a", encoding="utf-8")
+        self._is_writer = is_writer
+        self._text: TextIO | None = None
+        self._records: TextIO | None = None
+        self._bar: tqdm[Any] | None = None
+
+    def open(self) -> None:
+        """Open the files for appending; the folder is this process's until it ends.
+
+        Raises:
+            UserError: Another process is training there.
+        """
+        if not self._is_writer:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._text = (self._folder / "train.log").open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._text, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"`{self._folder}` must be free, but another process is training there. "
+                "Wait for it, or name another `save-dir`."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        self._records = self._records_path.open("a", encoding="utf-8")
         if sys.stderr.isatty():
             self._bar = tqdm(unit=" updates", dynamic_ncols=True, smoothing=0.05, leave=False)
 
     def say(self, line: str) -> None:
         """Write a line for people."""
-        if not self._is_writer:
+        if self._text is None:
             return
         tqdm.write(line, file=sys.stderr)
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
@@ -41,7 +63,7 @@ class RunLog:
 
     def report(self, kind: str, record: Mapping[str, Any]) -> None:
         """Write a record as a line for people and as a JSON line."""
-        if not self._is_writer:
+        if self._records is None:
             return
         self.say(" | ".join([kind, *(f"{name} {_format(name, value)}" for name, value in record.items())]))
         numbers = {name: _json_value(value) for name, value in record.items()}
@@ -60,7 +82,7 @@ class RunLog:
 
     def records_size(self) -> int:
         """Return the size of metrics.jsonl in bytes, for `cut_records`; all of it is on the disk then."""
-        if not self._is_writer:
+        if self._records is None:
             return 0
         self._records.flush()
         os.fsync(self._records.fileno())
@@ -68,16 +90,16 @@ class RunLog:
 
     def cut_records(self, size: int) -> None:
         """Cut metrics.jsonl back to the size it had at the checkpoint that the run goes on from."""
-        if self._is_writer and self._records_path.stat().st_size > size:
+        if self._records is not None and self._records_path.stat().st_size > size:
             os.truncate(self._records_path, size)
 
     def close(self) -> None:
         """Close the files and the bar."""
-        if self._is_writer:
-            if self._bar is not None:
-                self._bar.close()
-            self._text.close()
-            self._records.close()
+        if self._bar is not None:
+            self._bar.close()
+        for file in (self._records, self._text):
+            if file is not None:
+                file.close()
 
 
 def _json_value(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from nmt.checkpoint import CheckpointFolder, load_config, load_weights
-from nmt.config import changed_fixed_options, write_yaml
+from nmt.config import changed_fixed_options, check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, ordered_batches
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
@@ -36,11 +36,8 @@ def train(config: TrainConfig[Any]) -> Path:
     Raises:
         UserError: The configuration, the data or the checkpoint to go on from do not fit.
     """
-    with (
-        join_world(config.device) as world,
-        closing(RunLog(config.save_dir, is_writer=world.is_main)) as log,
-        closing(Run(config, world=world, log=log)) as run,
-    ):
+    check_options(config)
+    with join_world(config.device) as world, closing(Run(config, world)) as run:
         return run.train()
 
 
@@ -77,11 +74,10 @@ class Progress:
 class Run:
     """The parts of a run; `train` is its story."""
 
-    def __init__(self, config: TrainConfig[Any], *, world: World, log: RunLog) -> None:
+    def __init__(self, config: TrainConfig[Any], world: World) -> None:
         """Open the data and build the model; nothing is written yet."""
         self.config = config
         self.world = world
-        self.log = log
         self.task: Task[Any] = config.task_options.build(None)
         self.metric = config.checkpoints.best_checkpoint_metric
         if self.metric not in self.task.metrics:
@@ -104,6 +100,7 @@ class Run:
         model = self.task.build_model()
         self.trainer = Trainer(self.task, model, config.optimization, world=world, seed=config.seed)
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
+        self.log = RunLog(config.save_dir, is_writer=world.is_main)
         self.progress = Progress()
         # Epoch of the last update; that of `batches` has moved on once its iteration is exhausted.
         self.epoch = self.batches.epoch
@@ -111,6 +108,7 @@ class Run:
 
     def train(self) -> Path:
         """Go from where the run stands to its end; return the folder of the best checkpoint."""
+        self.log.open()
         self._check_lengths()
         self._resume_or_start()
         while not (reason := self._reason_to_stop()):
@@ -121,8 +119,9 @@ class Run:
         return self.checkpoints.path / "best"
 
     def close(self) -> None:
-        """End the processes that read batches ahead."""
+        """End the processes that read batches ahead, and close the log."""
         self.batches.close()
+        self.log.close()
 
     def _train_epoch(self) -> None:
         """Make the updates that are left of this epoch, or fewer if the run ends within it."""
@@ -140,7 +139,7 @@ class Run:
                 self._report("train")
             if _is_due(update, options.validate_interval_updates):
                 self._validate_and_save()
-            elif _is_due(update, options.save_interval_updates):
+            elif _is_due(update, options.save_interval_updates) and not self._will_validate():
                 self._save()
             if self._reason_to_stop():
                 return
@@ -148,6 +147,12 @@ class Run:
         self._report("epoch")
         if _is_due(self.epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
             self._validate_and_save()
+
+    def _will_validate(self) -> bool:
+        """Return whether a validation follows before the next update, which saves by itself."""
+        is_end_of_epoch = self.batches.examples_consumed == self.batches.num_examples
+        is_due = is_end_of_epoch and _is_due(self.epoch, self.config.checkpoints.validate_interval)
+        return is_due or self._reason_to_stop() is not None
 
     def _reason_to_stop(self) -> str | None:
         options = self.config.optimization
@@ -211,6 +216,7 @@ class Run:
         if saved:
             self._resume(saved[-1])
         else:
+            self.log.cut_records(0)
             size = sum(parameter.numel() for parameter in self.trainer.model.parameters())
             self.log.say(
                 f"start: {size:,} parameters, {self.batches.num_examples:,} training examples, "
@@ -232,7 +238,9 @@ class Run:
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()
         if self.world.is_main:
-            self._link_best_and_prune()  # a process may have been killed before it did
+            # A process may have been killed before it did this.
+            self.checkpoints.link("last", update)
+            self._link_best_and_prune()
         self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
 
     def _refuse_other_run(self, folder: Path) -> None:
@@ -275,7 +283,8 @@ class Run:
         metrics = self.trainer.metrics
         sums = metrics.sums(scope, self.world)
         record: dict[str, Any] = {"update": self.trainer.update, "epoch": self.epoch}
-        record.update(self.task.summarize(sums))
+        if sums["num_targets"]:  # none where every update was cancelled
+            record.update(self.task.summarize(sums))
         if scope == "train":
             self._count_time()  # reading the sums has waited for the device
             record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)

@@ -6,6 +6,7 @@ mean that DistributedDataParallel takes over ranks becomes the sum that is wante
 (1 / W) * sum_r grad(W / N * L_r) = (1 / N) * sum_r grad L_r.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from hashlib import blake2b
@@ -48,7 +49,12 @@ class Trainer:
             # Buffers that are saved change in training (batch norm's statistics): all ranks follow rank 0's.
             num_parameters = len(list(self.model.named_parameters(remove_duplicate=False)))
             has_statistics = len(self.model.state_dict()) > num_parameters
-            self.objective = DistributedDataParallel(objective, broadcast_buffers=has_statistics)
+            # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
+            # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            self.objective = DistributedDataParallel(
+                objective, broadcast_buffers=has_statistics, find_unused_parameters=True
+            )
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Make one update from this rank's share of it.
@@ -82,6 +88,8 @@ class Trainer:
             batches: This rank's share of its batches.
         """
         self.model.eval()
+        for buffer in self.model.buffers():  # what is measured is what is saved: rank 0's
+            self.world.copy_from_main_(buffer)
         with self.metrics.scope("valid", isolated=True):
             self.metrics.reset("valid")
             for batch in batches:
@@ -110,10 +118,9 @@ class Trainer:
             if name not in by_parameter:
                 raise UserError(f"The optimizer's state must be of this model, but has `{name}`. {_RESTORE}")
             by_parameter[name][key] = tensor
-        if lacking := [name for name, state in by_parameter.items() if not state]:
-            raise UserError(
-                f"The optimizer's state must be of this model, but lacks `{lacking[0]}`. {_RESTORE}"
-            )
+        # A parameter that has never had a gradient has no state; but some must have.
+        if values["update"] and not tensors:
+            raise UserError(f"The optimizer's state must be of this model, but is empty. {_RESTORE}")
         # torch numbers the parameters in the order in which the optimizer was given them: this one.
         numbered = dict(enumerate(by_parameter.values()))
         groups = self.optimizer.state_dict()["param_groups"]

@@ -160,26 +160,61 @@ def test_a_yaml_file_and_the_command_line_say_the_same(files: Files, tmp_path: P
 
 
 def test_two_ranks_under_torchrun_train_resume_and_agree(files: Files, tmp_path: Path) -> None:
-    def torchrun(max_update: int) -> str:
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
-            *("-m", "nmt.cli.train", files.data, "--save-dir", tmp_path / "run", *SIZES, "--device", "cpu"),
-            *("--max-tokens", "500", "--lr", "1e-3", "--warmup-updates", "10", "--log-interval", "10"),
-            *("--validate-interval-updates", "20", "--update-freq", "2", "--max-update", str(max_update)),
-            *("--eval-beam", "1", "--max-source-positions", "16", "--max-target-positions", "16"),
-        ]
-        result = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, timeout=280
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stderr
-
-    first = torchrun(20)
+    options = [
+        *(files.data, "--save-dir", tmp_path / "run", *SIZES, "--max-tokens", "500", "--update-freq", "2"),
+        *(
+            "--lr",
+            "1e-3",
+            "--warmup-updates",
+            "10",
+            "--log-interval",
+            "10",
+            "--validate-interval-updates",
+            "20",
+        ),
+        *("--eval-beam", "1", "--max-source-positions", "16", "--max-target-positions", "16"),
+    ]
+    first = train_on_ranks(2, *options, "--max-update", 20)
     assert "2 x cpu" in first and first.count("finished: reached max-update 20") == 1
-    assert "resume: from" in torchrun(40)
+    assert "resume: from" in train_on_ranks(2, *options, "--max-update", 40)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
     assert len(losses) == 4 and losses[3] < losses[0]
+
+
+def train_on_ranks(num_ranks: int, *arguments: object) -> str:
+    """Run nmt-train under torchrun and return what it says."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_ranks]
+    command += ["-m", "nmt.cli.train", *arguments, "--device", "cpu"]
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, timeout=280
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+@pytest.mark.slow
+def test_three_ranks_that_were_stopped_end_like_three_that_were_not(files: Files, tmp_path: Path) -> None:
+    """From three ranks on the order in which gradients are summed over ranks shows in their last bits."""
+    options = [
+        files.data,
+        *SIZES,
+        "--max-tokens",
+        "500",
+        "--lr",
+        "1e-3",
+        "--dropout",
+        "0.1",
+        "--no-eval-bleu",
+    ]
+    train_on_ranks(3, *options, "--save-dir", tmp_path / "whole", "--max-update", 8)
+    for max_update in (5, 8):
+        train_on_ranks(3, *options, "--save-dir", tmp_path / "parts", "--max-update", max_update)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        whole, parts = (
+            load_file(tmp_path / way / "checkpoints" / "last" / name) for way in ("whole", "parts")
+        )
+        assert [key for key in whole if not torch.equal(whole[key], parts[key])] == []
 
 
 @pytest.mark.slow

@@ -36,8 +36,10 @@ def test_constant_stays_after_its_warm_up() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"lr": 0.0}, "`lr` must be above 0"),
-        ({"warmup_updates": -1}, "`warmup-updates` must not be negative"),
+        ({"lr": 0.0}, "`lr` must be above 0 and finite"),
+        ({"lr": math.inf}, "`lr` must be above 0 and finite"),
+        ({"warmup_updates": -1}, "`warmup-updates` must be finite and not negative"),
+        ({"clip_norm": math.nan}, "`clip-norm` must be finite and not negative"),
         ({"patience": 0}, "`patience` must be at least 1"),
         ({"adam_betas": (0.9, 1.0)}, "`adam-betas`"),
         ({"lr_scheduler": "cosine"}, "`max-update` is not set"),

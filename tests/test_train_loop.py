@@ -2,19 +2,23 @@
 
 import json
 import math
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_task import PointOptions
+from torch import nn
+from toy_task import PointOptions, Points, PointTask
 
 from nmt.checkpoint import CheckpointFolder
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
+from nmt.run_log import RunLog
+from nmt.task import LossOutput
 from nmt.train_loop import Progress, train
 
 pytestmark = pytest.mark.usefixtures("points_plugin")
@@ -92,6 +96,72 @@ def test_lines_written_after_the_checkpoint_are_cut_back(tmp_path: Path) -> None
         file.write('{"kind": "train", "update": 60}\n{"kind": "tra')
     train(config(folder, optimization={"max_update": 60}))
     assert [record["update"] for record in records(folder, "train")] == [10, 20, 30, 40, 50, 60]
+
+
+def test_lines_of_a_run_killed_before_its_first_checkpoint_are_cut_away(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "update": 10}\n{"kind": "tra')
+    train(config(folder, optimization={"max_update": 10}))
+    assert [record["update"] for record in records(folder, "train")] == [10]
+
+
+def test_two_processes_may_not_train_in_one_folder(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path / "run", is_writer=True)) as other:
+        other.open()
+        with pytest.raises(UserError, match="another process is training there"):
+            train(config(tmp_path / "run"))
+    train(config(tmp_path / "run", optimization={"max_update": 1}))
+
+
+def test_options_are_checked_from_python_too(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`lr` must be above 0"):
+        train(config(tmp_path / "run", optimization={"lr": -1.0}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_knows_the_validation_of_its_update(tmp_path: Path) -> None:
+    """Where a save falls on a validation, at the end of an epoch or of the run, there is one checkpoint."""
+    folder = tmp_path / "run"
+    train(config(folder, optimization={"max_update": 20}, checkpoints={"save_interval_updates": 2}))
+    for update in (16, 20):
+        state = json.loads((CheckpointFolder(folder / "checkpoints").at(update) / "state.json").read_text())
+        assert str(update) in state["progress"]["values"]
+
+
+class DivergingTask(PointTask):
+    """Its loss is not a number."""
+
+    def compute_loss(self, model: nn.Module, batch: Points) -> LossOutput:
+        output = super().compute_loss(model, batch)
+        return LossOutput(output.loss * torch.nan, output.sums)
+
+
+@dataclass(frozen=True)
+class DivergingOptions(PointOptions):
+    def build(self, assets: Path | None) -> PointTask:
+        return DivergingTask()
+
+
+def test_a_run_that_diverges_says_how_many_updates_were_cancelled(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, task_options=DivergingOptions(), optimization={"max_update": 10}))
+    (record,) = records(folder, "train")
+    assert record["cancelled updates"] == 10 and "loss" not in record and record["grad"] is None
+
+
+def test_a_parameter_without_a_gradient_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_model(self: PointTask) -> nn.Module:
+        model = nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 2))
+        model.register_parameter("unused", nn.Parameter(torch.ones(1)))
+        return model
+
+    monkeypatch.setattr(PointTask, "build_model", build_model)
+    for max_update in (5, 10):
+        train(config(tmp_path / "run", optimization={"max_update": max_update}))
+    assert tensors(tmp_path / "run", 10)["unused"] == 1
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> None:

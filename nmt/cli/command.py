@@ -15,16 +15,17 @@ _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _STDOUT = 1  # its file descriptor
 
 
-def run_command(prog: str, body: Callable[[], None]) -> None:
+def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe: int = 0) -> None:
     """Run the body of a command and turn what a user can cause into one line and an exit code.
 
     A `UserError`, or an `OSError` about a file (missing, not readable, disk full), is printed to stderr
     as "prog: error: text", with exit code 2. An interrupt ends with 130. If the reader of stdout has gone
-    (`| head`), the command ends quietly with 0. Other exceptions are programmers' errors and pass through.
+    (`| head`), the command ends quietly. Other exceptions are programmers' errors and pass through.
 
     Args:
         prog: the name of the command.
         body: everything that it does, the parsing of its command line included.
+        exit_code_of_closed_pipe: what the command ends with if the reader of stdout has gone.
     """
     try:
         body()
@@ -37,7 +38,7 @@ def run_command(prog: str, body: Callable[[], None]) -> None:
     except BrokenPipeError:
         if not _is_stdout_closed():
             raise  # the pipe of a worker process
-        raise SystemExit(0) from None
+        raise SystemExit(exit_code_of_closed_pipe) from None
     except OSError as error:
         if error.filename is None and error.errno not in _WRITE_ERRORS:
             raise

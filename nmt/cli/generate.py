@@ -41,7 +41,8 @@ def generate(options: GenerateOptions) -> None:
     """Translate a file, or standard input, and score the result if there is a reference.
 
     Raises:
-        UserError: The texts or the model cannot be used; no output is left then.
+        UserError: The texts or the model cannot be used; no output is left then. Or the reference has another
+            number of lines than standard input had, which shows at the end: the output is kept.
     """
     references = None if options.reference is None else list(_read(options.reference))
     num_lines = _check_input(options, num_references=None if references is None else len(references))

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from nmt.cli.command import run_command
 from nmt.config import CONFIG_FLAG, parse_command, peek, read_yaml
+from nmt.errors import UserError
 from nmt.options import TrainConfig
 from nmt.task import load_task
 
 PROG = "nmt-train"
+EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE: whoever waits for the job must not take it for finished
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         train(config)
 
-    run_command(PROG, body)
+    run_command(PROG, body, exit_code_of_closed_pipe=EXIT_CLOSED_PIPE)
 
 
 def _task_name(argv: Sequence[str]) -> str:
@@ -37,6 +39,8 @@ def _task_name(argv: Sequence[str]) -> str:
     config_path = peek(argv, CONFIG_FLAG)
     if name is None and config_path is not None:
         name = read_yaml(Path(config_path)).get("task")
+    if not isinstance(name, str | None):
+        raise UserError(f"{config_path}: `task` must be one name, but is {name}.")
     return name or "translation"
 
 

@@ -42,7 +42,7 @@ class Dropout(nn.Module):
 
 def random_mask(x: Tensor, p: float) -> Tensor:
     """Draw a mask of x's shape and dtype that is 0 with probability `p` and else 1 / (1 - p)."""
-    threshold = round(p * 65536)
+    threshold = min(round(p * 65536), 65535)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     numbers = words.view(torch.int16)[: x.numel()].view(x.shape)
     return (numbers >= threshold - 32768).to(x.dtype).mul_(65536 / (65536 - threshold))

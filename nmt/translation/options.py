@@ -26,8 +26,8 @@ class TranslationOptions:
     """Probability that is spread over the other classes of the vocabulary."""
     eval_bleu: bool = True
     """Translate the validation set at each validation and score it with sacreBLEU."""
-    eval_beam: int = 5
-    """Beam size of these translations."""
+    eval_beam: int | None = None
+    """Beam size of these translations; 5 unless given."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""
@@ -35,8 +35,13 @@ class TranslationOptions:
             raise UserError(
                 f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}."
             )
-        if self.eval_beam < 1:
-            raise UserError(f"`eval-beam` must be at least 1, but is {self.eval_beam}.")
+        if self.eval_beam is not None:
+            if not self.eval_bleu:
+                raise UserError(
+                    "`eval-beam` must not be given with `no-eval-bleu`, which translates nothing."
+                )
+            if self.eval_beam < 1:
+                raise UserError(f"`eval-beam` must be at least 1, but is {self.eval_beam}.")
 
     def build(self, assets: Path | None) -> TranslationTask:
         """Make the task, with the vocabularies of a model folder, or of the data directory if there is none."""

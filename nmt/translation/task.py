@@ -27,6 +27,7 @@ from nmt.translation.scoring import bleu
 
 _LANGUAGES = "languages.json"
 _SEGMENTER = "sentencepiece.model"
+_BEAM = 5
 _TOKENS_TO_TRANSLATE_AT_ONCE = 2048
 
 
@@ -92,6 +93,8 @@ class TranslationTask:
             IndexedDataset(directory.split_prefix(split, directory.source_lang)),
             IndexedDataset(directory.split_prefix(split, directory.target_lang)),
         )
+        if split == "valid" and self.options.eval_bleu:
+            bleu(["a"], ["a"], target_lang=self.target_lang)  # a tokeniser that is missing is found out here
         longest = dataset.sizes.max(axis=0).tolist()
         model = self.options.model
         for side, length, limit in zip(
@@ -127,7 +130,7 @@ class TranslationTask:
         if not self.options.eval_bleu:
             return {}
         assert isinstance(model, Transformer)
-        decoding = DecodingOptions(beam=self.options.eval_beam)
+        decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
         generator = Generator([model], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
         translations: dict[int, list[int]] = {}
         batches = cut_batches(examples.sizes[:, :1], max_tokens=_TOKENS_TO_TRANSLATE_AT_ONCE)
