@@ -102,7 +102,7 @@ def _marker(path: Path) -> list[Any]:
         Calls(eval, f"open({str(path)!r}, 'w')"),
         Calls(exec, f"open({str(path)!r}, 'w')"),
         Calls(open, str(path), "w"),
-        Calls(getattr, os, "system") if False else Calls(os.mkdir, str(path)),
+        Calls(os.mkdir, str(path)),
         {"model": OrderedDict(weight=nested)},
         [Calls(list, [Calls(os.system, f"touch {path}")])],
         Calls(copyreg._reconstructor, Path, object, None),  # type: ignore[attr-defined]
@@ -181,7 +181,6 @@ def test_one_file_cannot_change_how_the_next_is_read(tmp_path: Path) -> None:
 
 
 def test_a_name_with_control_characters_stays_on_one_line(tmp_path: Path) -> None:
-    data = b"\x80\x04\x8c\x0ca\nb\x1b[31m\xe2\x80\xa8cd\x8c\x01x\x93."
     data = b"\x80\x04\x8c\x07a\nb\x1b[31\x8c\x01x\x93."
     text = refusal(archive(tmp_path / "checkpoint.pt", data))
     assert "a\\nb\\x1b[31.x" in text
