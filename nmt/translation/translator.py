@@ -203,7 +203,8 @@ class Translator:
     ) -> Iterator[Translation]:
         remaining = zip(lines, targets, strict=False)
         while buffer := list(itertools.islice(remaining, batching.buffer_size)):
-            yield from self._run_buffer(*zip(*buffer, strict=True), run, batching, on_progress)
+            buffered_lines, buffered_targets = zip(*buffer, strict=True)
+            yield from self._run_buffer(buffered_lines, buffered_targets, run, batching, on_progress)
 
     def _run_buffer(
         self,
