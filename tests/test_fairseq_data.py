@@ -75,6 +75,12 @@ def test_a_file_that_is_missing_is_named(directory: Path) -> None:
         DataDirectory(directory)
 
 
+def test_our_own_directory_without_its_record_is_not_taken_for_fairseqs(directory: Path) -> None:
+    (directory / "sentencepiece.model").touch()
+    with pytest.raises(UserError, match=r"has no preprocess.json"):
+        DataDirectory(directory)
+
+
 def test_two_pairs_of_languages_are_refused(directory: Path) -> None:
     write_split(directory, "test", languages=("de", "en"))
     with pytest.raises(UserError, match="one pair of languages, but holds de-en, en-de"):

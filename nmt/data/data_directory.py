@@ -68,7 +68,9 @@ class DataDirectory:
             UserError: It is no data directory or of another version, or a file is missing or cut short.
         """
         self.path = Path(path)
-        pair = None if (self.path / RECORD_NAME).exists() else find_language_pair(self.path)
+        # Ours without its record is damaged, and not fairseq's.
+        is_ours = any((self.path / name).exists() for name in (RECORD_NAME, MODEL_NAME))
+        pair = None if is_ours else find_language_pair(self.path)
         self.has_raw_text = pair is None
         self.record = _read_record(self.path) if pair is None else _fairseq_record(self.path, *pair)
         self.source_lang: str = self.record["source_lang"]
