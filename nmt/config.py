@@ -51,8 +51,8 @@ class Option:
 
     @property
     def key(self) -> str:
-        """The name as in a YAML file."""
-        return self.name.replace("_", "-")
+        """The name as in a YAML file; the final underscore of a field such as `from_` is left out."""
+        return self.name.rstrip("_").replace("_", "-")
 
     @property
     def flag(self) -> str:

@@ -54,7 +54,10 @@ STRANGERS = [("nmt.data", "nmt.models")]
 
 # A task's options make their task when `build` is called. The import for the type that `build` returns goes
 # with it; it is never run. All other imports count, those in functions and under TYPE_CHECKING too.
-BUILDS = {("nmt.translation.options", "nmt.translation.task")}
+BUILDS = {
+    ("nmt.translation.options", target)
+    for target in ("nmt.translation.task", "nmt.translation.assets", "nmt.data.data_directory")
+}
 
 # The modules of nmt.data that handle tensors; the others must serve preprocessing without torch.
 DATA_WITH_TENSORS = {"nmt.data.parallel_dataset", "nmt.data.batch_iterator"}

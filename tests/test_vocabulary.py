@@ -83,3 +83,13 @@ def test_token_with_a_newline_is_refused(tmp_path: Path) -> None:
 def test_tokens_must_be_distinct_and_not_empty(tokens: list[str]) -> None:
     with pytest.raises(UserError):
         Vocabulary(tokens)
+
+
+def test_a_later_token_may_overwrite_an_earlier_one(tmp_path: Path) -> None:
+    content = "a 3\n<unk> 2 #fairseq:overwrite\nb 1\na 9 #fairseq:overwrite\n"
+    (tmp_path / "dict.en.txt").write_text(content)
+    vocabulary = Vocabulary.load(tmp_path / "dict.en.txt")
+    assert vocabulary.tokens[4:] == ("a", "<unk>", "b", "a")
+    assert (vocabulary.id("a"), vocabulary.id("<unk>"), vocabulary.id("b")) == (7, 5, 6)
+    vocabulary.save(tmp_path / "again.txt")
+    assert (tmp_path / "again.txt").read_text() == content

@@ -7,10 +7,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from nmt.cli.command import run_command
 from nmt.cli.options import GenerateOptions
@@ -19,7 +19,9 @@ from nmt.data.blocks import check_file, decode_lines, read_lines, unequal_counts
 from nmt.errors import UserError
 
 if TYPE_CHECKING:
-    from nmt.translation.translator import Translation
+    from numpy.typing import NDArray
+
+    from nmt.translation.translator import Translation, Translator
 
 PROG = "nmt-generate"
 _DESCRIPTION = "Translate text, a sentence a line, with a trained model; with a reference, score the result."
@@ -52,13 +54,14 @@ def generate(options: GenerateOptions) -> None:
     from tqdm import tqdm
 
     from nmt.distributed import join_world
-    from nmt.translation.translator import Batching, Translator
+    from nmt.interop.fairseq_format import to_lines
+    from nmt.translation.translator import Translator
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     with join_world(options.device) as world:
-        translator = Translator.load(options.model, world.device)
-    batching = Batching(options.buffer_size, options.max_tokens, options.batch_size)
+        translator = Translator.load(options.models, world.device, input_is_pieces=options.input_is_pieces)
+    target_ids = None if references is None else translator.encode_references(references)
     report = _Report()
     best: list[str] = []
     # The bar is for a terminal that shows nothing else.
@@ -67,18 +70,43 @@ def generate(options: GenerateOptions) -> None:
         _open_output(options.output) as output,
         tqdm(total=num_lines, unit=" lines", disable=hide_bar) as bar,
     ):
-        for translation in translator.translate_lines(
-            _read(options.input), options.decoding, batching=batching, on_progress=bar.update
-        ):
+        for number, translation in enumerate(_translate(translator, options, target_ids, bar.update)):
             report.add(translation)
-            missing = [""] * (options.decoding.nbest - len(translation.texts))
-            output.writelines(text.encode() + b"\n" for text in (*translation.texts, *missing))
-            if references is not None:
-                best.append(translation.text)
+            best.append(translation.text)
+            if options.format == "fairseq":
+                reference = target_ids[number] if target_ids is not None else None
+                written = to_lines(number, translation, reference=reference, task=translator.task)
+            else:
+                missing = [""] * (options.decoding.nbest - len(translation.texts))
+                written = iter((*translation.texts, *missing))
+            output.writelines(line.encode() + b"\n" for line in written)
     report.print()
-    if references is not None:
+    if target_ids is not None and references is not None and not options.score_reference:
+        if options.input_is_pieces:
+            references = translator.task.target_segmenter.decode(target_ids)
         scores_to = sys.stderr if options.output is None else sys.stdout
         _print_scores(best, references, target_lang=translator.task.target_lang, file=scores_to)
+
+
+def _translate(
+    translator: Translator,
+    options: GenerateOptions,
+    target_ids: Sequence[NDArray[Any]] | None,
+    on_progress: Callable[[int], object],
+) -> Iterator[Translation]:
+    """Translate the input, or score its reference."""
+    from nmt.translation.translator import Batching
+
+    lines = _read(options.input)
+    batching = Batching(options.buffer_size, options.max_tokens, options.batch_size)
+    if options.score_reference and target_ids is not None:
+        return translator.score_lines(lines, target_ids, batching=batching, on_progress=on_progress)
+    prefixes = None
+    if options.prefix_size > 0 and target_ids is not None:
+        prefixes = [ids[: options.prefix_size] for ids in target_ids]
+    return translator.translate_lines(
+        lines, options.decoding, batching=batching, prefixes=prefixes, on_progress=on_progress
+    )
 
 
 class _Report:

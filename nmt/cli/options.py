@@ -1,8 +1,8 @@
-"""The options of nmt-generate and nmt-average. Imports no torch."""
+"""The options of nmt-generate, nmt-average and nmt-convert. Imports no torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,14 +14,22 @@ from nmt.generation.options import DecodingOptions
 class GenerateOptions:
     """What to translate with which model, and how to search."""
 
-    model: Path
-    """The model folder, such as RUN/checkpoints/best; it is all that translating needs."""
+    model: str
+    """The model folder, such as RUN/checkpoints/best, or several, A:B, whose probabilities are averaged."""
     input: Path | None = None
     """Text to translate, a sentence a line (.gz too); standard input if none is named."""
     output: Path | None = None
     """Where to write the translations, `nbest` lines for a line; standard output if none is named."""
     reference: Path | None = None
     """Reference translations, as many lines as the input: BLEU and chrF of the best ones are printed."""
+    format: Literal["text", "fairseq"] = "text"
+    """text: translations alone; fairseq: its S-, T-, H-, D- and P- lines, scores to the base 2."""
+    input_is_pieces: bool = False
+    """The input and the reference are split into pieces already, joined by blanks."""
+    prefix_size: int = 0
+    """Translations begin with this many tokens of the reference."""
+    score_reference: bool = False
+    """Score the reference instead of translating (with `format` fairseq)."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     buffer_size: int = 10_000
     """Lines that are read, sorted by length and translated before they are written, in their own order."""
@@ -34,12 +42,26 @@ class GenerateOptions:
     num_threads: int | None = None
     """Threads for the CPU; all cores if it is left out."""
 
+    @property
+    def models(self) -> list[Path]:
+        """The model folders that `model` names."""
+        whole = Path(self.model)
+        return [whole] if whole.exists() else [Path(part) for part in self.model.split(":")]
+
     def check(self) -> None:
         """Raise `UserError` for sizes below 1, and for an output that would overwrite what is being read."""
         for name in ("buffer_size", "max_tokens", "batch_size", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{name.replace('_', '-')}` must be at least 1, but is {value}.")
+        if self.prefix_size < 0:
+            raise UserError(f"`prefix-size` must be at least 0, but is {self.prefix_size}.")
+        for name in ("prefix_size", "score_reference"):
+            if getattr(self, name) and self.reference is None:
+                flag = name.replace("_", "-")
+                raise UserError(f"`{flag}` must have a reference, but there is none. Give --reference FILE.")
+        if self.score_reference and self.format != "fairseq":
+            raise UserError("`score-reference` must come with `format` fairseq, which shows scores.")
         for name, path in (("input", self.input), ("reference", self.reference)):
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():
                 raise UserError(f"`output` must be another file than `{name}`, but both are {path}.")
@@ -60,3 +82,21 @@ class AverageOptions:
         """Raise `UserError` for less than one checkpoint."""
         if self.last < 1:
             raise UserError(f"`last` must be at least 1, but is {self.last}.")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Which model of which toolkit to convert, and where to write the result."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """The file of the model, such as checkpoint_best.pt. Nothing in it is executed."""
+    from_: Annotated[Literal["fairseq"], tyro.conf.arg(name="from")]
+    """The toolkit that wrote it."""
+    dict_dir: Path
+    """The folder of its dictionaries, dict.LANG.txt, such as the data directory of its training."""
+    to: Path
+    """The model folder to write; it must not exist."""
+    source_lang: str | None = None
+    """The source language, where neither the checkpoint nor names of data in `dict-dir` tell it."""
+    target_lang: str | None = None
+    """The target language, likewise."""

@@ -1,11 +1,13 @@
-"""What nmt-preprocess makes, opened and checked."""
+"""What nmt-preprocess makes, opened and checked; what fairseq-preprocess makes is opened too."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from nmt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
 
@@ -27,15 +29,36 @@ def dictionary_name(lang: str) -> str:
     return f"dict.{lang}.txt"
 
 
+def find_language_pair(path: Path) -> tuple[str, str] | None:
+    """Return source and target language as the names of binarised splits tell them, or None if none is there.
+
+    Raises:
+        UserError: They tell more than one pair.
+    """
+    pairs = {
+        (match[1], match[2])
+        for file in path.glob("*.idx")
+        if (match := re.fullmatch(r"\w+\.([^.]+?)-([^.]+)\.(?:\1|\2)\.idx", file.name))
+    }
+    if len(pairs) > 1:
+        named = ", ".join(sorted("-".join(pair) for pair in pairs))
+        raise UserError(f"{path} must hold data of one pair of languages, but holds {named}.")
+    return pairs.pop() if pairs else None
+
+
 class DataDirectory:
     """A directory of binarised splits, with the SentencePiece model and the dictionaries they were made with.
+
+    One that fairseq-preprocess made has neither record nor raw text nor SentencePiece model: what it has is
+    told by the names of its files.
 
     Attributes:
         path: Where it is.
         record: The content of its `preprocess.json`.
         source_lang: Source language.
         target_lang: Target language.
-        segmenter_path: The SentencePiece model.
+        segmenter_path: The SentencePiece model, if there is one.
+        has_raw_text: Whether there are `raw_path`s.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,16 +68,20 @@ class DataDirectory:
             UserError: It is no data directory or of another version, or a file is missing or cut short.
         """
         self.path = Path(path)
-        self.record = _read_record(self.path)
+        # Ours without its record is damaged, and not fairseq's.
+        is_ours = any((self.path / name).exists() for name in (RECORD_NAME, MODEL_NAME))
+        pair = None if is_ours else find_language_pair(self.path)
+        self.has_raw_text = pair is None
+        self.record = _read_record(self.path) if pair is None else _fairseq_record(self.path, *pair)
         self.source_lang: str = self.record["source_lang"]
         self.target_lang: str = self.record["target_lang"]
-        self.segmenter_path = self.path / MODEL_NAME
+        self.segmenter_path = self.path / MODEL_NAME if pair is None else None
 
     def vocabulary(self, lang: str) -> Vocabulary:
         """Read the dictionary of one of the two languages."""
         path = self.path / dictionary_name(self._check_language(lang))
         vocabulary = Vocabulary.load(path)
-        if len(vocabulary) != self.record["vocabulary_size"]:
+        if len(vocabulary) != self.record.get("vocabulary_size", len(vocabulary)):
             raise UserError(
                 f"{path} must have {self.record['vocabulary_size']:,} tokens with the special ones, as "
                 f"{RECORD_NAME} says, but has {len(vocabulary):,}. {_MAKE_AGAIN}"
@@ -78,6 +105,7 @@ class DataDirectory:
     def raw_path(self, split: str, lang: str) -> Path:
         """Return the raw text of `valid` or `test`: line i is pair i. A line ends with a newline only."""
         self._check_split(split)
+        assert self.has_raw_text, "fairseq-preprocess keeps no raw text"
         assert split != "train", "the raw training text is not kept"
         return self.path / f"{split}.{self._check_language(lang)}"
 
@@ -92,6 +120,26 @@ class DataDirectory:
     def _check_language(self, lang: str) -> str:
         assert lang in (self.source_lang, self.target_lang), f"{lang} is none of the two languages"
         return lang
+
+
+def _fairseq_record(path: Path, source_lang: str, target_lang: str) -> dict[str, Any]:
+    """Return what a record would say of a directory that fairseq-preprocess made.
+
+    Raises:
+        UserError: A file of a split is missing.
+    """
+    splits = {}
+    for split in SPLITS:
+        prefixes = [
+            path / split_name(split, source_lang, target_lang, lang) for lang in (source_lang, target_lang)
+        ]
+        files = [file for prefix in prefixes for file in (bin_path(prefix), idx_path(prefix))]
+        missing = [file for file in files if not file.is_file()]
+        if missing and len(missing) < len(files):
+            raise UserError(f"{missing[0]} must exist beside the other files of `{split}`, but is missing.")
+        if not missing:
+            splits[split] = {"pairs": len(IndexedDataset(prefixes[0]))}
+    return {"source_lang": source_lang, "target_lang": target_lang, "splits": splits}
 
 
 def _read_record(directory: Path) -> dict[str, Any]:

@@ -92,6 +92,26 @@ class Segmenter:
         return self._loaded
 
 
+class PieceSegmenter:
+    """Splits at white space alone: for text that is in pieces already.
+
+    It stands in for a `Segmenter` where there is no SentencePiece model.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def encode(self, lines: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Return the vocabulary ids of each line's pieces: (number of pieces,) int32, no EOS."""
+        ids = self.vocabulary.id
+        return [np.array([ids(piece) for piece in line.split()], dtype=np.int32) for line in lines]
+
+    def decode(self, sequences: Iterable[Sequence[int] | NDArray[np.integer]]) -> list[str]:
+        """Join the pieces of each sequence by blanks; BOS, PAD and EOS are skipped."""
+        tokens = self.vocabulary.tokens
+        return [" ".join(tokens[index] for index in ids if index >= UNK_ID) for ids in sequences]
+
+
 class _LoadedModel:
     """SentencePiece's processor and the tables between its ids and a vocabulary's."""
 

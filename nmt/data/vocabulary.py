@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from nmt.errors import UserError
@@ -11,18 +11,26 @@ BOS_ID = 0
 PAD_ID = 1
 EOS_ID = 2
 UNK_ID = 3
+_OVERWRITE = b" #fairseq:overwrite"
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # indexed by the four ids above
 
 
 class Vocabulary:
-    """A one-to-one map between tokens and ids: the four specials first, then the tokens in file order."""
+    """A map between tokens and ids: the four specials first, then the tokens in file order.
 
-    def __init__(self, tokens: Iterable[str], counts: Iterable[int] | None = None) -> None:
+    It is one-to-one, but for a token that overwrites an earlier one of its name, as fairseq allows: both ids
+    read as the token, and the token has the later id.
+    """
+
+    def __init__(
+        self, tokens: Iterable[str], counts: Iterable[int] | None = None, *, overwriting: Collection[int] = ()
+    ) -> None:
         """Number the tokens.
 
         Args:
             tokens: What follows the four specials, in the order of its ids.
             counts: How often each of `tokens` was seen in training data; zeros if None.
+            overwriting: Ids of the tokens that may take the name of an earlier one.
 
         Raises:
             UserError: A token comes twice, is a special, or is empty.
@@ -31,11 +39,12 @@ class Vocabulary:
         own_counts = tuple(counts) if counts is not None else (0,) * (len(self.tokens) - len(SPECIALS))
         self.counts: Sequence[int] = (*(0 for _ in SPECIALS), *own_counts)
         assert len(self.counts) == len(self.tokens), "one count per token"
+        self.overwriting = frozenset(overwriting)
         self._ids: dict[str, int] = {}
         for index, token in enumerate(self.tokens):
             if not token:
                 raise UserError(f"token {index} of the vocabulary must not be empty")
-            if token in self._ids:
+            if token in self._ids and index not in self.overwriting:
                 raise UserError(
                     f"`{token}` must come once in the vocabulary, but has ids {self._ids[token]} and {index}"
                 )
@@ -44,6 +53,8 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         """Read a `dict.<lang>.txt`: `token count` per line, cut at the last space; the specials are implicit.
+
+        A line may end with `#fairseq:overwrite`: its token may have been there before.
 
         Raises:
             UserError: A line is no such pair or not UTF-8, or a token comes twice; with file and line.
@@ -54,22 +65,26 @@ class Vocabulary:
         first_line: dict[str, int] = dict.fromkeys(SPECIALS, 0)
         tokens: list[str] = []
         counts: list[int] = []
+        overwriting: set[int] = set()
         for number, line in enumerate(lines, start=1):
+            entry = line.removesuffix(_OVERWRITE)
+            if len(entry) < len(line):
+                overwriting.add(len(SPECIALS) + number - 1)
             try:
-                token, count = line.decode("utf-8").rsplit(" ", 1)
+                token, count = entry.decode("utf-8").rsplit(" ", 1)
                 counts.append(int(count))
             except ValueError:  # UnicodeDecodeError is one, too
                 raise UserError(
                     f"{path}, line {number}: must be `token count` in UTF-8, but is {line[:80]!r}. "
                     "Is this a dictionary made by nmt-preprocess or fairseq-preprocess?"
                 ) from None
-            if not token or token in first_line:
+            if not token or (token in first_line and len(entry) == len(line)):
                 where = f"line {first_line[token]}" if first_line.get(token) else "the special symbols"
                 problem = f"`{token}` is already in {where}" if token else "the token is empty"
                 raise UserError(f"{path}, line {number}: each token must come once, but {problem}")
-            first_line[token] = number
+            first_line.setdefault(token, number)
             tokens.append(token)
-        return cls(tokens, counts)
+        return cls(tokens, counts, overwriting=overwriting)
 
     def save(self, path: Path) -> None:
         """Write the tokens after the specials, each with its count, one per line.
@@ -78,12 +93,14 @@ class Vocabulary:
             UserError: A token holds a newline, which the format cannot express.
         """
         first = len(SPECIALS)
-        rows = zip(self.tokens[first:], self.counts[first:], strict=True)
-        lines = [f"{token} {count}" for token, count in rows]
-        for line in lines:
-            if "\n" in line:
+        lines = []
+        for index in range(first, len(self.tokens)):
+            token = self.tokens[index]
+            flag = _OVERWRITE.decode() if index in self.overwriting else ""
+            lines.append(f"{token} {self.counts[index]}{flag}")
+            if "\n" in token:
                 raise UserError(
-                    f"the piece {line.rsplit(' ', 1)[0]!r} holds a newline, which a dictionary cannot. "
+                    f"the piece {token!r} holds a newline, which a dictionary cannot. "
                     "Take a SentencePiece model without it."
                 )
         path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8"))
@@ -92,7 +109,8 @@ class Vocabulary:
         """Return the same tokens with other counts: one per id, those of the specials ignored."""
         assert len(counts) == len(self), "one count per id"
         first = len(SPECIALS)
-        return Vocabulary(self.tokens[first:], (int(count) for count in counts[first:]))
+        own = (int(count) for count in counts[first:])
+        return Vocabulary(self.tokens[first:], own, overwriting=self.overwriting)
 
     def id(self, token: str) -> int:
         """Return the token's id, or UNK_ID for a token that is not here."""

@@ -20,7 +20,7 @@ Shapes: B sentences in the batch now, N sentences in it at the start, K beam siz
 candidates, t tokens so far, L longest limit. The hypotheses of a sentence are adjacent rows: row = b*K + k.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -141,6 +141,18 @@ def extend(
     )
     first_rows = torch.arange(num_sentences, device=ends.device)[:, None] * beam_size
     return extended, (first_rows + chosen.parents).flatten()
+
+
+def copy_first(beam: Beam, log_probs: Tensor, *, where: Tensor) -> tuple[Beam, Tensor]:
+    """Let all hypotheses of the sentences `where` (B,) become the first one, as their log_probs (B, K, V)."""
+    chosen = where[:, None]  # (B, 1)
+    copied = replace(
+        beam,
+        tokens=torch.where(chosen[:, :, None], beam.tokens[:, :1], beam.tokens),
+        token_scores=torch.where(chosen[:, :, None], beam.token_scores[:, :1], beam.token_scores),
+        scores=torch.where(chosen, beam.scores[:, :1], beam.scores),
+    )
+    return copied, torch.where(chosen[:, :, None], log_probs[:, :1], log_probs)
 
 
 def keep(beam: Beam, rows: Tensor, *, live: Tensor) -> tuple[Beam, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nmt.generation.adjust import adjust, log_probabilities
-from nmt.generation.beam_search import Beam, Hypothesis, best, extend, keep, start
+from nmt.generation.beam_search import Beam, Hypothesis, best, copy_first, extend, keep, start
 from nmt.generation.options import DecodingOptions
 from nmt.generation.select import select_best
 
@@ -57,11 +57,13 @@ class Generator:
         self.unk_id = unk_id
 
     @torch.inference_mode()
-    def generate(self, source: Tensor) -> list[list[Hypothesis]]:
+    def generate(self, source: Tensor, prefixes: Tensor | None = None) -> list[list[Hypothesis]]:
         """Search for the translations of a batch.
 
         Args:
             source: (B, S) int64 on the models' device, each sentence ending in eos and padded on the right.
+            prefixes: (B, P) int64, the tokens that translations begin with, padded on the right. One that ends
+                in eos is the whole translation, and fills all places of the beam.
 
         Returns:
             For each sentence its `nbest` best hypotheses, best first.
@@ -78,7 +80,13 @@ class Generator:
         last_tokens = torch.full_like(beam.scores, self.eos_id, dtype=torch.int64)  # fairseq starts from eos
         while True:
             log_probs = self._score_tokens(last_tokens, memories, states)
-            candidates = select_best(beam, self._adjust(log_probs, beam))
+            forced = None
+            if prefixes is not None and beam.step < prefixes.size(1):
+                forced = prefixes[beam.sentences, beam.step]
+            log_probs = self._adjust(log_probs, beam, forced)
+            if forced is not None:
+                beam, log_probs = copy_first(beam, log_probs, where=forced == self.eos_id)
+            candidates = select_best(beam, log_probs)
             beam, rows = extend(beam, candidates, finished, eos_id=self.eos_id, lenpen=lenpen)
             live = (~beam.is_done).nonzero().squeeze(1)  # the one read from the device in a step
             if live.numel() == 0:
@@ -90,6 +98,34 @@ class Generator:
                 state.reorder_(rows)
             last_tokens = beam.tokens[:, :, -1]
 
+    @torch.inference_mode()
+    def score(self, source: Tensor, target_input: Tensor, target: Tensor) -> list[list[Hypothesis]]:
+        """Score given translations, which no option changes.
+
+        Args:
+            source: (B, S) int64, as for `generate`.
+            target_input: (B, T) int64, the target shifted right and begun with eos.
+            target: (B, T) int64, each sentence ending in eos and padded on the right.
+
+        Returns:
+            For each sentence one hypothesis, whose score is the mean log-probability of its tokens.
+        """
+        assert not any(model.training for model in self.models), "call model.eval() before decoding"
+        logits = [
+            model.decode(target_input, model.encode(source), None).flatten(0, 1)  # (B, T, V) -> (B*T, V)
+            for model in self.models
+        ]
+        log_probs = log_probabilities(logits, temperature=1.0)
+        scores = log_probs.gather(1, target.view(-1, 1)).view_as(target)  # (B*T, V) -> (B, T)
+        lengths = (target != self.pad_id).sum(dim=1)  # (B,)
+        means = scores.masked_fill(target == self.pad_id, 0.0).sum(dim=1) / lengths
+        return [
+            [Hypothesis(tokens=tokens[: length - 1], score=mean, token_scores=token_scores[:length])]
+            for tokens, mean, token_scores, length in zip(
+                target.tolist(), means.tolist(), scores.tolist(), lengths.tolist(), strict=True
+            )
+        ]
+
     def _score_tokens(self, last_tokens: Tensor, memories: Sequence[Any], states: Sequence[Any]) -> Tensor:
         """Return the log-probabilities (B, K, V) of what follows the last tokens (B, K)."""
         target_input = last_tokens.reshape(-1, 1)  # (B, K) -> (R, 1)
@@ -100,7 +136,7 @@ class Generator:
         log_probs = log_probabilities(logits, temperature=self.options.temperature)
         return log_probs.view(*last_tokens.shape, -1)  # (R, V) -> (B, K, V)
 
-    def _adjust(self, log_probs: Tensor, beam: Beam) -> Tensor:
+    def _adjust(self, log_probs: Tensor, beam: Beam, forced: Tensor | None) -> Tensor:
         return adjust(
             log_probs,
             beam,
@@ -108,6 +144,7 @@ class Generator:
             pad_id=self.pad_id,
             eos_id=self.eos_id,
             unk_id=self.unk_id,
+            forced=forced,
         )
 
     def _limits(self, source: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class DecodingOptions:
     """Subtracted from the log-probability of the unknown token."""
     temperature: float = 1.0
     """Divides the logits: above 1 flattens the distribution, below 1 sharpens it."""
+    no_repeat_ngram_size: int = 0
+    """No run of this many tokens comes twice in a translation; 0 for no such rule."""
 
     def check(self) -> None:
         """Raise a `UserError` for the first value that makes no sense."""
@@ -45,6 +47,8 @@ class DecodingOptions:
         _require(math.isfinite(self.unkpen), "unkpen", "a finite number", self.unkpen)
         in_range = math.isfinite(self.temperature) and self.temperature > 0
         _require(in_range, "temperature", "above 0", self.temperature)
+        size = self.no_repeat_ngram_size
+        _require(size >= 0, "no-repeat-ngram-size", "at least 0", size)
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

@@ -45,6 +45,10 @@ class TranslationOptions:
 
     def build(self, assets: Path | None) -> TranslationTask:
         """Make the task, with the vocabularies of a model folder, or of the data directory if there is none."""
+        from nmt.data.data_directory import DataDirectory
+        from nmt.translation.assets import TranslationAssets
         from nmt.translation.task import TranslationTask
 
-        return TranslationTask(self, assets=assets)
+        if assets is None:
+            return TranslationTask(self, TranslationAssets.of_data(DataDirectory(self.data)))
+        return TranslationTask(self, TranslationAssets.of_model(assets))

@@ -1,8 +1,6 @@
 """The translation task: vocabularies, data, model, loss, and BLEU on the validation set."""
 
-import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,7 +11,6 @@ from nmt.data.batching import cut_batches
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
-from nmt.data.segmenter import Segmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, Vocabulary
 from nmt.distributed import World
 from nmt.errors import UserError
@@ -21,12 +18,11 @@ from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.models.transformer import Transformer
 from nmt.task import LossOutput
+from nmt.translation.assets import TranslationAssets
 from nmt.translation.loss import translation_loss
 from nmt.translation.options import TranslationOptions
 from nmt.translation.scoring import bleu
 
-_LANGUAGES = "languages.json"
-_SEGMENTER = "sentencepiece.model"
 _BEAM = 5
 _TOKENS_TO_TRANSLATE_AT_ONCE = 2048
 
@@ -36,30 +32,18 @@ class TranslationTask:
 
     metrics: Mapping[str, Literal["min", "max"]]
 
-    def __init__(self, options: TranslationOptions, *, assets: Path | None) -> None:
-        """Open the vocabularies.
-
-        Args:
-            options: The options.
-            assets: A model folder to take vocabularies from, or None for the data directory in the options.
-        """
+    def __init__(self, options: TranslationOptions, assets: TranslationAssets) -> None:
+        """Open the vocabularies."""
         self.options = options
         self.metrics = {"loss": "min", "nll": "min", "ppl": "min"}
         if options.eval_bleu:
             self.metrics = {**self.metrics, "bleu": "max"}
-        if assets is None:
-            directory = self._data_directory()
-            self.assets = directory.path
-            self.source_lang, self.target_lang = directory.source_lang, directory.target_lang
-        else:
-            self.assets = assets
-            self.source_lang, self.target_lang = _read_languages(assets / _LANGUAGES)
-        if not (self.assets / _SEGMENTER).is_file():
-            raise UserError(f"`{self.assets / _SEGMENTER}` must exist, but is missing.")
-        self.source_vocabulary = Vocabulary.load(self.assets / f"dict.{self.source_lang}.txt")
-        self.target_vocabulary = Vocabulary.load(self.assets / f"dict.{self.target_lang}.txt")
-        self.source_segmenter = Segmenter(self.assets / _SEGMENTER, self.source_vocabulary)
-        self.target_segmenter = Segmenter(self.assets / _SEGMENTER, self.target_vocabulary)
+        self.assets = assets
+        self.source_lang, self.target_lang = assets.source_lang, assets.target_lang
+        self.source_vocabulary = assets.vocabulary(self.source_lang)
+        self.target_vocabulary = assets.vocabulary(self.target_lang)
+        self.source_segmenter = assets.make_segmenter(self.source_vocabulary)
+        self.target_segmenter = assets.make_segmenter(self.target_vocabulary)
 
     def build_model(self) -> nn.Module:
         """Return a freshly initialised Transformer."""
@@ -67,7 +51,7 @@ class TranslationTask:
         if options.share_all_embeddings and self.source_vocabulary != self.target_vocabulary:
             raise UserError(
                 "`share-all-embeddings` must have one vocabulary for both languages, but "
-                f"dict.{self.source_lang}.txt and dict.{self.target_lang}.txt in `{self.assets}` differ."
+                f"dict.{self.source_lang}.txt and dict.{self.target_lang}.txt in `{self.assets.folder}` differ."
             )
         return Transformer(
             options,
@@ -140,31 +124,23 @@ class TranslationTask:
                 translations[index] = hypotheses[0].tokens
         everywhere = {index: tokens for part in world.gather(translations) for index, tokens in part.items()}
         texts = self.target_segmenter.decode([everywhere[index] for index in range(len(examples))])
-        references = _read_lines(self._data_directory().raw_path("valid", self.target_lang))
-        return {"bleu": bleu(texts, references, target_lang=self.target_lang).score}
+        return {"bleu": bleu(texts, self._references(examples), target_lang=self.target_lang).score}
 
     def save_assets(self, folder: Path) -> None:
         """Copy what translating needs besides the weights: vocabularies, segmenter, languages."""
-        shutil.copyfile(self.assets / _SEGMENTER, folder / _SEGMENTER)
-        for lang in (self.source_lang, self.target_lang):
-            shutil.copyfile(self.assets / f"dict.{lang}.txt", folder / f"dict.{lang}.txt")
-        languages = {"source_lang": self.source_lang, "target_lang": self.target_lang}
-        (folder / _LANGUAGES).write_text(json.dumps(languages) + "\n", encoding="utf-8")
+        self.assets.save(folder)
+
+    def _references(self, examples: ParallelDataset) -> list[str]:
+        """Return the raw target text of the validation set, or its pieces where no raw text was kept."""
+        directory = self._data_directory()
+        if directory.has_raw_text:
+            return _read_lines(directory.raw_path("valid", self.target_lang))
+        return self.target_segmenter.decode(
+            [target for _, target in map(examples.__getitem__, range(len(examples)))]
+        )
 
     def _data_directory(self) -> DataDirectory:
         return DataDirectory(self.options.data)
-
-
-def _read_languages(path: Path) -> tuple[str, str]:
-    try:
-        languages = json.loads(path.read_text(encoding="utf-8"))
-        return languages["source_lang"], languages["target_lang"]
-    except FileNotFoundError:
-        raise UserError(f"`{path}` must be a file of the model folder, but is missing.") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"`{path}` must name source_lang and target_lang, but is cut short or damaged."
-        ) from error
 
 
 def _read_lines(path: Path) -> list[str]:

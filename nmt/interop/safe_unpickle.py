@@ -1,0 +1,391 @@
+"""Files that `torch.save` wrote, read without running anything that they ask for.
+
+A pickle is a program: it may name any importable function and call it. Here every name is looked up in one table
+of inert stand-ins, and whatever is not there is refused by its name. What comes out are numbers, text, plain
+containers, and `StoredTensor`s, whose bytes are read only when they are asked for; torch is not involved before.
+
+Two layouts exist. Since torch 1.6 a file is a zip archive: `NAME/data.pkl`, `NAME/data/KEY` for each storage.
+Before, it was five pickles back to back (magic number, protocol, machine, object, keys of the storages), then for
+each storage its number of elements as int64 and its bytes. Both are little endian.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmt.errors import UserError
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_MOST_DIMENSIONS = 16
+_LONGEST_NAME = 100
+_NUMBER = re.compile(r"[iuf][248]|[iub]1")  # numpy's names of the types of numbers
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def read_torch_file(path: Path) -> Any:
+    """Return the object in a file of `torch.save`, its tensors as `StoredTensor`.
+
+    Raises:
+        UserError: The file is none of torch's, is damaged or cut short, or asks for anything that is not in the
+            table of stand-ins. Nothing of it has been executed then.
+    """
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        return _read_zip(path) if is_zip else _read_legacy(path)
+    except (UserError, OSError):
+        raise
+    # Damaged bytes can mislead the interpreter of pickles in any way; none of them is a fault of ours.
+    except Exception as error:
+        raise UserError(
+            f"`{path}` must be a checkpoint that torch.save wrote, but is another file, cut short or damaged "
+            f"({type(error).__name__}: {_printable(str(error))})."
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A run of numbers in the file."""
+
+    dtype: torch.dtype
+    num_elements: int
+    read: Callable[[], bytes]
+
+    def __setstate__(self, _: object) -> NoReturn:
+        raise pickle.UnpicklingError("a storage has no state to be set")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose bytes are still in the file."""
+
+    storage: _Storage
+    offset: int  # in elements
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def load(self) -> Tensor:
+        """Read it: a tensor of its own, contiguous.
+
+        Raises:
+            UserError: Its bytes are missing or damaged.
+        """
+        data = self.storage.read()
+        size = torch.empty(0, dtype=self.storage.dtype).element_size()
+        if len(data) != size * self.storage.num_elements:
+            raise UserError(
+                f"a tensor of the checkpoint must have {size * self.storage.num_elements:,} bytes, "
+                f"but has {len(data):,}: the file is cut short or damaged."
+            )
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=self.storage.dtype)
+        elements = torch.frombuffer(bytearray(data), dtype=self.storage.dtype)
+        return elements.as_strided(self.shape, self.stride, self.offset).clone(
+            memory_format=torch.contiguous_format
+        )
+
+    def __setstate__(self, _: object) -> NoReturn:
+        raise pickle.UnpicklingError("a tensor has no state to be set")
+
+
+class _Record(dict[Any, Any]):
+    """Stands for a class whose objects are named values: they become the items of a dict."""
+
+    def __new__(cls, *_: object, **__: object) -> _Record:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError("the state of an object must be a dict")
+        self.update(state)
+
+
+class _Mapping(dict[Any, Any]):
+    """Stands for `collections.OrderedDict`; attributes of such an object (torch's `_metadata`) are left out."""
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+class _Dtype:
+    """Stands for `numpy.dtype`."""
+
+    def __init__(self, name: object = "", *_: object) -> None:
+        self.name = str(name)
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or state[1] not in ("<", "|"):
+            raise pickle.UnpicklingError("numbers must be little endian")
+
+
+class _Function:
+    """A function that a pickle may call, but not change."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def __setstate__(self, _: object) -> NoReturn:
+        raise pickle.UnpicklingError("a function has no state to be set")
+
+
+@dataclass(frozen=True)
+class _StorageType:
+    """Stands for `torch.FloatStorage` and its like."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, _: object) -> NoReturn:
+        raise pickle.UnpicklingError("a type has no state to be set")
+
+
+def _rebuild_tensor(
+    storage: object, offset: object, shape: object, stride: object, *_: object
+) -> StoredTensor:
+    """Make a tensor after checking that it lies within its storage; gradients and hooks are left out."""
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor must have a storage")
+    sizes, steps = _natural_numbers(shape), _natural_numbers(stride)
+    (start,) = _natural_numbers((offset,))
+    if len(sizes) != len(steps) or len(sizes) > _MOST_DIMENSIONS:
+        raise pickle.UnpicklingError("a tensor must have a stride for each dimension")
+    last = start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    if 0 not in sizes and max(last + 1, math.prod(sizes)) > storage.num_elements:
+        raise pickle.UnpicklingError("a tensor must lie within its storage")
+    return StoredTensor(storage, start, sizes, steps)
+
+
+def _rebuild_parameter(data: object, *_: object) -> StoredTensor:
+    if not isinstance(data, StoredTensor):
+        raise pickle.UnpicklingError("a parameter must be a tensor")
+    return data
+
+
+def _natural_numbers(values: object) -> tuple[int, ...]:
+    if not isinstance(values, (tuple, list)) or not all(type(x) is int and 0 <= x < 2**48 for x in values):
+        raise pickle.UnpicklingError("sizes must be whole numbers")
+    return tuple(values)
+
+
+def _numpy_scalar(dtype: object, data: object) -> int | float | bool:
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes) or not _NUMBER.fullmatch(dtype.name):
+        raise pickle.UnpicklingError("a numpy scalar must be a number")
+    (number,) = np.frombuffer(data, dtype=np.dtype(dtype.name)).tolist()
+    return number
+
+
+def _encode(text: object, encoding: object = "latin1") -> bytes:
+    """Protocol 2 has no bytes: they are text that is encoded back."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("bytes must be encoded as latin1")
+    return text.encode("latin1")
+
+
+def _as_set(items: object = ()) -> set[Any]:
+    if not isinstance(items, (list, tuple)):
+        raise pickle.UnpicklingError("a set must be made of a list")
+    return set(items)
+
+
+def _as_tuple(items: object = ()) -> tuple[int, ...]:
+    return _natural_numbers(items)
+
+
+def _stand_ins() -> dict[tuple[str, str], Any]:
+    """Return what the names in a pickle stand for: fresh for each file, so that none can change another's."""
+    # Only what is created by NEWOBJ has to be a class; a class is safe from BUILD by its unbound __setstate__.
+    table: dict[tuple[str, str], Any] = {
+        ("argparse", "Namespace"): _Record,
+        ("collections", "OrderedDict"): _Mapping,
+        ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
+        ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
+        ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
+        ("torch", "Size"): _Function(_as_tuple),
+        ("_codecs", "encode"): _Function(_encode),
+        ("numpy", "dtype"): _Dtype,
+    }
+    for module in ("builtins", "__builtin__"):
+        table[module, "set"] = _Function(_as_set)
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        table[module, "scalar"] = _Function(_numpy_scalar)
+    # fairseq of 2018 and 2019 pickled its meters, which are records of numbers.
+    for module in ("fairseq.meters", "fairseq.logging.meters"):
+        for name in ("AverageMeter", "TimeMeter", "StopwatchMeter"):
+            table[module, name] = _Record
+    for name, dtype in _STORAGES.items():
+        table["torch", name] = _StorageType(dtype)
+    return table
+
+
+class _Unpickler(pickle.Unpickler):
+    """Build what a pickle describes, of stand-ins alone."""
+
+    def __init__(
+        self, data: bytes, *, path: Path, find_storage: Callable[[str], Callable[[], bytes]]
+    ) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._path = path
+        self._find_storage = find_storage
+        self._table = _stand_ins()
+        self.storages: dict[str, _Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the stand-in of a name."""
+        try:
+            return self._table[module, name]
+        except KeyError:
+            raise UserError(
+                f"`{self._path}` must hold tensors, numbers, text and plain containers, but asks for "
+                f"`{_printable(f'{module}.{name}')}`. Nothing of it was run."
+            ) from None
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Return the storage that a persistent id names: ("storage", type, key, device, number of elements)."""
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise pickle.UnpicklingError("a persistent id must name a storage")
+        _, kind, key, _, num_elements = pid[:5]
+        if (
+            not isinstance(kind, _StorageType)
+            or not isinstance(key, str)
+            or (len(pid) == 6 and pid[5] is not None)
+        ):
+            raise pickle.UnpicklingError("a persistent id must name a storage, its type and its key")
+        (count,) = _natural_numbers((num_elements,))
+        storage = self.storages.setdefault(key, _Storage(kind.dtype, count, self._find_storage(key)))
+        if (storage.dtype, storage.num_elements) != (kind.dtype, count):
+            raise pickle.UnpicklingError("a storage must have one type and one size")
+        return storage
+
+
+def _end_of_pickle(file: io.BytesIO) -> int:
+    """Walk through a pickle without building anything; return where it ends.
+
+    Raises:
+        UnpicklingError: It uses the registry of extensions, which is shared by the process, or asks the
+            interpreter for more memory than a pickle of its size can need.
+    """
+    start = file.tell()
+    largest = len(file.getbuffer())
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"):
+            raise pickle.UnpicklingError(f"the opcode {opcode.name} is not used by torch.save")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= largest:
+            raise pickle.UnpicklingError("the memo is larger than the file")
+    assert file.tell() > start
+    return file.tell()
+
+
+def _read_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        names = {info.filename: info for info in archive.infolist()}
+        roots = [name.removesuffix("data.pkl") for name in names if name.split("/")[1:] == ["data.pkl"]]
+        if len(roots) != 1:
+            raise UserError(
+                f"`{path}` must be a checkpoint that torch.save wrote, but is another zip archive."
+            )
+        (root,) = roots
+        if any(info.compress_type != zipfile.ZIP_STORED for info in names.values()):
+            raise UserError(
+                f"`{path}` must be a checkpoint that torch.save wrote, but is a compressed archive."
+            )
+        if root + "byteorder" in names and archive.read(root + "byteorder").strip() != b"little":
+            raise UserError(f"`{path}` must be little endian, but is not. Save it again on such a machine.")
+        data = archive.read(root + "data.pkl")
+
+    def find_storage(key: str) -> Callable[[], bytes]:
+        name = f"{root}data/{key}"
+        if name not in names:
+            raise pickle.UnpicklingError(f"the storage {_printable(key)} is missing")
+        return lambda: _read_entry(path, name)
+
+    _end_of_pickle(io.BytesIO(data))
+    return _Unpickler(data, path=path, find_storage=find_storage).load()
+
+
+def _read_entry(path: Path, name: str) -> bytes:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"`{path}` must be a complete checkpoint, but is damaged: {error}.") from None
+
+
+def _read_legacy(path: Path) -> Any:
+    file = io.BytesIO(path.read_bytes())
+    places: dict[str, tuple[int, int]] = {}  # of the bytes of each storage
+
+    def no_storage(key: str) -> NoReturn:
+        raise pickle.UnpicklingError("there must be no tensor here")
+
+    def find_storage(key: str) -> Callable[[], bytes]:
+        def read() -> bytes:
+            start, end = places[key]
+            return bytes(file.getbuffer()[start:end])
+
+        return read
+
+    def load_next(find: Callable[[str], Callable[[], bytes]]) -> tuple[Any, Mapping[str, _Storage]]:
+        start = file.tell()
+        end = _end_of_pickle(file)
+        unpickler = _Unpickler(bytes(file.getbuffer()[start:end]), path=path, find_storage=find)
+        return unpickler.load(), unpickler.storages
+
+    if load_next(no_storage)[0] != _LEGACY_MAGIC or load_next(no_storage)[0] != _LEGACY_PROTOCOL:
+        raise UserError(f"`{path}` must be a checkpoint that torch.save wrote, but is another pickle.")
+    machine, _ = load_next(no_storage)
+    if machine.get("little_endian") is not True:
+        raise UserError(f"`{path}` must be little endian, but is not. Save it again on such a machine.")
+    content, storages = load_next(find_storage)
+    keys, _ = load_next(no_storage)
+    if sorted(keys) != sorted(storages):
+        raise pickle.UnpicklingError("the storages are not those of the tensors")
+    for key in keys:
+        (count,) = struct.unpack("<q", file.read(8))
+        storage = storages[key]
+        start = file.tell()
+        end = start + count * torch.empty(0, dtype=storage.dtype).element_size()
+        if count != storage.num_elements or end > len(file.getbuffer()):
+            raise pickle.UnpicklingError(f"the storage {_printable(key)} is cut short")
+        places[key] = (start, end)
+        file.seek(end)
+    return content
+
+
+def _printable(text: str) -> str:
+    """Return text for an error: on one line, in ASCII, not too long."""
+    shown = ascii(text)[1:-1]
+    return shown if len(shown) <= _LONGEST_NAME else shown[:_LONGEST_NAME] + "..."

@@ -1,0 +1,79 @@
+"""What translating needs besides the weights: two languages, their vocabularies, and how text becomes pieces."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmt.data.data_directory import MODEL_NAME, DataDirectory, dictionary_name
+from nmt.data.segmenter import PieceSegmenter, Segmenter
+from nmt.data.vocabulary import Vocabulary
+from nmt.errors import UserError
+
+_LANGUAGES = "languages.json"
+
+
+@dataclass(frozen=True)
+class TranslationAssets:
+    """The files of a model folder or a data directory that are not weights or examples."""
+
+    source_lang: str
+    target_lang: str
+    folder: Path
+    """Holds `dict.<lang>.txt` of both languages."""
+    segmenter: Path | None
+    """The SentencePiece model; None if texts are in pieces, joined by blanks, on both sides."""
+
+    @classmethod
+    def of_model(cls, folder: Path) -> TranslationAssets:
+        """Find those of a model folder.
+
+        Raises:
+            UserError: A file is missing or damaged.
+        """
+        path = folder / _LANGUAGES
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            source_lang, target_lang = record["source_lang"], record["target_lang"]
+            has_segmenter = record.get("segmenter", True)
+        except FileNotFoundError:
+            raise UserError(f"`{path}` must be a file of the model folder, but is missing.") from None
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"`{path}` must name source_lang and target_lang, but is cut short or damaged."
+            ) from error
+        segmenter = folder / MODEL_NAME if has_segmenter else None
+        if segmenter is not None and not segmenter.is_file():
+            raise UserError(f"`{segmenter}` must exist, but is missing.")
+        return cls(source_lang, target_lang, folder=folder, segmenter=segmenter)
+
+    @classmethod
+    def of_data(cls, directory: DataDirectory) -> TranslationAssets:
+        """Find those of a data directory."""
+        return cls(
+            directory.source_lang,
+            directory.target_lang,
+            folder=directory.path,
+            segmenter=directory.segmenter_path,
+        )
+
+    def vocabulary(self, lang: str) -> Vocabulary:
+        """Read the vocabulary of one of the two languages."""
+        return Vocabulary.load(self.folder / dictionary_name(lang))
+
+    def make_segmenter(self, vocabulary: Vocabulary) -> Segmenter | PieceSegmenter:
+        """Return what turns text into ids of a vocabulary, and back."""
+        return PieceSegmenter(vocabulary) if self.segmenter is None else Segmenter(self.segmenter, vocabulary)
+
+    def save(self, folder: Path) -> None:
+        """Copy them into a model folder."""
+        if self.segmenter is not None:
+            shutil.copyfile(self.segmenter, folder / MODEL_NAME)
+        for lang in (self.source_lang, self.target_lang):
+            shutil.copyfile(self.folder / dictionary_name(lang), folder / dictionary_name(lang))
+        record: dict[str, object] = {"source_lang": self.source_lang, "target_lang": self.target_lang}
+        if self.segmenter is None:
+            record["segmenter"] = False
+        (folder / _LANGUAGES).write_text(json.dumps(record) + "\n", encoding="utf-8")

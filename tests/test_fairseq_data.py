@@ -1,0 +1,87 @@
+"""A data directory of fairseq-preprocess opens as it is: no record, no raw text, no SentencePiece model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nmt.data.data_directory import DataDirectory
+from nmt.data.indexed_dataset import IndexedDatasetWriter
+from nmt.data.vocabulary import EOS_ID, Vocabulary
+from nmt.distributed import World
+from nmt.errors import UserError
+from nmt.models.options import TransformerOptions
+from nmt.translation.options import TranslationOptions
+
+PAIRS = [("a b", "A B C"), ("b", "B"), ("", "C A")]
+
+
+def write_split(folder: Path, split: str, *, languages: Sequence[str] = ("en", "de")) -> None:
+    """Write a split as fairseq-preprocess does: ids and eos, nothing else."""
+    for side, lang in enumerate(languages):
+        vocabulary = Vocabulary.load(folder / f"dict.{lang}.txt")
+        prefix = folder / f"{split}.{'-'.join(languages)}.{lang}"
+        with IndexedDatasetWriter(prefix, np.dtype("<u2")) as writer:
+            for pair in PAIRS:
+                writer.add(np.array([*map(vocabulary.id, pair[side].split()), EOS_ID]))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "dict.en.txt").write_text("b 2\na 1\nmadeupword0000 0\nmadeupword0001 0\n")
+    (tmp_path / "dict.de.txt").write_text("C 2\nA 2\nB 2\nmadeupword0000 0\n")
+    for split in ("train", "valid"):
+        write_split(tmp_path, split)
+    return tmp_path
+
+
+def test_languages_splits_and_vocabularies_are_found(directory: Path) -> None:
+    data = DataDirectory(directory)
+    assert (data.source_lang, data.target_lang) == ("en", "de")
+    assert data.has_split("train")
+    assert not data.has_split("test")
+    assert data.num_pairs("valid") == 3
+    assert data.segmenter_path is None
+    assert not data.has_raw_text
+    assert data.vocabulary("en").id("a") == 5
+    with pytest.raises(UserError, match="must have the split `test`"):
+        data.split_prefix("test", "en")
+
+
+def test_a_task_takes_it_as_training_data(directory: Path, tmp_path: Path) -> None:
+    model = TransformerOptions(
+        encoder_layers=1, decoder_layers=1, encoder_embed_dim=8, decoder_embed_dim=8,
+        encoder_ffn_embed_dim=8, decoder_ffn_embed_dim=8, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    task = TranslationOptions(data=directory, model=model, eval_beam=1).build(None)
+    examples = task.open_split("valid")
+    assert examples.sizes.tolist() == [[3, 4], [2, 2], [1, 3]]
+    assert [ids.tolist() for ids in examples[0]] == [[5, 4, 2], [5, 6, 4, 2]]
+    # Without raw text the references are the pieces.
+    scores = task.evaluate(task.build_model().eval(), examples, World(rank=0, size=1, device="cpu"))
+    assert 0.0 <= scores["bleu"] <= 100.0
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    task.save_assets(saved)
+    again = TranslationOptions(data=directory, model=model).build(saved)
+    assert again.source_segmenter.encode(["a  b x"])[0].tolist() == [5, 4, 3]
+    assert again.target_segmenter.decode([[5, 3, 6, 2, 1]]) == ["A <unk> B"]
+
+
+def test_a_file_that_is_missing_is_named(directory: Path) -> None:
+    (directory / "valid.en-de.de.bin").unlink()
+    with pytest.raises(UserError, match=r"valid.en-de.de.bin must exist beside the other files of `valid`"):
+        DataDirectory(directory)
+
+
+def test_our_own_directory_without_its_record_is_not_taken_for_fairseqs(directory: Path) -> None:
+    (directory / "sentencepiece.model").touch()
+    with pytest.raises(UserError, match=r"has no preprocess.json"):
+        DataDirectory(directory)
+
+
+def test_two_pairs_of_languages_are_refused(directory: Path) -> None:
+    write_split(directory, "test", languages=("de", "en"))
+    with pytest.raises(UserError, match="one pair of languages, but holds de-en, en-de"):
+        DataDirectory(directory)
