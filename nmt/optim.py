@@ -33,7 +33,7 @@ def build_schedule(options: OptimizationOptions, *, max_update: int | None) -> S
     All begin with a linear warm-up, n / warmup_updates, and reach 1 at its end. Then:
 
     - inverse_sqrt: sqrt(warmup_updates / n), as fairseq's inverse_square_root_schedule.py;
-    - cosine: half a cosine from 1 at the end of the warm-up to 0 just after the last update;
+    - cosine: half a cosine from 1 at the end of the warm-up to 0 at the last update;
     - constant: 1.
     """
     warmup = options.warmup_updates
