@@ -102,7 +102,8 @@ class Run:
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
         self.log = RunLog(config.save_dir, is_writer=world.is_main)
         self.progress = Progress()
-        # Epoch of the last update; that of `batches` has moved on once its iteration is exhausted.
+        # Epoch of the last update. That of `batches` moves on when its iteration ends; one that is taken up after
+        # an epoch's last update yields nothing more, and then moves on.
         self.epoch = self.batches.epoch
         self.clock = time.monotonic()
 
@@ -142,14 +143,14 @@ class Run:
             elif _is_due(update, options.save_interval_updates) and not self._will_validate():
                 self._save()
             if self._reason_to_stop():
-                return
+                return  # at the end of an epoch too: it is reported if the run is resumed with a later end
             self.clock = time.monotonic()  # reports, validation and checkpoints are no time of training
         self._report("epoch")
         if _is_due(self.epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
             self._validate_and_save()
 
     def _will_validate(self) -> bool:
-        """Return whether a validation follows before the next update, which saves by itself."""
+        """Return whether a validation, which saves too, follows before the next update."""
         is_end_of_epoch = self.batches.examples_consumed == self.batches.num_examples
         is_due = is_end_of_epoch and _is_due(self.epoch, self.config.checkpoints.validate_interval)
         return is_due or self._reason_to_stop() is not None

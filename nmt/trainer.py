@@ -46,7 +46,8 @@ class Trainer:
         objective = _Objective(task, self.model)
         self.objective: nn.Module = objective
         if world.size > 1:
-            # Buffers that are saved change in training (batch norm's statistics): all ranks follow rank 0's.
+            # What is saved besides parameters are buffers that change in training (batch norm's statistics): all
+            # ranks follow rank 0's.
             num_parameters = len(list(self.model.named_parameters(remove_duplicate=False)))
             has_statistics = len(self.model.state_dict()) > num_parameters
             # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
@@ -57,7 +58,7 @@ class Trainer:
             )
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Make one update from this rank's share of it.
+        """Make one update from this rank's share of it; the open scopes of `metrics` see what it sums.
 
         Args:
             micro_batches: As many on every rank, each with its weight: 1, or 0 for a filler, which is run
@@ -90,6 +91,7 @@ class Trainer:
         self.model.eval()
         for buffer in self.model.buffers():  # what is measured is what is saved: rank 0's
             self.world.copy_from_main_(buffer)
+        # Isolated: scopes that the caller has open are about training.
         with self.metrics.scope("valid", isolated=True):
             self.metrics.reset("valid")
             for batch in batches:

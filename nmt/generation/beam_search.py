@@ -5,7 +5,7 @@ and calls `extend`; sentences that are done leave with `keep`. At the end `best`
 
     beam, finished = start(limits, beam_size=5, dtype=torch.float32)
     while beam.scores.numel() > 0:
-        candidates = ...
+        candidates = ...            # where limits <= step, of eos alone: `extend` takes the sentence for done
         beam, rows = extend(beam, candidates, finished, eos_id=2, lenpen=1.0)
         beam, rows = keep(beam, rows, live=(~beam.is_done).nonzero().squeeze(1))
         ...                                             # what is kept of each row follows: state.reorder_(rows)
@@ -144,7 +144,16 @@ def extend(
 
 
 def copy_first(beam: Beam, log_probs: Tensor, *, where: Tensor) -> tuple[Beam, Tensor]:
-    """Let all hypotheses of the sentences `where` (B,) become the first one, as their log_probs (B, K, V)."""
+    """Let the first hypothesis of the sentences `where` (B,) take all places of the beam.
+
+    For a forced prefix that ends the sentence, where fairseq returns K times the same translation. Such a
+    sentence is done with this step, so the decoder's state need not follow.
+
+    Args:
+        beam: The hypotheses so far.
+        log_probs: (B, K, V), of what follows them; those of the first are copied with it.
+        where: (B,) bool.
+    """
     chosen = where[:, None]  # (B, 1)
     copied = replace(
         beam,

@@ -129,6 +129,7 @@ class Decoder(nn.Module):
 
     def forward(self, target_input: Tensor, memory: Memory, state: DecoderState | None) -> Tensor:
         """(R, T) int64 -> (R, T, D); see `Transformer.decode`."""
+        # Memory and its mask have B sentences, x has their R = B*K rows: more queries, to CrossAttention.
         attention_mask = ~memory.padding_mask[:, None, None, :]  # (B, 1, 1, S)
         x = self.embedding(target_input, start=0 if state is None else state.length)
         for i, layer in enumerate(self.layers):
