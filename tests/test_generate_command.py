@@ -245,3 +245,11 @@ def test_an_output_that_exists_is_replaced_at_the_end_alone(
     output = write(tmp_path / "output", "old\n")
     generate("--input", source, "--output", output)
     assert read_lines(output) == expected
+
+
+def test_a_reference_to_score_against_may_be_longer_than_the_model(
+    generate: Callable[..., None], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = write(tmp_path / "reference", "the dog sees " * 40 + "\n" + "the cat\n" * (len(LINES) - 1))
+    generate("--input", source, "--output", tmp_path / "output", "--reference", reference)
+    assert "BLEU" in capsys.readouterr().out

@@ -61,7 +61,9 @@ def generate(options: GenerateOptions) -> None:
         torch.set_num_threads(options.num_threads)
     with join_world(options.device) as world:
         translator = Translator.load(options.models, world.device, input_is_pieces=options.input_is_pieces)
-    target_ids = None if references is None else translator.encode_references(references)
+    target_ids = None
+    if references is not None and _needs_ids_of_references(options):
+        target_ids = translator.encode_references(references)
     report = _Report()
     best: list[str] = []
     # The bar is for a terminal that shows nothing else.
@@ -72,20 +74,32 @@ def generate(options: GenerateOptions) -> None:
     ):
         for number, translation in enumerate(_translate(translator, options, target_ids, bar.update)):
             report.add(translation)
-            best.append(translation.text)
+            if references is not None:
+                best.append(translation.text)
             if options.format == "fairseq":
-                reference = target_ids[number] if target_ids is not None else None
+                reference = None
+                if target_ids is not None and number < len(target_ids):  # standard input may have more lines
+                    reference = target_ids[number]
                 written = to_lines(number, translation, reference=reference, task=translator.task)
             else:
                 missing = [""] * (options.decoding.nbest - len(translation.texts))
                 written = iter((*translation.texts, *missing))
             output.writelines(line.encode() + b"\n" for line in written)
     report.print()
-    if target_ids is not None and references is not None and not options.score_reference:
-        if options.input_is_pieces:
+    if references is not None and options.reference is not None and report.num_lines != len(references):
+        source = options.input or _STANDARD_INPUT
+        raise unequal_counts(source, report.num_lines, options.reference, len(references))
+    if references is not None and not options.score_reference:
+        if options.input_is_pieces and target_ids is not None:
             references = translator.task.target_segmenter.decode(target_ids)
         scores_to = sys.stderr if options.output is None else sys.stdout
         _print_scores(best, references, target_lang=translator.task.target_lang, file=scores_to)
+
+
+def _needs_ids_of_references(options: GenerateOptions) -> bool:
+    """Return whether references are more than text to score against: then they must fit the model."""
+    is_used = options.prefix_size > 0 or options.score_reference or options.input_is_pieces
+    return is_used or options.format == "fairseq"
 
 
 def _translate(

@@ -144,7 +144,7 @@ class Translator:
                 self._padded(sources), self._padded(starts) if prefixes is not None else None
             )
 
-        starts = itertools.repeat(_NOTHING) if prefixes is None else prefixes
+        starts = itertools.chain(prefixes or (), itertools.repeat(_NOTHING))  # a line may have none
         return self._in_buffers(lines, starts, search, batching or Batching(), on_progress or _ignore)
 
     def score_lines(
@@ -172,7 +172,10 @@ class Translator:
             batch = collate_pairs(list(zip(sources, targets, strict=True))).to(self.device)
             return generator.score(batch.source, batch.target_input, batch.target)
 
-        return self._in_buffers(lines, references, score, batching or Batching(), on_progress or _ignore)
+        endless = itertools.chain(
+            references, itertools.repeat(np.array([EOS_ID]))
+        )  # for lines that have none
+        return self._in_buffers(lines, endless, score, batching or Batching(), on_progress or _ignore)
 
     def encode_references(self, lines: Sequence[str]) -> list[NDArray[Any]]:
         """Return the ids of target text, eos at the end of each.
