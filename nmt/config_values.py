@@ -29,7 +29,7 @@ def convert(hint: Any, value: Any) -> Any:
     if origin is Annotated:
         return convert(arguments[0], value)
     if origin in (typing.Union, types.UnionType):
-        return _convert_optional(hint, value)
+        return _convert_union(hint, value)
     if origin is Literal:
         choices = {str(to_text(choice)): choice for choice in arguments}
         text = str(to_text(value))
@@ -59,15 +59,22 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Perhaps you meant `{matches[0]}`?" if matches else ""
 
 
-def _convert_optional(hint: Any, value: Any) -> Any:
+def _convert_union(hint: Any, value: Any) -> Any:
+    """Convert to the first of `A | B | None` that fits."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
-    assert len(kinds) == 1, f"{hint}: only `X | None` is known"
-    if value is None:
-        return None
-    # Any text is a text, so that only a YAML file's unquoted null, which is None by now, is no text.
-    if isinstance(value, str) and kinds[0] is not str and value.lower() in _EMPTY_WORDS:
-        return None
-    return convert(kinds[0], value)
+    if len(kinds) < len(typing.get_args(hint)):
+        if value is None:
+            return None
+        # Any text is a text, so that only a YAML file's unquoted null, which is None by now, is no text.
+        if isinstance(value, str) and str not in kinds and value.lower() in _EMPTY_WORDS:
+            return None
+    mismatches = []
+    for kind in kinds:
+        try:
+            return convert(kind, value)
+        except MismatchError as mismatch:
+            mismatches.append(mismatch)
+    raise MismatchError(" or ".join(map(str, mismatches)), mismatches[-1].suggestion)
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any) -> tuple[Any, ...]:

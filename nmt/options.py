@@ -226,6 +226,8 @@ class TrainConfig(Generic[TaskOptionsT]):
     """Where to compute: auto, cpu, cuda or mps."""
     log_interval: int = 100
     """Report after every so many updates."""
+    dry_run: bool = False
+    """Print what the run is going to be (model, data, work, memory, time) and stop; nothing is written."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""

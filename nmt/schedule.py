@@ -32,6 +32,14 @@ def num_warmup_updates(options: OptimizationOptions, *, updates_per_epoch: int) 
     return _WARMUP_UPDATES if options.warmup_updates is None else options.warmup_updates
 
 
+def num_updates(options: OptimizationOptions, *, updates_per_epoch: int) -> int | None:
+    """Return the update at which `max_update` or `max_epoch`, whichever is first, ends training, if any does."""
+    ends = [] if options.max_update is None else [options.max_update]
+    if options.max_epoch is not None:
+        ends.append(options.max_epoch * updates_per_epoch)
+    return min(ends, default=None)
+
+
 def build_schedule(options: OptimizationOptions, *, updates_per_epoch: int) -> Schedule:
     """Return the factor of the learning rate for each update.
 
@@ -43,10 +51,8 @@ def build_schedule(options: OptimizationOptions, *, updates_per_epoch: int) -> S
     by_epoch = options.lr_unit == "epoch"
     unit = updates_per_epoch if by_epoch else 1
     warmup = math.ceil(warmup_updates / unit)
-    ends = [] if options.max_update is None else [math.ceil(options.max_update / unit)]
-    if options.max_epoch is not None:
-        ends.append(options.max_epoch * (1 if by_epoch else updates_per_epoch))
-    end = min(ends, default=None)
+    last_update = num_updates(options, updates_per_epoch=updates_per_epoch)
+    end = None if last_update is None else math.ceil(last_update / unit)
     lowest = options.end_learning_rate / options.lr
 
     def done(n: int) -> float:

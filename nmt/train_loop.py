@@ -1,27 +1,29 @@
 """The story of a run: epochs, updates, reports, validation, checkpoints, and when to stop."""
 
-import filecmp
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from nmt.checkpoint import CheckpointFolder, load_config, load_weights
-from nmt.config import changed_fixed_options, check_options, write_yaml
+from nmt.checkpoint import CheckpointFolder, load_weights
+from nmt.config import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, ordered_batches
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
+from nmt.forecast import duration, forecast
+from nmt.memory import find_split
 from nmt.options import TrainConfig
+from nmt.preparation import left_out, refuse_other_run, with_max_tokens
 from nmt.progress import Direction, Progress
 from nmt.run_log import RunLog
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
 
 _LOWEST_LR_SCALE = 2.0**-5  # of five times back the last one has failed
+_FIRST_UPDATES = 10  # until the speed is steady, and then as many to measure it by
 _NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 
 
@@ -38,6 +40,11 @@ def train(config: TrainConfig[Any]) -> Path:
     """
     check_options(config)
     with join_world(config.device) as world, closing(Run(config, world)) as run:
+        if config.dry_run:
+            lines = run.describe()
+            if world.is_main:
+                print("\n".join(lines))
+            return run.checkpoints.path / "best"
         return run.train()
 
 
@@ -56,18 +63,22 @@ class Run:
                 f"`best-checkpoint-metric` must be one of {known}, but is {self.metric}. Name one."
             )
         self.better: Direction = self.task.metrics[self.metric]
-        train_examples = self.task.open_split("train")
+        self.train_examples: Examples[Any] = self.task.open_split("train")
         self.valid_examples: Examples[Any] = self.task.open_split("valid")
+        torch.manual_seed(config.seed)
+        model = self.task.build_model().to(world.device)
+        self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
+        self.config = config = with_max_tokens(
+            config, self.task, model, self.train_examples, world=world, checkpoints=self.checkpoints
+        )
         self.batches = BatchIterator(
-            train_examples,
+            self.train_examples,
             config.batching,
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
             pin_memory=world.device.type == "cuda",
         )
-        torch.manual_seed(config.seed)
-        model = self.task.build_model()
         self.trainer = Trainer(
             self.task,
             model,
@@ -76,7 +87,6 @@ class Run:
             seed=config.seed,
             updates_per_epoch=self.batches.updates_per_epoch,
         )
-        self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
         self.log = RunLog(config.save_dir, is_writer=world.is_main)
         self.progress = Progress()
         # Epoch of the last update. That of `batches` moves on when its iteration ends; one that is taken up after
@@ -85,11 +95,11 @@ class Run:
         self.clock = time.monotonic()
         self.start = time.monotonic()
         self.is_out_of_time = False
+        self.num_updates_here = 0  # made by this process
 
     def train(self) -> Path:
         """Go from where the run stands to its end; return the folder of the best checkpoint."""
         self.log.open()
-        self._check_lengths()
         self._resume_or_start()
         while not (reason := self._reason_to_stop()):
             self._train_epoch()
@@ -97,6 +107,20 @@ class Run:
             self._validate_and_save()
         self.log.say(f"finished: {reason}")
         return self.checkpoints.path / "best"
+
+    def describe(self) -> list[str]:
+        """Return the lines that tell what the run is going to be; changes nothing."""
+        found = find_split(self.trainer, self.train_examples, self.batches.first_batches)
+        # What a run was split by stays, or it would round otherwise when it is resumed with more memory.
+        limits = [limit for limit in (found, self.batches.split_above) if limit is not None]
+        self.batches.split_above = min(limits, default=None)
+        return left_out(self.batches, self.config) + forecast(
+            self.config,
+            self.trainer,
+            self.batches,
+            train_examples=self.train_examples,
+            valid_examples=self.valid_examples,
+        )
 
     def close(self) -> None:
         """End the processes that read batches ahead, and close the log."""
@@ -114,6 +138,7 @@ class Run:
                 self.trainer.train_step(micro_batches, epoch=self.epoch)
             self._count_time()
             self._show_progress()
+            self._tell_time_left()
             self._report_cancelled()
             if self.trainer.cancellations.known_in_a_row() >= self.config.optimization.max_bad_updates:
                 self._go_back()
@@ -200,6 +225,7 @@ class Run:
                     state={
                         "trainer": trainer_state,
                         "batches": self.batches.state_dict(),
+                        "split_above": self.batches.split_above,
                         "progress": asdict(replace(self.progress, seconds=self._seconds())),
                         "records_size": self.log.records_size(),
                     },
@@ -230,17 +256,14 @@ class Run:
             self._resume(saved[-1])
         else:
             self.log.cut_records(0)
-            size = sum(parameter.numel() for parameter in self.trainer.model.parameters())
-            self.log.say(
-                f"start: {size:,} parameters, {self.batches.num_examples:,} training examples, "
-                f"{len(self.valid_examples):,} validation examples, {self.world.size} x {self.world.device.type}"
-            )
+        for line in self.describe():
+            self.log.say(line)
         if self.world.is_main:
             write_yaml(self.config, self.config.save_dir / "config.yaml")
 
     def _resume(self, update: int) -> None:
         folder = self.checkpoints.at(update)
-        self._refuse_other_run(folder)
+        refuse_other_run(self.task, self.config, folder)
         self._load(update)
         if self.world.is_main:
             # A process may have been killed before it did this.
@@ -255,6 +278,7 @@ class Run:
         load_weights(self.trainer.model, folder)
         self.trainer.load_state_dict(optimizer, state["trainer"])
         self.batches.load_state_dict(state["batches"])
+        self.batches.split_above = state["split_above"]
         self.progress = Progress.from_json(state["progress"])
         self.epoch = self.batches.epoch
         self.log.cut_records(state["records_size"])
@@ -294,41 +318,6 @@ class Run:
                 f"update {cancelled.update} cancelled: the gradient is not finite; training examples {shown}{more}"
             )
 
-    def _refuse_other_run(self, folder: Path) -> None:
-        """Raise `UserError` if the checkpoint is of another model, task or vocabulary than the configuration."""
-        for name, before, now in changed_fixed_options(load_config(folder), self.config):
-            raise UserError(
-                f"`{name}` may not change when a run is resumed: it was {before} in `{folder}`, but is {now}. "
-                "Set it back or name another `save-dir`."
-            )
-        with TemporaryDirectory() as temporary:
-            self.task.save_assets(Path(temporary))
-            for path in sorted(Path(temporary).rglob("*")):
-                before_path = folder / path.relative_to(temporary)
-                if path.is_file() and not (
-                    before_path.is_file() and filecmp.cmp(path, before_path, shallow=False)
-                ):
-                    raise UserError(
-                        f"`{path.name}` of the data must be the one that the run began with, but differs from "
-                        f"`{before_path}`. Use the same data or name another `save-dir`."
-                    )
-
-    def _check_lengths(self) -> None:
-        """Say how many examples are left out because of their length; raise `UserError` if all are."""
-        num_left_out, num_left = self.batches.num_too_long, self.batches.num_examples
-        if num_left == 0:
-            raise UserError(
-                f"`max-tokens` must be at least the length of some examples, but is "
-                f"{self.config.batching.max_tokens} and all {num_left_out:,} are longer. Raise it."
-            )
-        if num_left_out:
-            share = num_left_out / (num_left_out + num_left)
-            warning = "warning: " if share > 0.01 else ""
-            self.log.say(
-                f"{warning}left out: {num_left_out:,} of {num_left_out + num_left:,} training examples "
-                f"({share:.2%}) are longer than max-tokens"
-            )
-
     def _report(self, scope: str) -> None:
         """Log what a scope has seen, then empty it."""
         metrics = self.trainer.metrics
@@ -365,13 +354,30 @@ class Run:
 
     def _show_progress(self) -> None:
         """Move the progress bar, towards an estimate of the update at which the run will end."""
+        self.log.progress(self.trainer.update, epoch=self.epoch, total=self._last_update())
+
+    def _last_update(self) -> int | None:
+        """Estimate the update at which the run will end."""
         options = self.config.optimization
         ends = [] if options.max_update is None else [options.max_update]
         if options.max_epoch is not None:
             share = self.batches.examples_consumed / self.batches.num_examples
             epochs_done = self.batches.epoch - 1 + share
             ends.append(round(self.trainer.update * options.max_epoch / max(epochs_done, 1e-9)))
-        self.log.progress(self.trainer.update, epoch=self.epoch, total=min(ends, default=None))
+        return min(ends, default=None)
+
+    def _tell_time_left(self) -> None:
+        """Say once, after some updates of this process, how long the rest will take."""
+        self.num_updates_here += 1
+        if self.num_updates_here == _FIRST_UPDATES:
+            self.first_clock = self.clock
+        last_update = self._last_update()
+        if self.num_updates_here == 2 * _FIRST_UPDATES and last_update is not None:
+            seconds = (self.clock - self.first_clock) / _FIRST_UPDATES
+            left = duration(seconds * max(last_update - self.trainer.update, 0))
+            self.log.say(
+                f"time: {seconds:.2g} s an update; {left} to update {last_update:,}, validation apart"
+            )
 
 
 def _is_due(count: int, interval: int | None) -> bool:

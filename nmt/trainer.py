@@ -63,15 +63,15 @@ class Trainer:
         self.metrics = Metrics()
         self.update = 0
         self.cancellations = Cancellations(world)
-        objective = _Objective(task, self.model)
-        self.objective: nn.Module = objective
+        self.local_objective = _Objective(task, self.model)
+        self.objective: nn.Module = self.local_objective
         if world.size > 1:
             # All ranks follow rank 0's batch norm.
             # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
             # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             self.objective = DistributedDataParallel(
-                objective, broadcast_buffers=bool(self.statistics), find_unused_parameters=True
+                self.local_objective, broadcast_buffers=bool(self.statistics), find_unused_parameters=True
             )
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, epoch: int = 1) -> None:
@@ -103,6 +103,27 @@ class Trainer:
             # What was cancelled is not counted, or one loss that is not a number would spoil the whole epoch's.
             self.metrics.add({key: torch.where(is_cancelled, 0.0, weight * sums[key]) for key in sums})
         self.cancellations.note(self.update, is_cancelled, outputs, micro_batches)
+
+    def probe(self, batch: Batch) -> None:
+        """Run a batch forward and backward, as an update would, and change nothing.
+
+        The memory that an update needs besides is reserved meanwhile: the optimizer's state, DDP's buckets.
+        """
+        self.model.train()
+        device = self.world.device
+        before = [tensor.clone() for tensor in self.statistics]
+        has_state = bool(self.optimizer.state)
+        num_copies = (0 if has_state else 2) + (1 if self.world.size > 1 else 0)
+        reserved = [torch.empty_like(p) for _ in range(num_copies) for p in self.model.parameters()]
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                output = self.local_objective(batch.to(device))
+                (output.loss / max(batch.num_targets, 1)).backward()
+        finally:
+            del reserved
+            self.optimizer.zero_grad(set_to_none=True)
+            for tensor, value in zip(self.statistics, before, strict=True):
+                tensor.copy_(value)
 
     @torch.no_grad()
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:

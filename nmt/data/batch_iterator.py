@@ -13,12 +13,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from weakref import ref
 
+import numpy as np
+
 from nmt.data.batching import (
     BatchLimits,
     Cut,
     Indices,
     Window,
     count_too_long,
+    longest,
     num_windows,
     plan_ordered,
     plan_window,
@@ -124,6 +127,8 @@ class BatchIterator:
         self._loader: DataLoader[Any] | None = None
         self._num_workers = options.num_workers if num_workers is None else num_workers
         self._pin_memory = pin_memory
+        self.split_above: int | None = None
+        """Batches of a larger padded size are run in parts, as micro-batches; the update stays the same."""
 
     @property
     def epoch(self) -> int:
@@ -152,10 +157,16 @@ class BatchIterator:
     @cached_property
     def updates_per_epoch(self) -> int:
         """Number of updates of the first epoch; of more than one window, an estimate from the first."""
-        window = Window(seed=self._seed, epoch=1, number=0, size=self._options.window_size)
-        num_batches = len(plan_window(self._examples.sizes, [(self._limits, 0)], window=window))
-        num_batches = round(num_batches * max(1.0, len(self._examples) / window.size))
+        num_batches = round(
+            len(self.first_batches) * max(1.0, len(self._examples) / self._options.window_size)
+        )
         return -(-num_batches // (self._world_size * self._options.update_freq))
+
+    @cached_property
+    def first_batches(self) -> list[Indices]:
+        """The batches of the first window of the first epoch, of all ranks: what batches will be like."""
+        window = Window(seed=self._seed, epoch=1, number=0, size=self._options.window_size)
+        return plan_window(self._examples.sizes, [(self._limits, 0)], window=window)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Yield this rank's micro-batches of each update, from the position to the end of the epoch.
@@ -276,11 +287,22 @@ class BatchIterator:
             yield self._deal(group, end)
 
     def _deal(self, group: list[Indices], end: _Position) -> _Update:
-        """Take this rank's share of the batches of an update, with a filler if other ranks get one more."""
-        share = group[self._rank :: self._world_size]
-        num_fillers = -(-len(group) // self._world_size) - len(share)
+        """Take this rank's share of the batches of an update, with fillers if other ranks get more."""
+        shares = [
+            [part for batch in group[rank :: self._world_size] for part in self._split(batch)]
+            for rank in range(self._world_size)
+        ]
+        share = shares[self._rank]
+        num_fillers = max(map(len, shares)) - len(share)
         weights = [1.0] * len(share) + [0.0] * num_fillers
-        return _Update(share + group[:1] * num_fillers, weights, end)
+        return _Update(share + shares[0][:1] * num_fillers, weights, end)
+
+    def _split(self, batch: Indices) -> list[Indices]:
+        """Cut a batch into equal parts that the device has memory for."""
+        if self.split_above is None:
+            return [batch]
+        most = max(1, self.split_above // int(longest(self._examples.sizes[batch]).max()))
+        return np.array_split(batch, -(-len(batch) // most))
 
     def _plan_batches(self, position: _Position) -> Iterator[tuple[Indices, _Position]]:
         """Yield all ranks' batches from a position to the epoch's end, each with the position after it."""
@@ -318,6 +340,7 @@ def ordered_batches(
 
 
 def _limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None) -> BatchLimits:
+    assert options.max_tokens != "auto", "find it first (nmt/memory.py)"
     return BatchLimits(
         max_tokens=options.max_tokens,
         max_sentences=options.batch_size,

@@ -164,6 +164,11 @@ def longest(sizes: Sizes) -> Indices:
     return reduce(np.maximum, columns).astype(np.int64)
 
 
+def padded_size(sizes: Sizes, batch: Indices) -> int:
+    """Return the number of examples of a batch times its longest length."""
+    return len(batch) * int(longest(sizes[batch]).max())
+
+
 def too_long(sizes: Sizes, limits: BatchLimits) -> NDArray[np.bool_]:
     """Return which examples are beyond the limits, True: too long, even alone: (n, C) -> (n,)."""
     result = np.zeros(len(sizes), dtype=bool)

@@ -92,9 +92,9 @@ class PreprocessOptions:
 class BatchingOptions:
     """How examples are gathered into batches, and batches into updates."""
 
-    max_tokens: int | None = 4096
+    max_tokens: int | Literal["auto"] | None = 4096
     """Largest size of a batch on one device: its number of examples times its longest side, padding included.
-    Longer examples are left out of training and counted."""
+    Longer examples are left out of training and counted. auto: as much as fits into the memory of the GPU."""
 
     batch_size: int | None = None
     """Largest number of examples in a batch."""
@@ -130,7 +130,7 @@ class BatchingOptions:
             "window-size": self.window_size,
         }
         for name, value in at_least_one.items():
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UserError(f"`{name}` must be at least 1, but is {value}. Give a larger number.")
         if self.num_workers < 0:
             raise UserError(

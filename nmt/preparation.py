@@ -1,0 +1,99 @@
+"""What is checked and found out before a run begins or goes on."""
+
+import filecmp
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from nmt.checkpoint import CheckpointFolder, load_config
+from nmt.config import changed_fixed_options
+from nmt.data.batch_iterator import BatchIterator
+from nmt.data.batching import Window, window_examples
+from nmt.distributed import World, single
+from nmt.errors import UserError
+from nmt.memory import find_max_tokens
+from nmt.options import TrainConfig
+from nmt.task import Examples, Task
+from nmt.trainer import Trainer
+
+
+def refuse_other_run(task: Task[Any], config: TrainConfig[Any], folder: Path) -> None:
+    """Raise `UserError` if a checkpoint is of another model, task or vocabulary than the configuration."""
+    for name, before, now in changed_fixed_options(load_config(folder), config):
+        raise UserError(
+            f"`{name}` may not change when a run is resumed: it was {before} in `{folder}`, but is {now}. "
+            "Set it back or name another `save-dir`."
+        )
+    with TemporaryDirectory() as temporary:
+        task.save_assets(Path(temporary))
+        for path in sorted(Path(temporary).rglob("*")):
+            before_path = folder / path.relative_to(temporary)
+            if path.is_file() and not (
+                before_path.is_file() and filecmp.cmp(path, before_path, shallow=False)
+            ):
+                raise UserError(
+                    f"`{path.name}` of the data must be the one that the run began with, but differs from "
+                    f"`{before_path}`. Use the same data or name another `save-dir`."
+                )
+
+
+def left_out(batches: BatchIterator, config: TrainConfig[Any]) -> list[str]:
+    """Return a line on how many examples are left out because of their length; none if there are none.
+
+    Raises:
+        UserError: All of them are too long.
+    """
+    num_left_out, num_left = batches.num_too_long, batches.num_examples
+    if num_left == 0:
+        raise UserError(
+            f"`max-tokens` must be at least the length of some examples, but is "
+            f"{config.batching.max_tokens} and all {num_left_out:,} are longer. Raise it."
+        )
+    if not num_left_out:
+        return []
+    share = num_left_out / (num_left_out + num_left)
+    warning = "warning: " if share > 0.01 else ""
+    return [
+        f"{warning}left out: {num_left_out:,} of {num_left_out + num_left:,} training examples "
+        f"({share:.2%}) are longer than max-tokens"
+    ]
+
+
+def with_max_tokens(
+    config: TrainConfig[Any],
+    task: Task[Any],
+    model: nn.Module,
+    examples: Examples[Any],
+    *,
+    world: World,
+    checkpoints: CheckpointFolder,
+) -> TrainConfig[Any]:
+    """Return the configuration with a number for `max-tokens` auto: that of the run so far, or what fits."""
+    if config.batching.max_tokens != "auto":
+        return config
+    saved = world.broadcast(checkpoints.updates())
+    if saved:
+        max_tokens = load_config(checkpoints.at(saved[-1])).batching.max_tokens
+    else:
+        # Alone, since a second wrapper for several ranks around one model would stay.
+        trainer = Trainer(
+            task,
+            model,
+            config.optimization,
+            world=single(world.device),
+            seed=config.seed,
+            updates_per_epoch=1,
+        )
+        window = Window(seed=config.seed, epoch=1, number=0, size=config.batching.window_size)
+        max_tokens = find_max_tokens(
+            trainer,
+            examples,
+            np.sort(window_examples(window, num_examples=len(examples))),
+            multiple=config.batching.required_batch_size_multiple,
+            world=world,
+        )
+    return replace(config, batching=replace(config.batching, max_tokens=max_tokens))
