@@ -7,10 +7,10 @@ Takes a few batches of the training data of the configuration (any task) and mak
 2x2 and 4x1 ranks x micro-batches, in real processes. Each is compared with plain autograd over all examples of an
 update in one batch, divided by their number of targets, in a process that knows nothing of ranks.
 
-It computes in float64, where what is left is round-off, and in evaluation mode: dropout and batch statistics depend
-on the batch by their nature. What `__getitem__` draws at random is seeded by the example. Batches are small
-(`--max-tokens 512`, or `--batch-size 4` where examples have no length) unless you give a limit. Without `--device`
-it runs on the CPU; with `--device cuda` layouts with more ranks than GPUs are left out.
+It computes in float64, where what is left is round-off, and in evaluation mode: dropout and batch statistics
+depend on the batch by their nature. What `__getitem__` draws at random is seeded by the example. Batches are
+small (`--max-tokens 512`, or `--batch-size 4` where examples have no length) unless you give a limit. Without
+`--device` it runs on the CPU; with `--device cuda` layouts with more ranks than GPUs are left out.
 
 Exit code: 0 if all agree, 1 if one does not, 2 for what is wrong with the configuration.
 """
