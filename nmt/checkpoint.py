@@ -183,7 +183,7 @@ def _write_model(
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, path, metadata={"format": "nmt", "format_version": FORMAT_VERSION})
+        save_file(contiguous, path, metadata={"format": f"nmt {FORMAT_VERSION}"})
     except SafetensorError as error:  # it does not say so by an OSError
         raise UserError(f"`{path}` could not be written: {error}. Is the disk full?") from error
 
@@ -193,17 +193,36 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        version = metadata.get("format_version", "none")
-        if metadata.get("format") != "nmt" or version != FORMAT_VERSION:
-            raise UserError(
-                f"`{path}` must be of format version {FORMAT_VERSION}, but is of {version}. "
-                "Use the release of nmt-toolkit that wrote it."
-            )
+        _check_version(metadata, path)
         return load_file(path)
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
             f"`{path}` must be a complete safetensors file, but is cut short or damaged: {error}."
         ) from error
+
+
+def _check_version(metadata: Mapping[str, str], path: Path) -> None:
+    """Raise `UserError` if a file has another format version than this release reads, and say what to do."""
+    name, _, version = metadata.get("format", "").partition(" ")
+    # One entry, since safetensors writes several in an order that changes from run to run. At first there were two.
+    version = version or metadata.get("format_version", "")
+    if name != "nmt":
+        raise UserError(
+            f"`{path}` must be of format version {FORMAT_VERSION}, but is of none: "
+            "nmt-toolkit did not write it. Name a model folder of nmt-train or nmt-convert."
+        )
+    if version == FORMAT_VERSION:
+        return
+    is_newer = version.isdecimal() and int(version) > int(FORMAT_VERSION)
+    what_to_do = (
+        "A newer release of nmt-toolkit wrote it: install that one."
+        if is_newer
+        else "An older release of nmt-toolkit wrote it: use that one, "
+        "or train again with this one on the same data."
+    )
+    raise UserError(
+        f"`{path}` must be of format version {FORMAT_VERSION}, but is of {version or 'none'}. {what_to_do}"
+    )
 
 
 def _existing(path: Path) -> Path:

@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from nmt.errors import UserError
 
+# Fields of a record that differ from run to run where all else is equal.
+TIMES = frozenset({"targets/s"})
+
 
 class RunLog:
     """The log files of a run folder, and its progress bar on a terminal."""

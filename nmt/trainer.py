@@ -70,6 +70,7 @@ class Trainer:
             # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
             # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # from torch 2.13 on
             self.objective = DistributedDataParallel(
                 self.local_objective, broadcast_buffers=bool(self.statistics), find_unused_parameters=True
             )
