@@ -17,6 +17,11 @@ from tqdm import tqdm
 
 from nmt.errors import UserError
 
+TIMES = frozenset({"targets/s", "hours"})
+"""The names in records that differ between runs that are otherwise equal."""
+
+_RECORDS = "metrics.jsonl"
+
 
 class RunLog:
     """The log files of a run folder, and its progress bar on a terminal."""
@@ -24,7 +29,7 @@ class RunLog:
     def __init__(self, folder: Path, *, is_writer: bool) -> None:
         """Name the folder of a run; only rank 0 is a writer."""
         self._folder = folder
-        self._records_path = folder / "metrics.jsonl"
+        self._records_path = folder / _RECORDS
         self._is_writer = is_writer
         self._text: TextIO | None = None
         self._records: TextIO | None = None
@@ -100,6 +105,38 @@ class RunLog:
         for file in (self._records, self._text):
             if file is not None:
                 file.close()
+
+
+def read_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read what a run has recorded; it may be going on: a last line that is not whole yet is left out.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The records, oldest first, each with "kind" ("train", "valid" or "epoch") and "update"; and the number of
+        lines that are damaged, and left out too.
+
+    Raises:
+        UserError: It is no folder of a run.
+    """
+    try:
+        lines = (folder / _RECORDS).read_bytes().split(b"\n")[:-1]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"`{folder}` must be the folder of a run, but has no {_RECORDS}. Name the `save-dir` of nmt-train."
+        ) from None
+    records = [record for line in lines if (record := _parse(line)) is not None]
+    return records, len(lines) - len(records)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    is_whole = isinstance(record, dict) and isinstance(record.get("update"), int) and "kind" in record
+    return record if is_whole else None
 
 
 def _json_value(value: Any) -> Any:

@@ -48,12 +48,19 @@ class Progress:
     Attributes:
         values: The value of `best-checkpoint-metric` after each update that was validated.
         num_without_better: Validations since the best one.
-        interval_seconds: Time spent in training since the last report.
+        interval_seconds: Time spent in updates since the last report.
+        seconds: Time spent in updates since the run began.
     """
 
     values: dict[int, float] = field(default_factory=dict)
     num_without_better: int = 0
     interval_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def hours(self) -> float:
+        """Time spent in updates, to some milliseconds."""
+        return round(self.seconds / 3600, 6)
 
     def note(self, update: int, value: float, *, better: Direction) -> None:
         """Take in a validation."""
@@ -179,7 +186,8 @@ class Run:
         self.progress.note(self.trainer.update, results[self.metric], better=self.better)
         best = self.progress.values[self.progress.ranking(self.better)[0]]
         position = {"update": self.trainer.update, "epoch": self.epoch}
-        self.log.report("valid", {**position, **results, f"best {self.metric}": best})
+        best_so_far = {f"best {self.metric}": best, "hours": self.progress.hours}
+        self.log.report("valid", {**position, **results, **best_so_far})
         self._save()
 
     def _save(self) -> None:
@@ -291,6 +299,7 @@ class Run:
             record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)
             record.update(metrics.gauges(scope))
             self.progress.interval_seconds = 0.0
+        record["hours"] = self.progress.hours
         if sums["num_cancelled"]:
             record["cancelled updates"] = round(sums["num_cancelled"])
         self.log.report(scope, record)
@@ -300,6 +309,7 @@ class Run:
         """Count what has passed since the clock was last read as time of training."""
         now = time.monotonic()
         self.progress.interval_seconds += now - self.clock
+        self.progress.seconds += now - self.clock
         self.clock = now
 
     def _show_progress(self) -> None:

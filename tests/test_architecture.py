@@ -42,6 +42,7 @@ LAYERS = {
     "nmt.checkpoint": 2,
     "nmt.trainer": 2,
     "nmt.run_log": 3,
+    "nmt.plot": 3,
     "nmt.train_loop": 3,
     "nmt.translation": 3,
     "nmt.vision": 3,
