@@ -23,6 +23,7 @@ from nmt.errors import UserError
 from nmt.new_folder import new_folder, remove_folder, remove_leftovers, sync
 from nmt.options import TrainConfig
 from nmt.task import Task, load_task
+from nmt.weights import weights
 
 FORMAT_VERSION = "1"
 
@@ -92,17 +93,6 @@ class CheckpointFolder:
                 f"`{folder / _STATE}` must be complete JSON, but is cut short or damaged."
             ) from error
         return optimizer, state
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers by name, each tied parameter once, under its first name."""
-    unique = dict(model.named_parameters())
-    aliases = dict(model.named_parameters(remove_duplicate=False))
-    return {
-        name: tensor.detach()
-        for name, tensor in model.state_dict().items()
-        if name in unique or name not in aliases
-    }
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -6,7 +6,9 @@ set the field `max_tokens`, wherever in the nest it is. A field holds an `int`, 
 `Path`, `Literal[...]`, a tuple of these, or one of these or None; a string literal under it is its help.
 
 A field with `metadata={"presets": {name: {field: value}}}` names a preset: its values become the defaults
-of other fields of the same dataclass. Precedence: default <- preset <- YAML file <- command line.
+of other fields of the same dataclass. A class variable `train_defaults: ClassVar = {field: value}` of a nested
+dataclass, such as a task's options, gives other fields, anywhere in the nest, the defaults that suit it.
+Precedence: default <- `train_defaults` <- preset <- YAML file <- command line.
 
 A dataclass may define `check(self) -> None`, which raises `UserError` for values that do not go together;
 it is called when all values are there, for the inner dataclasses first.
@@ -177,7 +179,21 @@ def list_options(type_: Any) -> list[Option]:
     twice = sorted({name for name in names if names.count(name) > 1})
     assert not twice, f"{type_}: field names must be unique over the nest, but {twice} are not"
     assert "config" not in names, f"{type_}: `config` is the flag of the YAML file"
-    return options
+    prescribed = dict(_prescribed_defaults(type_))
+    assert prescribed.keys() <= set(names), (
+        f"{type_}: no fields {prescribed.keys() - set(names)} to prescribe"
+    )
+    return [
+        dataclasses.replace(option, default=prescribed.get(option.name, option.default)) for option in options
+    ]
+
+
+def _prescribed_defaults(type_: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what the dataclasses of a nest have in `train_defaults`."""
+    for _, hint in _resolved_fields(type_):
+        if _is_nested(hint):
+            yield from getattr(typing.get_origin(hint) or hint, "train_defaults", {}).items()
+            yield from _prescribed_defaults(hint)
 
 
 def _walk(type_: Any, *, default: Any, owner: tuple[str, ...]) -> Iterator[Option]:

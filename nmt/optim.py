@@ -1,53 +1,52 @@
-"""Optimizers from torch, and learning-rate schedules as functions of the update."""
-
-import math
-from collections.abc import Callable
+"""Optimizers from torch, over the parameters of a model."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nmt.options import OptimizationOptions
 
-Schedule = Callable[[int], float]
-
 
 def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.optim.Optimizer:
-    """Build Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019) over all parameters.
+    """Build the optimizer over all parameters that are trained, in one group or two.
 
-    Both are torch's fused form, which skips an update on the device when its `found_inf` flag is set.
+    Adam (Kingma and Ba, 2015), AdamW (Loshchilov and Hutter, 2019) and SGD are torch's fused forms, which skip
+    an update on the device when their `found_inf` flag is set. Adafactor (Shazeer and Stern, 2018) has no such
+    form: see `step`.
     """
+    decay = options.weight_decay
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": parameters, "weight_decay": decay}]
+    if options.decay_matrices_only and decay:
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+    if options.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=options.lr)
+    if options.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=True
+        )
+        if options.momentum:
+            # Zeros are what the first update begins from. torch would leave the buffers unset if it is skipped.
+            for parameter in parameters:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
-    return kind(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=options.lr,
-        betas=options.adam_betas,
-        eps=options.adam_eps,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
+    return kind(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps, fused=True)
 
 
-def build_schedule(options: OptimizationOptions, *, max_update: int | None) -> Schedule:
-    """Return the factor by which update n (counted from 1) multiplies the learning rate.
+def step(optimizer: torch.optim.Optimizer, *, is_cancelled: Tensor) -> None:
+    """Make an update unless it is cancelled.
 
-    All begin with a linear warm-up, n / warmup_updates, and reach 1 at its end. Then:
-
-    - inverse_sqrt: sqrt(warmup_updates / n), as fairseq's inverse_square_root_schedule.py;
-    - cosine: half a cosine from 1 at the end of the warm-up to 0 at the last update;
-    - constant: 1.
+    Args:
+        optimizer: From `build_optimizer`.
+        is_cancelled: Scalar bool on the device. The host does not wait for it but with Adafactor.
     """
-    warmup = options.warmup_updates
-
-    def after_warmup(update: int) -> float:
-        if options.lr_scheduler == "inverse_sqrt":
-            return math.sqrt(max(warmup, 1) / update)
-        if options.lr_scheduler == "cosine":
-            assert max_update is not None
-            done = (update - warmup) / max(max_update - warmup, 1)
-            return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
-        return 1.0
-
-    def factor(update: int) -> float:
-        return update / warmup if update < warmup else after_warmup(update)
-
-    return factor
+    if isinstance(optimizer, torch.optim.Adafactor):
+        if not is_cancelled.item():
+            optimizer.step()
+        return
+    optimizer.found_inf = is_cancelled.float()  # type: ignore[attr-defined]
+    optimizer.step()

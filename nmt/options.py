@@ -3,6 +3,7 @@
 A field with `metadata={"fixed": True}` may not change when a run is resumed.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,46 +17,152 @@ from nmt.errors import UserError
 class OptimizationOptions:
     """The optimizer, its learning rate, and when to stop."""
 
-    optimizer: Literal["adam", "adamw"] = field(default="adam", metadata={"fixed": True})
-    """adam couples weight decay with the gradient; adamw does not."""
+    optimizer: Literal["adam", "adamw", "sgd", "adafactor"] = field(default="adam", metadata={"fixed": True})
+    """adam couples weight decay with the gradient; adamw does not. adafactor keeps little beside the weights."""
     lr: float = 5e-4
     """Peak learning rate."""
-    lr_scheduler: Literal["inverse_sqrt", "cosine", "constant"] = "inverse_sqrt"
+    lr_scheduler: Literal["inverse_sqrt", "cosine", "polynomial", "milestones", "plateau", "constant"] = (
+        "inverse_sqrt"
+    )
     """What the learning rate does after the warm-up."""
-    warmup_updates: int = 4000
-    """Updates over which the learning rate rises linearly to its peak; 0 for none."""
+    lr_unit: Literal["update", "epoch"] = "update"
+    """Whether the learning rate changes from update to update or from epoch to epoch; a warm-up always does
+    from update to update."""
+    warmup_updates: int | None = None
+    """Updates over which the learning rate rises linearly to its peak; 4000 unless warmup-epochs is given."""
+    warmup_epochs: float | None = None
+    """The same in epochs."""
+    end_learning_rate: float = 0.0
+    """Where cosine and polynomial end."""
+    power: float = 1.0
+    """Exponent of polynomial; 1 is a straight line."""
+    lr_milestones: tuple[int, ...] = ()
+    """milestones: after each of these updates or epochs the learning rate is multiplied by lr-shrink."""
+    lr_shrink: float = 0.1
+    """Factor of milestones and plateau."""
+    lr_patience: int = 0
+    """plateau: multiply by lr-shrink after more than this many validations in a row without a better one."""
+    lr_threshold: float = 1e-4
+    """plateau: a validation is better if it is so by this share of the best one."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    nesterov: bool = False
+    """Nesterov's momentum for sgd."""
     adam_betas: tuple[float, float] = (0.9, 0.98)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay of the running means of the gradient and of its square (adam, adamw)."""
     adam_eps: float = 1e-8
-    """Added to the root of the mean square."""
+    """Added to the root of the mean square (adam, adamw)."""
     weight_decay: float = 0.0
     """Weight decay."""
+    decay_matrices_only: bool = False
+    """No weight decay on norms and biases, or any other parameter of one dimension."""
     clip_norm: float = 0.0
     """Scale gradients down to this global norm; 0 for no clipping."""
+    ema_decay: float = field(default=0.0, metadata={"fixed": True})
+    """Keep a running mean of the weights, of this decay an update, such as 0.999: it is what is validated, and
+    the model of each checkpoint. 0 for none."""
+    max_bad_updates: int = 20
+    """After this many updates in a row without a finite gradient, go back to the last checkpoint and go on with
+    half the learning rate."""
     max_epoch: int | None = None
     """Stop after this many epochs."""
     max_update: int | None = None
     """Stop after this many updates."""
+    stop_time_hours: float | None = None
+    """Stop after so many hours of training, validation and checkpoints, those before a resume included."""
+    stop_min_lr: float | None = None
+    """Stop when the learning rate has fallen to this."""
     patience: int | None = None
     """Stop after this many validations in a row without a better `best-checkpoint-metric`."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense alone or together."""
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"`lr` must be above 0 and finite, but is {self.lr}.")
-        for name in ("warmup_updates", "weight_decay", "clip_norm", "adam_eps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(
-                    f"`{_flag(name)}` must be finite and not negative, but is {getattr(self, name)}."
-                )
-        for name in ("max_epoch", "max_update", "patience"):
+        self._check_ranges()
+        self._check_choices_are_taken()
+        if self.warmup_updates and self.warmup_epochs:
+            raise UserError(
+                f"`warmup-updates` ({self.warmup_updates}) or `warmup-epochs` ({self.warmup_epochs}) must be "
+                "left out. Give one of them."
+            )
+        if (
+            self.lr_scheduler in ("cosine", "polynomial")
+            and self.max_update is None
+            and self.max_epoch is None
+        ):
+            raise UserError(
+                f"`lr-scheduler` {self.lr_scheduler} must know its end, but neither `max-update` nor "
+                "`max-epoch` is set. Set one."
+            )
+        if self.lr_scheduler == "milestones":
+            if not self.lr_milestones:
+                raise UserError("`lr-milestones` must be given with `lr-scheduler` milestones. Give some.")
+            if list(self.lr_milestones) != sorted({m for m in self.lr_milestones if m > 0}):
+                raise UserError(f"`lr-milestones` must rise from above 0, but are {self.lr_milestones}.")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("`nesterov` must have a `momentum` above 0, but it is 0.")
+
+    def _check_ranges(self) -> None:
+        for name in ("lr", "power"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"`{_flag(name)}` must be above 0 and finite, but is {getattr(self, name)}.")
+        for name in (
+            *("warmup_updates", "warmup_epochs", "end_learning_rate", "lr_patience", "lr_threshold"),
+            *("weight_decay", "clip_norm", "adam_eps", "stop_min_lr"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"`{_flag(name)}` must be finite and not negative, but is {value}.")
+        for name in ("max_epoch", "max_update", "patience", "max_bad_updates"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{_flag(name)}` must be at least 1, but is {value}.")
+        if self.stop_time_hours is not None and not self.stop_time_hours > 0:
+            raise UserError(f"`stop-time-hours` must be above 0, but is {self.stop_time_hours}.")
+        for name in ("momentum", "ema_decay"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(
+                    f"`{_flag(name)}` must be at least 0 and below 1, but is {getattr(self, name)}."
+                )
+        if not 0.0 < self.lr_shrink < 1.0:
+            raise UserError(f"`lr-shrink` must be above 0 and below 1, but is {self.lr_shrink}.")
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise UserError(f"`adam-betas` must be at least 0 and below 1, but are {self.adam_betas}.")
-        if self.lr_scheduler == "cosine" and self.max_update is None:
-            raise UserError("`lr-scheduler` cosine must know its end, but `max-update` is not set. Set it.")
+        if self.end_learning_rate > self.lr:
+            raise UserError(
+                f"`end-learning-rate` must be at most `lr` ({self.lr}), but is {self.end_learning_rate}."
+            )
+
+    def _check_choices_are_taken(self) -> None:
+        """Refuse an option that only another optimizer or schedule would read."""
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        for choice, names_by_value in _READ_BY.items():
+            taken = getattr(self, choice)
+            for name, values in names_by_value.items():
+                if getattr(self, name) != defaults[name] and taken not in values:
+                    raise UserError(
+                        f"`{_flag(name)}` must go with `{_flag(choice)}` {' or '.join(values)}, but that is "
+                        f"{taken}. Leave one of them out."
+                    )
+
+
+# Options that only some values of another option make use of.
+_READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "optimizer": {
+        "momentum": ("sgd",),
+        "nesterov": ("sgd",),
+        "adam_betas": ("adam", "adamw"),
+        "adam_eps": ("adam", "adamw"),
+    },
+    "lr_scheduler": {
+        "lr_unit": ("inverse_sqrt", "cosine", "polynomial", "milestones"),
+        "end_learning_rate": ("cosine", "polynomial"),
+        "power": ("polynomial",),
+        "lr_milestones": ("milestones",),
+        "lr_shrink": ("milestones", "plateau"),
+        "lr_patience": ("plateau",),
+        "lr_threshold": ("plateau",),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -72,18 +179,29 @@ class CheckpointOptions:
     """Keep this many of the newest checkpoints."""
     keep_best: int = 1
     """Keep this many of the best checkpoints."""
+    keep_every_updates: int | None = None
+    """Keep what was saved at every multiple of this many updates for good, and save there."""
+    keep_every_epochs: int | None = None
+    """Keep what was saved at the end of every so many epochs for good, and save there."""
+    keep_from_epoch: int = 1
+    """The first epoch of which anything is kept for good."""
     best_checkpoint_metric: str = field(default="loss", metadata={"fixed": True})
     """The validation metric that decides which checkpoint is best."""
 
     def check(self) -> None:
         """Raise `UserError` for intervals and numbers below 1."""
-        for name in ("validate_interval", "validate_interval_updates", "save_interval_updates"):
+        for name in (
+            *("validate_interval", "validate_interval_updates", "save_interval_updates", "keep_last"),
+            *("keep_best", "keep_every_updates", "keep_every_epochs", "keep_from_epoch"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{_flag(name)}` must be at least 1, but is {value}.")
-        for name in ("keep_last", "keep_best"):
-            if getattr(self, name) < 1:
-                raise UserError(f"`{_flag(name)}` must be at least 1, but is {getattr(self, name)}.")
+        if self.keep_from_epoch > 1 and self.keep_every_updates is None and self.keep_every_epochs is None:
+            raise UserError(
+                "`keep-from-epoch` must go with `keep-every-updates` or `keep-every-epochs`, but neither is "
+                "given. Give one or leave it out."
+            )
 
 
 TaskOptionsT = TypeVar("TaskOptionsT")

@@ -43,7 +43,7 @@ _LABELS = {
     _SPEED: "targets per second",
     "update": "update",
     "epoch": "epoch",
-    "hours": "hours spent in updates",
+    "hours": "hours",
 }
 _FROM_ZERO = ("lr", _SPEED)
 _LOGARITHMIC = ("ppl",)

@@ -56,7 +56,12 @@ class Examples(Protocol[B_co]):
         """Return the number of examples N."""
 
     def __getitem__(self, index: int, /) -> Any:
-        """Return one example, in the form that `collate` takes."""
+        """Return one example, in the form that `collate` takes.
+
+        What is random here or in `collate`, such as the augmentation of images, may be drawn from the global
+        generators of torch, NumPy and Python. They are seeded for each batch of an epoch, so that it does not
+        depend on worker processes or on where a run was resumed.
+        """
 
     def collate(self, items: list[Any], /) -> B_co:
         """Make a batch, on the CPU."""
@@ -116,7 +121,11 @@ class Task(Protocol[B]):
 
 
 class TaskOptions(Protocol):
-    """The options of a task: a frozen dataclass that makes the task."""
+    """The options of a task: a frozen dataclass that makes the task.
+
+    A class variable `train_defaults: ClassVar[Mapping[str, Any]]` may give options of training (`nmt.options`)
+    the defaults that suit the task, by field name: `{"batch_size": 64, "lr_scheduler": "cosine"}`.
+    """
 
     def build(self, assets: Path | None) -> Task[Any]:
         """Make the task.

@@ -1,14 +1,12 @@
 """The story of a run: epochs, updates, reports, validation, checkpoints, and when to stop."""
 
 import filecmp
-import math
 import time
-from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,11 +16,13 @@ from nmt.data.batch_iterator import BatchIterator, ordered_batches
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
 from nmt.options import TrainConfig
+from nmt.progress import Direction, Progress
 from nmt.run_log import RunLog
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
 
-Direction = Literal["min", "max"]
+_LOWEST_LR_SCALE = 2.0**-5  # of five times back the last one has failed
+_NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 
 
 def train(config: TrainConfig[Any]) -> Path:
@@ -39,43 +39,6 @@ def train(config: TrainConfig[Any]) -> Path:
     check_options(config)
     with join_world(config.device) as world, closing(Run(config, world)) as run:
         return run.train()
-
-
-@dataclass
-class Progress:
-    """What a run remembers besides the trainer's state and its place in the data.
-
-    Attributes:
-        values: The value of `best-checkpoint-metric` after each update that was validated.
-        num_without_better: Validations since the best one.
-        interval_seconds: Time spent in updates since the last report.
-        seconds: Time spent in updates since the run began.
-    """
-
-    values: dict[int, float] = field(default_factory=dict)
-    num_without_better: int = 0
-    interval_seconds: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def hours(self) -> float:
-        """Time spent in updates, to some milliseconds."""
-        return round(self.seconds / 3600, 6)
-
-    def note(self, update: int, value: float, *, better: Direction) -> None:
-        """Take in a validation."""
-        self.values[update] = value
-        self.num_without_better = 0 if self.ranking(better)[0] == update else self.num_without_better + 1
-
-    def ranking(self, better: Direction) -> list[int]:
-        """Return the validated updates, best first; the earlier of equals first, what is not a number last."""
-        sign = 1 if better == "min" else -1
-
-        def rank(update: int) -> tuple[bool, float, int]:
-            value = self.values[update]
-            return (True, 0.0, update) if math.isnan(value) else (False, sign * value, update)
-
-        return sorted(self.values, key=rank)
 
 
 class Run:
@@ -105,7 +68,14 @@ class Run:
         )
         torch.manual_seed(config.seed)
         model = self.task.build_model()
-        self.trainer = Trainer(self.task, model, config.optimization, world=world, seed=config.seed)
+        self.trainer = Trainer(
+            self.task,
+            model,
+            config.optimization,
+            world=world,
+            seed=config.seed,
+            updates_per_epoch=self.batches.updates_per_epoch,
+        )
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
         self.log = RunLog(config.save_dir, is_writer=world.is_main)
         self.progress = Progress()
@@ -113,6 +83,8 @@ class Run:
         # an epoch's last update yields nothing more, and then moves on.
         self.epoch = self.batches.epoch
         self.clock = time.monotonic()
+        self.start = time.monotonic()
+        self.is_out_of_time = False
 
     def train(self) -> Path:
         """Go from where the run stands to its end; return the folder of the best checkpoint."""
@@ -139,15 +111,21 @@ class Run:
         for micro_batches in self.batches:
             # "train" is what has been seen since the last report, "epoch" since the epoch began.
             with metrics.scope("epoch"), metrics.scope("train"):
-                self.trainer.train_step(micro_batches)
+                self.trainer.train_step(micro_batches, epoch=self.epoch)
             self._count_time()
             self._show_progress()
+            self._report_cancelled()
+            if self.trainer.cancellations.known_in_a_row() >= self.config.optimization.max_bad_updates:
+                self._go_back()
+                return
             update = self.trainer.update
             if update % self.config.log_interval == 0:
                 self._report("train")
             if _is_due(update, options.validate_interval_updates):
                 self._validate_and_save()
-            elif _is_due(update, options.save_interval_updates) and not self._will_validate():
+            elif (
+                _is_due(update, options.save_interval_updates) or _is_due(update, options.keep_every_updates)
+            ) and not self._will_validate():
                 self._save()
             if self._reason_to_stop():
                 return  # at the end of an epoch too: it is reported if the run is resumed with a later end
@@ -155,12 +133,17 @@ class Run:
         self._report("epoch")
         if _is_due(self.epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
             self._validate_and_save()
+        elif _is_due(self.epoch, options.keep_every_epochs):
+            self._save()
 
     def _will_validate(self) -> bool:
         """Return whether a validation, which saves too, follows before the next update."""
-        is_end_of_epoch = self.batches.examples_consumed == self.batches.num_examples
-        is_due = is_end_of_epoch and _is_due(self.epoch, self.config.checkpoints.validate_interval)
+        is_due = self._is_end_of_epoch() and _is_due(self.epoch, self.config.checkpoints.validate_interval)
         return is_due or self._reason_to_stop() is not None
+
+    def _is_end_of_epoch(self) -> bool:
+        has_moved_on = self.batches.epoch > self.epoch
+        return has_moved_on or self.batches.examples_consumed == self.batches.num_examples
 
     def _reason_to_stop(self) -> str | None:
         options = self.config.optimization
@@ -170,6 +153,14 @@ class Run:
             return f"reached max-epoch {options.max_epoch}"
         if options.patience is not None and self.progress.num_without_better >= options.patience:
             return f"{self.metric} has not become better in {options.patience} validations (patience)"
+        if self.is_out_of_time:
+            return f"reached stop-time-hours {options.stop_time_hours:g}"
+        if (
+            options.stop_min_lr is not None
+            and self.trainer.is_past_warmup
+            and self.trainer.lr <= options.stop_min_lr
+        ):
+            return f"the learning rate has fallen to stop-min-lr {options.stop_min_lr:g}"
         return None
 
     def _validate_and_save(self) -> None:
@@ -184,32 +175,45 @@ class Run:
         # Rank 0 decides for all: a difference in the last bit must not stop one rank and not another.
         results = self.world.broadcast(self.trainer.validate(self.valid_examples, share))
         self.progress.note(self.trainer.update, results[self.metric], better=self.better)
+        if self.config.optimization.lr_scheduler == "plateau":
+            self.trainer.plateau.note(results[self.metric], self.config.optimization, better=self.better)
         best = self.progress.values[self.progress.ranking(self.better)[0]]
         position = {"update": self.trainer.update, "epoch": self.epoch}
-        best_so_far = {f"best {self.metric}": best, "hours": self.progress.hours}
+        best_so_far = {f"best {self.metric}": best, "hours": self._hours()}
         self.log.report("valid", {**position, **results, **best_so_far})
         self._save()
 
     def _save(self) -> None:
         """Write a checkpoint, point the links at it, and remove those that need not be kept."""
-        optimizer, trainer_state = self.trainer.state_dict()
-        if self.world.is_main:
-            state = {
-                "trainer": trainer_state,
-                "batches": self.batches.state_dict(),
-                "progress": asdict(self.progress),
-                "records_size": self.log.records_size(),
-            }
-            self.checkpoints.save(
-                self.trainer.update,
-                model=self.trainer.model,
-                task=self.task,
-                config=self.config,
-                optimizer=optimizer,
-                state=state,
-            )
-            self._link_best_and_prune()
+        self._check_time()
+        if self._is_kept_for_good():
+            self.progress.kept.append(self.trainer.update)
+        with self.trainer.evaluated_weights():
+            optimizer, trainer_state = self.trainer.state_dict()
+            self._report_cancelled()  # what has just been learned belongs to the updates before this checkpoint
+            if self.world.is_main:
+                self.checkpoints.save(
+                    self.trainer.update,
+                    model=self.trainer.model,
+                    task=self.task,
+                    config=self.config,
+                    optimizer=optimizer,
+                    state={
+                        "trainer": trainer_state,
+                        "batches": self.batches.state_dict(),
+                        "progress": asdict(replace(self.progress, seconds=self._seconds())),
+                        "records_size": self.log.records_size(),
+                    },
+                )
+                self._link_best_and_prune()
         self.world.barrier()
+
+    def _is_kept_for_good(self) -> bool:
+        options, update = self.config.checkpoints, self.trainer.update
+        if self.epoch < options.keep_from_epoch or update in self.progress.kept:
+            return False
+        at_epoch = self._is_end_of_epoch() and _is_due(self.epoch, options.keep_every_epochs)
+        return at_epoch or _is_due(update, options.keep_every_updates)
 
     def _link_best_and_prune(self) -> None:
         """Point `best` at the best checkpoint that is there, and remove those that need not be kept."""
@@ -217,7 +221,8 @@ class Run:
         best = [update for update in self.progress.ranking(self.better) if update in saved]
         if best:
             self.checkpoints.link("best", best[0])
-        self.checkpoints.prune({*saved[-options.keep_last :], *best[: options.keep_best]})
+        keep = {*saved[-options.keep_last :], *best[: options.keep_best], *self.progress.kept}
+        self.checkpoints.prune(keep)
 
     def _resume_or_start(self) -> None:
         """Take the newest checkpoint up, or note the configuration of a new run."""
@@ -237,20 +242,58 @@ class Run:
     def _resume(self, update: int) -> None:
         folder = self.checkpoints.at(update)
         self._refuse_other_run(folder)
-        optimizer, state = self.checkpoints.load_state(update)
-        load_weights(self.trainer.model, folder)
-        self.trainer.load_state_dict(optimizer, state["trainer"])
-        self.batches.load_state_dict(state["batches"])
-        self.progress = _progress_from(state["progress"])
-        self.epoch = self.batches.epoch
-        self.log.cut_records(state["records_size"])
-        # No rank may still be reading when rank 0 removes old checkpoints.
-        self.world.barrier()
+        self._load(update)
         if self.world.is_main:
             # A process may have been killed before it did this.
             self.checkpoints.link("last", update)
             self._link_best_and_prune()
         self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
+
+    def _load(self, update: int) -> None:
+        """Take the state of a checkpoint over."""
+        folder = self.checkpoints.at(update)
+        optimizer, state = self.checkpoints.load_state(update)
+        load_weights(self.trainer.model, folder)
+        self.trainer.load_state_dict(optimizer, state["trainer"])
+        self.batches.load_state_dict(state["batches"])
+        self.progress = Progress.from_json(state["progress"])
+        self.epoch = self.batches.epoch
+        self.log.cut_records(state["records_size"])
+        # No rank may still be reading when rank 0 removes old checkpoints.
+        self.world.barrier()
+
+    def _go_back(self) -> None:
+        """Take the last checkpoint up again with half the learning rate, after too many cancelled updates.
+
+        Raises:
+            UserError: There is none, or this has been tried too often.
+        """
+        limit = self.config.optimization.max_bad_updates
+        fault = f"The gradient must be finite, but was not in {limit} updates in a row"
+        remedy = "Lower `lr`, set `clip-norm`, or look at the examples that train.log names."
+        saved = self.world.broadcast(self.checkpoints.updates())
+        lr_scale = self.trainer.lr_scale / 2
+        if not saved:
+            raise UserError(f"{fault}, before the first checkpoint. {remedy}")
+        if lr_scale < _LOWEST_LR_SCALE:
+            raise UserError(f"{fault}, with {self.trainer.lr_scale:g} of the learning rate too. {remedy}")
+        seconds = self._seconds()
+        self._load(saved[-1])
+        self.progress.seconds, self.start = seconds, time.monotonic()
+        self.trainer.lr_scale = lr_scale
+        self.log.report(
+            "back",
+            {"update": self.trainer.update, "epoch": self.epoch, "lr scale": lr_scale, "bad updates": limit},
+        )
+
+    def _report_cancelled(self) -> None:
+        """Log the updates that are newly known to have been cancelled."""
+        for cancelled in self.trainer.cancellations.take():
+            shown = " ".join(map(str, cancelled.examples[:_NUM_SHOWN]))
+            more = f" and {left:,} more" if (left := len(cancelled.examples) - _NUM_SHOWN) > 0 else ""
+            self.log.say(
+                f"update {cancelled.update} cancelled: the gradient is not finite; training examples {shown}{more}"
+            )
 
     def _refuse_other_run(self, folder: Path) -> None:
         """Raise `UserError` if the checkpoint is of another model, task or vocabulary than the configuration."""
@@ -299,17 +342,31 @@ class Run:
             record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)
             record.update(metrics.gauges(scope))
             self.progress.interval_seconds = 0.0
-        record["hours"] = self.progress.hours
+        record["hours"] = self._hours()
         if sums["num_cancelled"]:
             record["cancelled updates"] = round(sums["num_cancelled"])
         self.log.report(scope, record)
         metrics.reset(scope)
+        self._check_time()
+
+    def _seconds(self) -> float:
+        """Return the time spent on the run, on this rank's clock."""
+        return self.progress.seconds + time.monotonic() - self.start
+
+    def _hours(self) -> float:
+        """Return the time spent on the run, to some milliseconds."""
+        return round(self._seconds() / 3600, 6)
+
+    def _check_time(self) -> None:
+        """Find out whether the time is up; rank 0's clock counts for all."""
+        hours = self.config.optimization.stop_time_hours
+        if hours is not None:
+            self.is_out_of_time = self.world.broadcast(self._seconds()) >= hours * 3600
 
     def _count_time(self) -> None:
         """Count what has passed since the clock was last read as time of training."""
         now = time.monotonic()
         self.progress.interval_seconds += now - self.clock
-        self.progress.seconds += now - self.clock
         self.clock = now
 
     def _show_progress(self) -> None:
@@ -325,8 +382,3 @@ class Run:
 
 def _is_due(count: int, interval: int | None) -> bool:
     return interval is not None and count % interval == 0
-
-
-def _progress_from(state: Mapping[str, Any]) -> Progress:
-    """Undo `asdict` and JSON, which has only text for keys."""
-    return Progress(**{**state, "values": {int(update): value for update, value in state["values"].items()}})

@@ -8,7 +8,8 @@ mean that DistributedDataParallel takes over ranks becomes the sum that is wante
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any
 
@@ -16,69 +17,92 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nmt.cancellations import Cancellations
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.metrics import Metrics, merge_states
-from nmt.optim import build_optimizer, build_schedule
+from nmt.optim import build_optimizer, step
 from nmt.options import OptimizationOptions
+from nmt.schedule import Plateau, build_schedule, num_warmup_updates
 from nmt.task import Batch, Examples, LossOutput, Task
+from nmt.weights import AveragedWeights, weights
 
 _RESTORE = "Restore the checkpoint, or begin a new run."
+_TRAINED = "trained"  # key of the weights in training, where those of the checkpoint are their mean
 
 
 class Trainer:
     """A model, its optimizer and its metrics; knows no task but through the protocol."""
 
     def __init__(
-        self, task: Task[Any], model: nn.Module, options: OptimizationOptions, *, world: World, seed: int
+        self,
+        task: Task[Any],
+        model: nn.Module,
+        options: OptimizationOptions,
+        *,
+        world: World,
+        seed: int,
+        updates_per_epoch: int,
     ) -> None:
         self.task = task
         self.model = model.to(world.device)
         self.world = world
         self.seed = seed
-        self.clip_norm = options.clip_norm
-        self.base_lr = options.lr
-        self.schedule = build_schedule(options, max_update=options.max_update)
+        self.options = options
+        self.schedule = build_schedule(options, updates_per_epoch=updates_per_epoch)
+        self.num_warmup_updates = num_warmup_updates(options, updates_per_epoch=updates_per_epoch)
+        self.plateau = Plateau()
+        self.lr_scale = 1.0  # below 1 after the run has gone back to an earlier checkpoint
+        self.lr = 0.0  # of the last update
         self.optimizer = build_optimizer(self.model, options)
+        self.averaged = AveragedWeights(self.model, options.ema_decay) if options.ema_decay else None
+        # What is saved besides parameters: buffers that change in training, such as batch norm's.
+        parameters = dict(self.model.named_parameters())
+        self.statistics = [value for name, value in weights(self.model).items() if name not in parameters]
         self.metrics = Metrics()
         self.update = 0
+        self.cancellations = Cancellations(world)
         objective = _Objective(task, self.model)
         self.objective: nn.Module = objective
         if world.size > 1:
-            # What is saved besides parameters are buffers that change in training (batch norm's statistics): all
-            # ranks follow rank 0's.
-            num_parameters = len(list(self.model.named_parameters(remove_duplicate=False)))
-            has_statistics = len(self.model.state_dict()) > num_parameters
+            # All ranks follow rank 0's batch norm.
             # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
             # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             self.objective = DistributedDataParallel(
-                objective, broadcast_buffers=has_statistics, find_unused_parameters=True
+                objective, broadcast_buffers=bool(self.statistics), find_unused_parameters=True
             )
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, epoch: int = 1) -> None:
         """Make one update from this rank's share of it; the open scopes of `metrics` see what it sums.
 
         Args:
             micro_batches: As many on every rank, each with its weight: 1, or 0 for a filler, which is run
                 so that the ranks stay in step but counts for nothing.
+            epoch: What the learning rate depends on if it changes from epoch to epoch.
         """
         self.model.train()
         self._seed_generators()
+        statistics = [tensor.clone() for tensor in self.statistics]
         num_targets = self.world.sum_(self._count_targets(micro_batches))
         outputs: list[LossOutput] = []
-        for i, (batch, weight) in enumerate(micro_batches):
+        for i, (batch, weight, _) in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             with nullcontext() if is_last else self._without_sync():
                 output = self.objective(batch.to(self.world.device))
                 (output.loss * (weight * self.world.size / num_targets)).backward()
             outputs.append(output)
-        is_cancelled = self._apply_gradient()
-        for output, (batch, weight) in zip(outputs, micro_batches, strict=True):
+        is_cancelled = self._apply_gradient(epoch)
+        for tensor, before in zip(self.statistics, statistics, strict=True):
+            tensor.copy_(torch.where(is_cancelled, before, tensor))
+        if self.averaged is not None:
+            self.averaged.update(self.update, is_cancelled=is_cancelled)
+        for output, (batch, weight, _) in zip(outputs, micro_batches, strict=True):
             sums = _sums(output, batch)
             # What was cancelled is not counted, or one loss that is not a number would spoil the whole epoch's.
             self.metrics.add({key: torch.where(is_cancelled, 0.0, weight * sums[key]) for key in sums})
+        self.cancellations.note(self.update, is_cancelled, outputs, micro_batches)
 
     @torch.no_grad()
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
@@ -89,52 +113,87 @@ class Trainer:
             batches: This rank's share of its batches.
         """
         self.model.eval()
-        for buffer in self.model.buffers():  # what is measured is what is saved: rank 0's
-            self.world.copy_from_main_(buffer)
+        for tensor in self.statistics:  # what is measured is what is saved: rank 0's
+            self.world.copy_from_main_(tensor)
         # Isolated: scopes that the caller has open are about training.
-        with self.metrics.scope("valid", isolated=True):
+        with self.evaluated_weights(), self.metrics.scope("valid", isolated=True):
             self.metrics.reset("valid")
             for batch in batches:
                 output = self.task.compute_loss(self.model, batch.to(self.world.device))
                 self.metrics.add(_sums(output, batch))
             results = self.task.summarize(self.metrics.sums("valid", self.world))
-        return {**results, **self.task.evaluate(self.model, examples, self.world)}
+            return {**results, **self.task.evaluate(self.model, examples, self.world)}
+
+    @property
+    def is_past_warmup(self) -> bool:
+        """True once the learning rate has reached its peak."""
+        return self.update >= self.num_warmup_updates
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """Let the model have, within the block, the weights that are validated and saved."""
+        return nullcontext() if self.averaged is None else self.averaged.in_place()
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the optimizer's tensors, named after their parameters, and the rest as plain values.
 
-        Every rank must call this: the metrics of all are gathered.
+        Every rank must call this, within `evaluated_weights`: the metrics of all are gathered.
         """
         tensors = {
             f"{name}.{key}": value
             for name, parameter in self._optimized_parameters()
             for key, value in self.optimizer.state[parameter].items()
+            if isinstance(value, Tensor)
         }
-        return tensors, {"update": self.update, "metrics": self.world.gather(self.metrics.state_dict())}
+        num_tensors = len(tensors)
+        if self.averaged is not None:
+            tensors |= {f"{name}.{_TRAINED}": value for name, value in self.averaged.trained().items()}
+        values = {
+            "update": self.update,
+            "num_optimizer_tensors": num_tensors,
+            "plateau": asdict(self.plateau),
+            "lr": self.lr,
+            "lr_scale": self.lr_scale,
+            "num_cancelled_in_a_row": self.cancellations.num_in_a_row(),
+            "metrics": self.world.gather(self.metrics.state_dict()),
+        }
+        return tensors, values
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; the model's weights are loaded apart."""
+        """Take over what `state_dict` returned, after the model's weights have been loaded."""
         by_parameter: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._optimized_parameters()}
+        trained: dict[str, Tensor] = {}
         for full_name, tensor in tensors.items():
             name, _, key = full_name.rpartition(".")
-            if name not in by_parameter:
+            if key == _TRAINED:
+                trained[name] = tensor
+            elif name in by_parameter:
+                by_parameter[name][key] = tensor
+            else:
                 raise UserError(f"The optimizer's state must be of this model, but has `{name}`. {_RESTORE}")
-            by_parameter[name][key] = tensor
-        # A parameter that has never had a gradient has no state; but some must have.
-        if values["update"] and not tensors:
-            raise UserError(f"The optimizer's state must be of this model, but is empty. {_RESTORE}")
-        # torch numbers the parameters in the order in which the optimizer was given them: this one.
-        numbered = dict(enumerate(by_parameter.values()))
+        num_tensors = len(tensors) - len(trained)
+        if num_tensors != values["num_optimizer_tensors"]:
+            raise UserError(
+                f"The optimizer's state must have {values['num_optimizer_tensors']} tensors, but has "
+                f"{num_tensors}. {_RESTORE}"
+            )
+        # torch numbers the parameters in the order in which the optimizer was given them.
+        names = {parameter: name for name, parameter in self._optimized_parameters()}
+        given = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+        numbered = {number: by_parameter[name] for number, name in enumerate(given)}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
-        self.update = values["update"]
+        if self.averaged is not None:
+            self.averaged.restart(trained)
+        self.update, self.lr, self.lr_scale = values["update"], values["lr"], values["lr_scale"]
+        self.plateau = Plateau(**values["plateau"])
+        self.cancellations = Cancellations(self.world, num_in_a_row=values["num_cancelled_in_a_row"])
         states = values["metrics"]
         if len(states) == self.world.size:
             self.metrics.load_state_dict(states[self.world.rank])
         elif self.world.is_main:  # another number of ranks: the sums of all go on in one place
             self.metrics.load_state_dict(merge_states(states))
 
-    def _apply_gradient(self) -> Tensor:
+    def _apply_gradient(self, epoch: int) -> Tensor:
         """Clip and step; a gradient that is not finite cancels the step on the device, unread by the host.
 
         Returns:
@@ -143,25 +202,24 @@ class Trainer:
         parameters = [parameter for _, parameter in self._optimized_parameters()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        if self.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        if self.options.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.options.clip_norm, norm)
         is_cancelled = ~torch.isfinite(norm)
         self.update += 1
-        lr = self.base_lr * self.schedule(self.update)
+        factor = self.schedule(self.update, epoch) * self.plateau.factor * self.lr_scale
+        self.lr = self.options.lr * factor
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # torch's fused optimizers skip the step, and its count, where this flag is 1.
-        self.optimizer.found_inf = is_cancelled.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+            group["lr"] = self.lr
+        step(self.optimizer, is_cancelled=is_cancelled)
         self.optimizer.zero_grad(set_to_none=True)
         # Every rank has the same gradient here; divided so that the sum over ranks counts it once.
         self.metrics.add({"num_cancelled": is_cancelled / self.world.size})
-        self.metrics.gauge("lr", lr)
+        self.metrics.gauge("lr", self.lr)
         self.metrics.gauge("grad", norm)
         return is_cancelled
 
     def _count_targets(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        total = sum(weight * batch.num_targets for batch, weight in micro_batches)
+        total = sum(weight * batch.num_targets for batch, weight, _ in micro_batches)
         # A fill, unlike a copy, does not let the host wait for the device.
         return torch.full((), total, dtype=self.world.sum_dtype, device=self.world.device)
 

@@ -38,9 +38,13 @@ LAYERS = {
     "nmt.data": 1,
     "nmt.models": 1,
     "nmt.optim": 1,
+    "nmt.schedule": 1,
+    "nmt.weights": 1,
     "nmt.generation": 2,
+    "nmt.cancellations": 2,
     "nmt.checkpoint": 2,
     "nmt.trainer": 2,
+    "nmt.progress": 3,
     "nmt.run_log": 3,
     "nmt.plot": 3,
     "nmt.train_loop": 3,
@@ -61,7 +65,7 @@ BUILDS = {
 }
 
 # The modules of nmt.data that handle tensors; the others must serve preprocessing without torch.
-DATA_WITH_TENSORS = {"nmt.data.parallel_dataset", "nmt.data.batch_iterator"}
+DATA_WITH_TENSORS = {"nmt.data.parallel_dataset", "nmt.data.batch_iterator", "nmt.data.loading"}
 
 
 class Import(NamedTuple):

@@ -2,12 +2,14 @@
 
 import json
 import multiprocessing
+import random
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -334,3 +336,61 @@ def test_ordered_batches_can_be_read_by_workers():
     examples = some_lengths(77)
     assert list(ordered_batches(examples, OPTIONS, num_workers=2)) == list(ordered_batches(examples, OPTIONS))
     assert not multiprocessing.active_children()
+
+
+class Noisy(Lengths):
+    """Examples that draw from all three global generators."""
+
+    def __getitem__(self, index):
+        return index, torch.rand(()).item(), np.random.random(), random.random()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_random_examples_depend_on_neither_workers_nor_interruption(num_workers):
+    examples = Noisy(some_lengths(40).sizes)
+
+    def epoch(iterator):
+        return [micro_batch.batch for update in iterator for micro_batch in update]
+
+    with BatchIterator(examples, OPTIONS, seed=3) as alone:
+        whole, second = epoch(alone), epoch(alone)
+    with BatchIterator(examples, OPTIONS, seed=3, num_workers=num_workers) as iterator:
+        start = [
+            micro_batch.batch for _, update in zip(range(2), iterator, strict=False) for micro_batch in update
+        ]
+        state = iterator.state_dict()
+    torch.manual_seed(99)
+    with BatchIterator(examples, OPTIONS, seed=3, num_workers=num_workers) as resumed:
+        resumed.load_state_dict(through_json(state))
+        assert start + epoch(resumed) == whole
+    # Another epoch draws other numbers for the same example.
+    assert {item for batch in whole for item in batch}.isdisjoint(item for batch in second for item in batch)
+
+
+def test_reading_leaves_the_global_generators_alone():
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+    before = [torch.rand(()).item(), np.random.random(), random.random()]
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+    for _ in BatchIterator(Noisy(some_lengths(20).sizes), OPTIONS, seed=3):
+        pass
+    assert [torch.rand(()).item(), np.random.random(), random.random()] == before
+
+
+def test_micro_batches_name_their_examples():
+    for update in BatchIterator(some_lengths(40), OPTIONS, seed=3):
+        for micro_batch in update:
+            assert tuple(micro_batch.indices) == micro_batch.batch
+
+
+def test_the_updates_of_an_epoch_are_counted_beforehand():
+    examples = some_lengths(200)
+    for options in (OPTIONS, replace(OPTIONS, update_freq=3), replace(OPTIONS, window_size=1000)):
+        iterator = BatchIterator(examples, options, seed=3, world_size=2)
+        num_updates = sum(1 for _ in iterator)
+        # Of five windows of the same size the first is a good estimate; of one it is the truth.
+        tolerance = 0 if options.window_size >= 200 else 2
+        assert abs(iterator.updates_per_epoch - num_updates) <= tolerance

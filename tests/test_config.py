@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import pytest
 import tyro
@@ -283,6 +283,30 @@ def test_command_line_beats_file_beats_preset_beats_default(tmp_path: Path) -> N
     run = parse("there", f"--config={path}", "--save-dir", "s", "--arch=large", "--num-layers", "9")
     assert run.task_options.model == ModelOptions(arch="large", embed_dim=1024, num_layers=9)
     assert run.task_options.data == Path("there")
+
+
+@dataclass(frozen=True)
+class OddTaskOptions:
+    train_defaults: ClassVar[dict[str, Any]] = {"window": 7, "max_tokens": 99}
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class OddConfig(Generic[T]):
+    task_options: T
+    batching: WindowOptions = field(default_factory=WindowOptions)
+
+
+def test_a_task_gives_training_its_own_defaults_which_all_else_beats(tmp_path: Path) -> None:
+    config_type = OddConfig[OddTaskOptions]
+    assert from_mapping(config_type, {}, where="here").batching == WindowOptions(window=7, max_tokens=99)
+    file = tmp_path / "config.yaml"
+    file.write_text("window: 8\n")
+    found = parse_command(
+        config_type, ["--config", str(file), "--max-tokens", "5"], prog="prog", description=""
+    )
+    assert found.batching == WindowOptions(window=8, max_tokens=5)
+    assert found.task_options == OddTaskOptions(size=1)
 
 
 def test_a_preset_in_the_mapping_sets_what_is_not_given() -> None:

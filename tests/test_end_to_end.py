@@ -135,7 +135,7 @@ def test_the_average_is_a_model_folder_like_any_other(files: Files, tmp_path: Pa
     assert succeed("nmt-generate", "--model", output, text="1 2 3 4 5\n").stdout == "5 4 3 2 1\n"
     assert "must not exist" in refused("nmt-average", files.run / "checkpoints", "--output", output)
     few = refused("nmt-average", files.run / "checkpoints", "--last", 99, "--output", tmp_path / "other")
-    assert "at least 99 checkpoints" in few
+    assert "at least 99 saved checkpoints" in few
 
 
 def test_the_same_command_says_that_the_run_is_finished(files: Files) -> None:

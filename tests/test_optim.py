@@ -1,4 +1,4 @@
-"""Learning-rate schedules, computed by hand, and the options that shape them."""
+"""Optimizers: what each one does with a gradient, and the options that contradict each other."""
 
 import math
 
@@ -6,31 +6,8 @@ import pytest
 import torch
 
 from nmt.errors import UserError
-from nmt.optim import build_optimizer, build_schedule
+from nmt.optim import build_optimizer, step
 from nmt.options import OptimizationOptions
-
-
-def factors(updates: list[int], max_update: int | None = None, **options: object) -> list[float]:
-    schedule = build_schedule(OptimizationOptions(**options), max_update=max_update)  # type: ignore[arg-type]
-    return [schedule(update) for update in updates]
-
-
-def test_inverse_square_root_rises_linearly_and_falls_with_the_root() -> None:
-    # A quarter of the way up, all the way, and after four and sixteen times as many updates.
-    expected = [0.25, 1.0, 0.5, 0.25]
-    assert factors([25, 100, 400, 1600], lr_scheduler="inverse_sqrt", warmup_updates=100) == expected
-    assert factors([1, 4], lr_scheduler="inverse_sqrt", warmup_updates=0) == [1.0, 0.5]
-
-
-def test_cosine_falls_from_one_to_almost_zero() -> None:
-    at = [50, 100, 150, 200, 300]
-    found = factors(at, max_update=300, lr_scheduler="cosine", warmup_updates=100)
-    expected = [0.5, 1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.0]
-    assert found == pytest.approx(expected, abs=1e-12)
-
-
-def test_constant_stays_after_its_warm_up() -> None:
-    assert factors([1, 2, 3, 1000], lr_scheduler="constant", warmup_updates=2) == [0.5, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +19,19 @@ def test_constant_stays_after_its_warm_up() -> None:
         ({"clip_norm": math.nan}, "`clip-norm` must be finite and not negative"),
         ({"patience": 0}, "`patience` must be at least 1"),
         ({"adam_betas": (0.9, 1.0)}, "`adam-betas`"),
-        ({"lr_scheduler": "cosine"}, "`max-update` is not set"),
+        ({"lr_scheduler": "cosine"}, "neither `max-update` nor `max-epoch` is set"),
+        ({"momentum": 0.5}, "`momentum` must go with `optimizer` sgd, but that is adam"),
+        ({"optimizer": "sgd", "adam_eps": 1e-6}, "`adam-eps` must go with `optimizer` adam or adamw"),
+        ({"lr_unit": "epoch", "lr_scheduler": "constant"}, "`lr-unit` must go with `lr-scheduler`"),
+        ({"lr_scheduler": "milestones"}, "`lr-milestones` must be given"),
+        ({"lr_scheduler": "milestones", "lr_milestones": (5, 3)}, "`lr-milestones` must rise"),
+        ({"lr_milestones": (5,)}, "`lr-milestones` must go with `lr-scheduler` milestones"),
+        ({"warmup_updates": 5, "warmup_epochs": 1.0}, "must be left out"),
+        ({"lr_scheduler": "plateau", "lr_shrink": 1.0}, "`lr-shrink` must be above 0 and below 1"),
+        ({"ema_decay": 1.0}, "`ema-decay` must be at least 0 and below 1"),
+        ({"optimizer": "sgd", "momentum": 0.0, "nesterov": True}, "`nesterov` must have a `momentum`"),
+        ({"stop_time_hours": 0.0}, "`stop-time-hours` must be above 0"),
+        ({"lr_scheduler": "cosine", "max_epoch": 1, "end_learning_rate": 1.0}, "`end-learning-rate` must be"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(options: dict[str, object], text: str) -> None:
@@ -62,3 +51,61 @@ def test_adam_adds_the_decay_to_the_gradient_and_adamw_does_not() -> None:
         steps[name] = 2.0 - model.weight.item()
     assert steps["adam"] == pytest.approx(0.1, rel=1e-4)
     assert steps["adamw"] == pytest.approx(0.1 * 0.01 * 2.0, rel=1e-3)
+
+
+NOT_CANCELLED, CANCELLED = torch.tensor(False), torch.tensor(True)
+
+
+def one_weight(value: float = 2.0) -> torch.nn.Linear:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, value)
+    return model
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_has_the_momentum_of_its_definition_even_after_a_cancelled_first_update(nesterov: bool) -> None:
+    """v = m v + g; w -= lr v, or lr (g + m v) after Nesterov, in torch's form."""
+    model = one_weight()
+    options = OptimizationOptions(optimizer="sgd", lr=0.1, momentum=0.5, nesterov=nesterov)
+    optimizer = build_optimizer(model, options)
+    model.weight.grad = torch.full((1, 1), torch.nan)
+    step(optimizer, is_cancelled=CANCELLED)
+    assert model.weight.item() == 2.0
+    weight, velocity = 2.0, 0.0
+    for gradient in (1.0, -2.0, 0.5):
+        model.weight.grad = torch.full((1, 1), gradient)
+        step(optimizer, is_cancelled=NOT_CANCELLED)
+        velocity = 0.5 * velocity + gradient
+        weight -= 0.1 * (gradient + 0.5 * velocity if nesterov else velocity)
+        assert model.weight.item() == pytest.approx(weight, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor"])
+def test_a_cancelled_update_changes_neither_weights_nor_state(name: str) -> None:
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(m, OptimizationOptions(optimizer=name, lr=0.1)) for m in models]  # type: ignore[arg-type]
+    gradient = torch.randn(2, 3)
+    for number, bad in enumerate((False, True, False)):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            if bad and model is models[1]:
+                continue  # never saw it
+            model.weight.grad = torch.full((2, 3), torch.inf) if bad else gradient + number
+            model.bias.grad = torch.zeros(2)
+            step(optimizer, is_cancelled=CANCELLED if bad else NOT_CANCELLED)
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+def test_decay_on_matrices_only_leaves_norms_and_biases_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    torch.nn.init.ones_(model[0].bias)
+    options = OptimizationOptions(optimizer="sgd", lr=0.5, weight_decay=0.1, decay_matrices_only=True)
+    optimizer = build_optimizer(model, options)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step(optimizer, is_cancelled=NOT_CANCELLED)
+    for name, parameter in model.named_parameters():
+        expected = before[name] * 0.95 if parameter.ndim == 2 else before[name]
+        torch.testing.assert_close(parameter.detach(), expected)

@@ -3,62 +3,24 @@
 import json
 import math
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
+from toy_run import assert_bit_equal, config, log, records, tensors, without_time
 from toy_task import PointOptions, Points, PointTask
 
 from nmt.checkpoint import CheckpointFolder
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
-from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
-from nmt.run_log import TIMES, RunLog
+from nmt.progress import Progress
+from nmt.run_log import RunLog
 from nmt.task import LossOutput
-from nmt.train_loop import Progress, train
+from nmt.train_loop import train
 
 pytestmark = pytest.mark.usefixtures("points_plugin")
-
-# 500 examples in batches of 32: 16 updates an epoch.
-OPTIMIZATION = OptimizationOptions(lr=0.02, warmup_updates=5, max_update=100)
-
-
-def config(folder: Path, **changes: Any) -> TrainConfig[PointOptions]:
-    checkpoints = CheckpointOptions(**changes.pop("checkpoints", {}))
-    optimization = replace(OPTIMIZATION, **changes.pop("optimization", {}))
-    settings: dict[str, Any] = {"device": "cpu", "log_interval": 10, **changes}
-    return TrainConfig(
-        task="points",
-        task_options=settings.pop("task_options", PointOptions()),
-        save_dir=folder,
-        batching=settings.pop("batching", BatchingOptions(max_tokens=None, batch_size=32)),
-        optimization=optimization,
-        checkpoints=checkpoints,
-        **settings,
-    )
-
-
-def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def log(folder: Path) -> str:
-    return (folder / "train.log").read_text()
-
-
-def tensors(folder: Path, update: int) -> dict[str, torch.Tensor]:
-    path = CheckpointFolder(folder / "checkpoints").at(update)
-    return {**load_file(path / "model.safetensors"), **load_file(path / "optimizer.safetensors")}
-
-
-def assert_bit_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def test_a_task_that_is_not_about_sentences_learns(tmp_path: Path) -> None:
@@ -80,9 +42,6 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path: Path, stop:
     train(config(parts, optimization={"max_update": stop}))
     train(config(parts))
     assert_bit_equal(tensors(whole, 100), tensors(parts, 100))
-
-    def without_time(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{key: value for key, value in record.items() if key not in TIMES} for record in found]
 
     for kind in ("train", "epoch"):
         assert without_time(records(parts, kind)) == without_time(records(whole, kind))

@@ -80,14 +80,14 @@ def collate(indices: list[int]) -> TranslationBatch:
 class GradientTrainer(Trainer):
     """Keeps the gradient of the update instead of stepping."""
 
-    def _apply_gradient(self) -> torch.Tensor:
+    def _apply_gradient(self, epoch: int) -> torch.Tensor:
         self.gradient = {name: p.grad.clone() for name, p in self.model.named_parameters()}
         return torch.tensor(False)
 
 
 def gradient_of(micro_batches: list[tuple[list[int], float]], world: World) -> tuple[dict[str, Any], Any]:
     trainer = GradientTrainer(
-        PairTask(), PairTask().build_model(), OptimizationOptions(), world=world, seed=1
+        PairTask(), PairTask().build_model(), OptimizationOptions(), world=world, seed=1, updates_per_epoch=1
     )
     with trainer.metrics.scope("train"):
         trainer.train_step([MicroBatch(collate(indices), weight) for indices, weight in micro_batches])
@@ -149,7 +149,9 @@ def test_two_ranks_have_the_gradient_of_one(whole: Any, tmp_path: Path) -> None:
 def test_an_update_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     task = PointTask()
     model = task.build_model()
-    trainer = Trainer(task, model, OptimizationOptions(warmup_updates=0, lr=0.1), world=CPU, seed=1)
+    trainer = Trainer(
+        task, model, OptimizationOptions(warmup_updates=0, lr=0.1), world=CPU, seed=1, updates_per_epoch=1
+    )
     good = PointExamples(16, seed=1).collate(list(PointExamples(16, seed=1).xy))
     bad = Points(good.xy * torch.nan, good.label)
     with trainer.metrics.scope("train"):
@@ -170,7 +172,7 @@ def test_the_first_adam_update_is_the_sign_of_the_gradient_and_clipping_reports_
     task = PointTask()
     model = nn.Linear(2, 2).double()
     options = OptimizationOptions(warmup_updates=4, lr=0.4, clip_norm=1e-3)
-    trainer = Trainer(task, model, options, world=CPU, seed=1)
+    trainer = Trainer(task, model, options, world=CPU, seed=1, updates_per_epoch=1)
     xy = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
     batch = Points(xy, torch.tensor([0, 1]))
     before = model.weight.detach().clone()

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from nmt.checkpoint import weights, write_model_folder
+from nmt.checkpoint import write_model_folder
 from nmt.data.segmenter import read_vocabulary, train_segmenter
 from nmt.models.options import TransformerOptions
 from nmt.options import TrainConfig
 from nmt.translation.options import TranslationOptions
+from nmt.weights import weights
 
 NOUNS = ["dog", "cat", "bird", "tree", "house"]
 WORDS = ["the", "a", *NOUNS, "runs", "sleeps", "sings", "sees", "finds", "big", "small", "old", "red"]

@@ -2,11 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nmt.cli.command import run_command
 from nmt.cli.options import AverageOptions
 from nmt.config import parse_command
 from nmt.errors import UserError
+
+if TYPE_CHECKING:
+    from nmt.checkpoint import CheckpointFolder
 
 PROG = "nmt-average"
 
@@ -17,21 +21,42 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def body() -> None:
         options = parse_command(
-            AverageOptions, arguments, prog=PROG, description="Average the newest checkpoints of a run."
+            AverageOptions,
+            arguments,
+            prog=PROG,
+            description="Average the newest or the best checkpoints of a run.",
         )
         from nmt.checkpoint import CheckpointFolder, average_models
 
         folder = CheckpointFolder(options.checkpoints)
-        updates = folder.updates()[-options.last :]
-        if len(updates) < options.last:
+        count = options.count
+        found = _best(folder) if options.best else folder.updates()[::-1]
+        if len(found) < count:
+            kind, keep = ("validated", "keep-best") if options.best else ("saved", "keep-last")
             raise UserError(
-                f"`{options.checkpoints}` must hold at least {options.last} checkpoints, but holds "
-                f"{len(updates)}. Average fewer (`--last`), or train with a larger `--keep-last`."
+                f"`{options.checkpoints}` must hold at least {count} {kind} checkpoints, but holds {len(found)}. "
+                f"Average fewer, or train with a larger `--{keep}`."
             )
+        updates = sorted(found[:count])
         average_models([folder.at(update) for update in updates], options.output)
         print(f"{options.output}: the mean of updates {', '.join(map(str, updates))}")
 
     run_command(PROG, body)
+
+
+def _best(folder: "CheckpointFolder") -> list[int]:
+    """Return the updates of the checkpoints that were validated, best first by `best-checkpoint-metric`."""
+    from nmt.checkpoint import load_config
+    from nmt.progress import Progress
+
+    saved = folder.updates()
+    if not saved:
+        return []
+    newest = folder.at(saved[-1])
+    _, state = folder.load_state(saved[-1])
+    config = load_config(newest)
+    better = config.task_options.build(newest).metrics[config.checkpoints.best_checkpoint_metric]
+    return [update for update in Progress.from_json(state["progress"]).ranking(better) if update in saved]
 
 
 if __name__ == "__main__":

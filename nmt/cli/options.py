@@ -75,13 +75,25 @@ class AverageOptions:
     """The `checkpoints` folder of a run."""
     output: Path
     """The model folder to write; it must not exist."""
-    last: int = 5
-    """Average this many of the newest checkpoints."""
+    last: int | None = None
+    """Average this many of the newest checkpoints; 5 if neither this nor `best` is given."""
+    best: int | None = None
+    """Average this many of the best checkpoints instead."""
+
+    @property
+    def count(self) -> int:
+        """How many checkpoints to average."""
+        return self.best or self.last or 5
 
     def check(self) -> None:
-        """Raise `UserError` for less than one checkpoint."""
-        if self.last < 1:
-            raise UserError(f"`last` must be at least 1, but is {self.last}.")
+        """Raise `UserError` for less than one checkpoint, and for two answers to which."""
+        for name, value in (("last", self.last), ("best", self.best)):
+            if value is not None and value < 1:
+                raise UserError(f"`{name}` must be at least 1, but is {value}.")
+        if self.last is not None and self.best is not None:
+            raise UserError(
+                f"`last` ({self.last}) or `best` ({self.best}) must be left out. Give one of them."
+            )
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class PlotOptions:
     output: Path = Path("plot.png")
     """The picture to write, over what is there: .png, .pdf or .svg."""
     x: Literal["update", "epoch", "hours"] = "update"
-    """The horizontal axis: updates, epochs, or the time spent in updates."""
+    """The horizontal axis: updates, epochs, or the time spent on the run, validation included."""
     metrics: tuple[str, ...] = ()
     """What to draw beside learning rate and speed; all but nll and ppl, which follow the loss, unless given."""
 

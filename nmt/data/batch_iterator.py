@@ -6,15 +6,12 @@ position in the sequence means the same to all ranks, and to a later run with an
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from weakref import ref
-
-import torch
-from torch.utils.data import DataLoader
 
 from nmt.data.batching import (
     BatchLimits,
@@ -26,10 +23,13 @@ from nmt.data.batching import (
     plan_ordered,
     plan_window,
 )
+from nmt.data.loading import Feed, PlannedBatch, make_loader
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
     from nmt.task import Examples
 
 
@@ -41,6 +41,9 @@ class MicroBatch(NamedTuple):
 
     weight: float
     """1.0; or 0.0 for a filler, a repeated batch for a rank to which none was left."""
+
+    indices: Sequence[int] = ()
+    """Of its examples in the split, to name them by."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class BatchIterator:
         self._world_size = world_size
         self._position = self._epoch_start(1)
         self._iteration: ref[Generator[list[MicroBatch], None, None]] | None = None
-        self._feed = _Feed()
+        self._feed = Feed()
         self._loader: DataLoader[Any] | None = None
         self._num_workers = options.num_workers if num_workers is None else num_workers
         self._pin_memory = pin_memory
@@ -146,6 +149,14 @@ class BatchIterator:
         """Number of examples left out since they are beyond `max_tokens` or `max_positions`."""
         return count_too_long(self._examples.sizes, self._limits)
 
+    @cached_property
+    def updates_per_epoch(self) -> int:
+        """Number of updates of the first epoch; of more than one window, an estimate from the first."""
+        window = Window(seed=self._seed, epoch=1, number=0, size=self._options.window_size)
+        num_batches = len(plan_window(self._examples.sizes, [(self._limits, 0)], window=window))
+        num_batches = round(num_batches * max(1.0, len(self._examples) / window.size))
+        return -(-num_batches // (self._world_size * self._options.update_freq))
+
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Yield this rank's micro-batches of each update, from the position to the end of the epoch.
 
@@ -172,7 +183,8 @@ class BatchIterator:
             update = planned.popleft()
             batches = [first] + [next(loaded) for _ in update.batches[1:]]
             self._position = update.end
-            yield [MicroBatch(*pair) for pair in zip(batches, update.weights, strict=True)]
+            indices = [batch.tolist() for batch in update.batches]
+            yield list(map(MicroBatch, batches, update.weights, indices))
         self._position = self._epoch_start(self.epoch + 1)
 
     def close(self) -> None:
@@ -231,26 +243,24 @@ class BatchIterator:
         window = Window(seed=self._seed, epoch=epoch, number=0, size=self._options.window_size)
         return _Position(window, ((self._limits, 0),), examples_consumed=0)
 
-    def _start_loading(self, plan: Iterator[list[int]]) -> Iterator[Any]:
-        """Return the collated batches of a plan of indices, in its order."""
+    def _start_loading(self, plan: Iterator[PlannedBatch]) -> Iterator[Any]:
+        """Return the collated batches of a plan, in its order."""
         if self._loader is None:
-            self._loader = _make_loader(
-                self._examples,
-                self._feed,
-                num_workers=self._num_workers,
-                pin_memory=self._pin_memory,
-                worker_seed=self._seed + self._rank,
+            self._loader = make_loader(
+                self._examples, self._feed, num_workers=self._num_workers, pin_memory=self._pin_memory
             )
         # Workers live on from iteration to iteration, and so must their loader. It asks for the new plan.
         self._feed.plan = plan
         return iter(self._loader)
 
-    def _plan_loading(self, planned: deque[_Update]) -> Iterator[list[int]]:
-        """Yield the indices of batch after batch, and note the updates that they make up in `planned`."""
+    def _plan_loading(self, planned: deque[_Update]) -> Iterator[PlannedBatch]:
+        """Yield batch after batch, and note the updates that they make up in `planned`."""
         for update in self._plan_updates():
             planned.append(update)
+            window = update.end.window
             for batch in update.batches:
-                yield batch.tolist()
+                # An example comes once in an epoch, so the first one tells the batches apart.
+                yield PlannedBatch(batch.tolist(), key=(window.seed, window.epoch, int(batch[0])))
 
     def _plan_updates(self) -> Iterator[_Update]:
         """Yield this rank's part of every update from the position to the end of the epoch."""
@@ -303,38 +313,8 @@ def ordered_batches(
     different numbers of batches, so nothing may be reduced over the ranks in between.
     """
     plan = plan_ordered(examples.sizes, _limits(options, None), rank=rank, world_size=world_size)
-    feed = _Feed()
-    feed.plan = (batch.tolist() for batch in plan)
-    yield from _make_loader(examples, feed, num_workers=num_workers, pin_memory=pin_memory, worker_seed=rank)
-
-
-class _Feed:
-    """What a loader takes for its batch sampler: hands on whatever plan is set when an iteration begins.
-
-    The loader draws from it in this process, and only when there is room for one more batch.
-    """
-
-    def __init__(self) -> None:
-        self.plan: Iterator[list[int]] = iter(())
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.plan
-
-
-def _make_loader(
-    examples: "Examples[Any]", feed: _Feed, *, num_workers: int, pin_memory: bool, worker_seed: int
-) -> DataLoader[Any]:
-    return DataLoader(
-        examples,  # type: ignore[arg-type]  # any object with __getitem__ and __len__ will do
-        batch_sampler=feed,
-        collate_fn=examples.collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        multiprocessing_context="spawn" if num_workers > 0 else None,
-        # Seeds the workers. Without it each iteration would draw from this process's global generator.
-        generator=torch.Generator().manual_seed(worker_seed),
-    )
+    feed = Feed(PlannedBatch(batch.tolist(), key=(int(batch[0]),)) for batch in plan)
+    yield from make_loader(examples, feed, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def _limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None) -> BatchLimits:

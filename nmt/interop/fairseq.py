@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nmt.checkpoint import weights, write_model_folder
+from nmt.checkpoint import write_model_folder
 from nmt.data.data_directory import dictionary_name, find_language_pair
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
@@ -28,6 +28,7 @@ from nmt.task import Task
 from nmt.translation.assets import TranslationAssets
 from nmt.translation.options import TranslationOptions
 from nmt.translation.task import TranslationTask
+from nmt.weights import weights
 
 # Sizes that a checkpoint need not name: fairseq's base architecture.
 _DEFAULT_SIZES = {"embed_dim": 512, "ffn_embed_dim": 2048, "layers": 6, "attention_heads": 8}

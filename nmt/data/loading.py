@@ -1,0 +1,97 @@
+"""Reading planned batches: in this process, or ahead of it by worker processes.
+
+Whatever is random in reading, such as the augmentation of images, is seeded batch by batch, so that the same
+plan gives the same batches for any number of worker processes, interrupted or not.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from nmt.task import Examples
+
+
+class PlannedBatch(NamedTuple):
+    """A batch that is still to be read."""
+
+    indices: list[int]
+    """Of its examples, in order."""
+    key: tuple[int, ...]
+    """What its random choices depend on."""
+
+
+class Feed:
+    """What a loader takes for its batch sampler: hands on whatever plan is set when an iteration begins.
+
+    The loader draws from it in this process, and only when there is room for one more batch.
+    """
+
+    def __init__(self, plan: Iterator[PlannedBatch] | None = None) -> None:
+        self.plan = iter(()) if plan is None else plan
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        return self.plan
+
+
+def make_loader(
+    examples: "Examples[Any]", feed: Feed, *, num_workers: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """Return a loader of the batches that a feed plans, in its order.
+
+    Args:
+        examples: The split; it must pickle if there are worker processes.
+        feed: Where the plan is set.
+        num_workers: Processes that read ahead; they live as long as the loader. 0: this process reads.
+        pin_memory: Return the batches in page-locked memory.
+    """
+    return DataLoader(
+        _Reader(examples),  # type: ignore[arg-type]  # any object with `__getitems__` will do
+        batch_sampler=feed,  # type: ignore[arg-type]  # and whatever `__getitems__` takes for a batch
+        collate_fn=_already_collated,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        # Forking a process with threads or a CUDA context is unsafe.
+        multiprocessing_context="spawn" if num_workers > 0 else None,
+        # Without it each iteration would draw a seed for the workers from this process's global generator.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+@contextmanager
+def seeded(key: Sequence[int]) -> Iterator[None]:
+    """Seed the generators of torch (the CPU's), NumPy and Python from a key; afterwards they are as before."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    seed = int.from_bytes(blake2b(repr(tuple(key)).encode(), digest_size=8).digest(), "little")
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads and collates whole batches; the loader calls it in its workers."""
+
+    examples: "Examples[Any]"
+
+    def __getitems__(self, planned: PlannedBatch) -> Any:
+        with seeded(planned.key):
+            return self.examples.collate([self.examples[index] for index in planned.indices])
+
+
+def _already_collated(batch: Any) -> Any:
+    return batch

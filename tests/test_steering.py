@@ -1,0 +1,245 @@
+"""What steers a run: averaged weights, plateaus, stops, what is kept, and what follows bad updates."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from toy_run import assert_bit_equal, config, log, records, tensors, without_time
+from toy_task import PointOptions, Points, PointTask
+
+from nmt.checkpoint import CheckpointFolder
+from nmt.cli import average
+from nmt.errors import UserError
+from nmt.task import LossOutput
+from nmt.train_loop import train
+
+pytestmark = pytest.mark.usefixtures("points_plugin")
+
+EVERY_UPDATE = {"keep_every_updates": 1}
+
+
+def updates(folder: Path) -> list[int]:
+    return CheckpointFolder(folder / "checkpoints").updates()
+
+
+def weights_at(folder: Path, update: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The model of a checkpoint, and the weights that were being trained."""
+    path = CheckpointFolder(folder / "checkpoints").at(update)
+    optimizer = load_file(path / "optimizer.safetensors")
+    trained = {
+        name.removesuffix(".trained"): tensor
+        for name, tensor in optimizer.items()
+        if name.endswith(".trained")
+    }
+    return load_file(path / "model.safetensors"), trained
+
+
+def test_the_averaged_weights_are_the_running_mean_of_those_trained(tmp_path: Path) -> None:
+    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
+    train(config(plain, optimization={"max_update": 12}, checkpoints=EVERY_UPDATE))
+    train(config(averaged, optimization={"max_update": 12, "ema_decay": 0.6}, checkpoints=EVERY_UPDATE))
+    mean = None
+    for update in range(1, 13):
+        model, trained = weights_at(averaged, update)
+        # Averaging changes nothing about what is averaged.
+        assert_bit_equal(trained, weights_at(plain, update)[0])
+        if mean is not None:
+            # The decay comes into force when (1 + n) / (10 + n) has reached it: from update 13 on.
+            decay = min(0.6, (1 + update) / (10 + update))
+            for name, value in trained.items():
+                expected = decay * mean[name] + (1 - decay) * value if value.is_floating_point() else value
+                torch.testing.assert_close(model[name], expected, rtol=1e-5, atol=1e-7)
+        mean = model
+
+
+def test_what_is_validated_are_the_averaged_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    best = train(config(folder, optimization={"max_update": 40, "ema_decay": 0.9}))
+    task = PointTask()
+    model = task.build_model()
+    model.load_state_dict(load_file(best / "model.safetensors"))
+    examples = task.open_split("valid")
+    with torch.no_grad():
+        output = task.compute_loss(
+            model.eval(), examples.collate([examples[i] for i in range(len(examples))])
+        )
+    update = int(best.resolve().name.removeprefix("update-"))
+    (record,) = [record for record in records(folder, "valid") if record["update"] == update]
+    assert record["loss"] == pytest.approx(output.loss.item() / len(examples), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimization",
+    [
+        {"ema_decay": 0.9},
+        {"optimizer": "sgd", "lr": 0.5, "decay_matrices_only": True, "weight_decay": 0.01},
+        {"optimizer": "sgd", "lr": 0.5, "momentum": 0.0},
+        {"optimizer": "adafactor", "lr": 0.05},
+        {"lr_scheduler": "plateau", "lr_patience": 0, "lr_shrink": 0.5, "lr_threshold": 0.3},
+        {"lr_scheduler": "cosine", "lr_unit": "epoch", "max_epoch": 7},
+    ],
+    ids=["ema", "sgd", "sgd without momentum", "adafactor", "plateau", "cosine by epoch"],
+)
+def test_a_run_of_any_kind_goes_on_as_if_it_never_stopped(
+    tmp_path: Path, optimization: dict[str, Any]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config(whole, optimization=optimization))
+    # A limit in hours stops it where the first report is, and changes nothing of the schedule.
+    train(config(parts, optimization={**optimization, "stop_time_hours": 1e-9}))
+    assert updates(parts) == [10]
+    train(config(parts, optimization=optimization))
+    assert_bit_equal(tensors(whole, 100), tensors(parts, 100))
+    for kind in ("train", "epoch"):
+        assert without_time(records(parts, kind)) == without_time(records(whole, kind))
+
+
+def test_a_plateau_lowers_the_rate_after_the_validations_that_were_no_better(tmp_path: Path) -> None:
+    """Adam at a rate of nothing stands still, so that no validation is better than the first by 90%."""
+    optimization = {
+        "lr_scheduler": "plateau",
+        "lr_patience": 1,
+        "lr_threshold": 0.9,
+        "lr_shrink": 0.5,
+        "lr": 1e-6,
+        "warmup_updates": 0,
+        "max_update": 16 * 6,
+    }
+    train(config(tmp_path / "run", log_interval=16, optimization=optimization))
+    rates = [record["lr"] for record in records(tmp_path / "run", "train")]
+    # Validations 2 and 3 are the first two without a better one: the fourth epoch has half the rate.
+    assert rates == pytest.approx([1e-6, 1e-6, 1e-6, 5e-7, 5e-7, 2.5e-7])
+
+
+def test_it_stops_out_of_time_and_when_the_rate_has_fallen(tmp_path: Path) -> None:
+    train(config(tmp_path / "time", optimization={"stop_time_hours": 1e-9}))
+    assert log(tmp_path / "time").rstrip().endswith("finished: reached stop-time-hours 1e-09")
+    # 0.02 * sqrt(5 / n) <= 0.01 from n = 20 on; during the warm-up it was lower, which does not count.
+    train(config(tmp_path / "rate", optimization={"stop_min_lr": 0.01}))
+    assert log(tmp_path / "rate").rstrip().endswith("the learning rate has fallen to stop-min-lr 0.01")
+    assert updates(tmp_path / "rate")[-1] == 20
+
+
+def test_time_counts_on_from_where_the_run_was_stopped(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, optimization={"max_update": 5}))
+    state_path = CheckpointFolder(folder / "checkpoints").at(5) / "state.json"
+    state = json.loads(state_path.read_text())
+    assert 0 < state["progress"]["seconds"] < 60
+    state["progress"]["seconds"] = 7200.0
+    state_path.write_text(json.dumps(state))
+    train(config(folder, optimization={"stop_time_hours": 2.0}))
+    assert updates(folder)[-1] == 10  # the first report finds out
+
+
+def test_checkpoints_are_kept_for_good_from_an_epoch_on(tmp_path: Path) -> None:
+    options = {"keep_last": 1, "validate_interval": 100, "keep_every_epochs": 2, "keep_from_epoch": 3}
+    train(config(tmp_path / "epochs", checkpoints=options))  # 16 updates an epoch
+    assert updates(tmp_path / "epochs") == [64, 96, 100]
+    options = {"keep_last": 1, "validate_interval": 100, "keep_every_updates": 20, "keep_from_epoch": 3}
+    train(config(tmp_path / "updates", checkpoints=options))
+    assert updates(tmp_path / "updates") == [40, 60, 80, 100]
+    with pytest.raises(UserError, match="`keep-from-epoch` must go with"):
+        train(config(tmp_path / "none", checkpoints={"keep_from_epoch": 2}))
+
+
+class PoisonedTask(PointTask):
+    """Its loss is not a number where a certain example is in the batch."""
+
+    def __init__(self, poison: float) -> None:
+        self.poison = poison
+
+    def compute_loss(self, model: nn.Module, batch: Points) -> LossOutput:
+        output = super().compute_loss(model, batch)
+        is_poisoned = model.training and (batch.xy == self.poison).any()
+        return LossOutput(output.loss * (torch.nan if is_poisoned else 1.0), output.sums)
+
+
+@dataclass(frozen=True)
+class PoisonedOptions(PointOptions):
+    example: int = 77
+
+    def build(self, assets: Path | None) -> PointTask:
+        return PoisonedTask(float(PointTask().open_split("train").xy[self.example, 0]))
+
+
+def test_a_cancelled_update_names_the_examples_of_its_batch(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, task_options=PoisonedOptions(), optimization={"max_update": None, "max_epoch": 1}))
+    (line,) = [line for line in log(folder).splitlines() if "cancelled: the gradient" in line]
+    shown, _, rest = line.partition("training examples ")[2].partition(" and ")
+    named = [int(number) for number in shown.split()]
+    assert len(named) == 20 and rest == "12 more"  # of a batch of 32
+    assert 77 in named or named[-1] < 77  # they are in order
+    (record,) = records(folder, "epoch")
+    assert record["cancelled updates"] == 1
+    assert all(tensor.isfinite().all() for tensor in tensors(folder, 16).values())
+
+
+class LateTask(PointTask):
+    """Its loss is not a number once the weights have moved far enough, as when a rate is too high."""
+
+    def __init__(self, reach: float) -> None:
+        self.reach = reach
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        self.start = model[0].weight.detach().clone()
+        return model
+
+    def compute_loss(self, model: nn.Module, batch: Points) -> LossOutput:
+        output = super().compute_loss(model, batch)
+        far = model.training and (model[0].weight - self.start).abs().max() > self.reach
+        return LossOutput(output.loss * (torch.nan if far else 1.0), output.sums)
+
+
+@dataclass(frozen=True)
+class LateOptions(PointOptions):
+    reach: float = 0.3
+
+    def build(self, assets: Path | None) -> PointTask:
+        return LateTask(self.reach)
+
+
+def test_after_too_many_bad_updates_the_run_goes_back_and_halves_its_rate(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    optimization = {"max_bad_updates": 3, "max_update": 60, "lr": 0.05}
+    settings: dict[str, Any] = {"task_options": LateOptions(), "optimization": optimization}
+    with pytest.raises(UserError, match=r"not in 3 updates in a row, with 0\.03125 of the learning rate too"):
+        train(config(folder, checkpoints={"save_interval_updates": 5}, **settings))
+    back = records(folder, "back")
+    assert back and back[-1]["lr scale"] == 2.0**-5
+    scales = [record["lr scale"] for record in back]
+    assert scales == sorted(scales, reverse=True)
+    # It can be taken up where it was, with a loss that is a number: nothing was lost.
+    assert all(tensor.isfinite().all() for tensor in tensors(folder, updates(folder)[-1]).values())
+
+
+def test_bad_updates_before_the_first_checkpoint_end_the_run_with_a_line(tmp_path: Path) -> None:
+    options = LateOptions(reach=0.01)
+    with pytest.raises(UserError, match="not in 3 updates in a row, before the first checkpoint"):
+        train(config(tmp_path / "run", task_options=options, optimization={"max_bad_updates": 3}))
+
+
+def test_the_best_checkpoints_can_be_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, checkpoints={"keep_best": 3, "keep_last": 1}))
+    validations = sorted(records(folder, "valid"), key=lambda record: (record["loss"], record["update"]))
+    best = sorted(record["update"] for record in validations[:3])
+    average.main([str(folder / "checkpoints"), "--best", "3", "--output", str(tmp_path / "mean")])
+    assert capsys.readouterr().out.endswith(f"the mean of updates {', '.join(map(str, best))}\n")
+    found = load_file(tmp_path / "mean" / "model.safetensors")["3.bias"]
+    expected = torch.stack([weights_at(folder, update)[0]["3.bias"] for update in best]).mean(0)
+    torch.testing.assert_close(found, expected)
+    for arguments, text in (
+        (["--best", "9"], "must hold at least 9 validated checkpoints, but holds"),
+        (["--best", "2", "--last", "2"], "must be left out"),
+    ):
+        with pytest.raises(SystemExit):
+            average.main([str(folder / "checkpoints"), *arguments, "--output", str(tmp_path / "other")])
+        assert text in capsys.readouterr().err
