@@ -226,6 +226,8 @@ class TrainConfig(Generic[TaskOptionsT]):
     """Where to compute: auto, cpu, cuda or mps."""
     log_interval: int = 100
     """Report after every so many updates."""
+    tensorboard: bool = False
+    """Write all reports, and examples after each validation, into `save-dir`/tensorboard too."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""

@@ -77,7 +77,7 @@ class Run:
             updates_per_epoch=self.batches.updates_per_epoch,
         )
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
-        self.log = RunLog(config.save_dir, is_writer=world.is_main)
+        self.log = RunLog(config.save_dir, is_writer=world.is_main, tensorboard=config.tensorboard)
         self.progress = Progress()
         # Epoch of the last update. That of `batches` moves on when its iteration ends; one that is taken up after
         # an epoch's last update yields nothing more, and then moves on.
@@ -181,6 +181,8 @@ class Run:
         position = {"update": self.trainer.update, "epoch": self.epoch}
         best_so_far = {f"best {self.metric}": best, "hours": self._hours()}
         self.log.report("valid", {**position, **results, **best_so_far})
+        if self.config.tensorboard:
+            self.log.illustrate(self.trainer.update, self.trainer.illustrate(self.valid_examples))
         self._save()
 
     def _save(self) -> None:
@@ -230,7 +232,7 @@ class Run:
         if saved:
             self._resume(saved[-1])
         else:
-            self.log.cut_records(0)
+            self.log.cut_records(0, update=0)
             size = sum(parameter.numel() for parameter in self.trainer.model.parameters())
             self.log.say(
                 f"start: {size:,} parameters, {self.batches.num_examples:,} training examples, "
@@ -258,7 +260,7 @@ class Run:
         self.batches.load_state_dict(state["batches"])
         self.progress = Progress.from_json(state["progress"])
         self.epoch = self.batches.epoch
-        self.log.cut_records(state["records_size"])
+        self.log.cut_records(state["records_size"], update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()
 

@@ -43,6 +43,7 @@ LAYERS = {
     "nmt.generation": 2,
     "nmt.cancellations": 2,
     "nmt.checkpoint": 2,
+    "nmt.tensorboard": 2,
     "nmt.trainer": 2,
     "nmt.progress": 3,
     "nmt.run_log": 3,
