@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 # What Markdown, or the HTML that it becomes, would take for a mark; an entity is text in every dialect.
-_AS_TEXT = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|\\`*_{}[]()#+-.!~$"})
+_AS_TEXT = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|\\`*_[]~$"})
 
 
 class Row(NamedTuple):
