@@ -228,6 +228,8 @@ class TrainConfig(Generic[TaskOptionsT]):
     """Report after every so many updates."""
     dry_run: bool = False
     """Print what the run is going to be (model, data, work, memory, time) and stop; nothing is written."""
+    tensorboard: bool = False
+    """Write all reports, and examples after each validation, into `save-dir`/tensorboard too."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""

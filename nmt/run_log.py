@@ -1,4 +1,4 @@
-"""What a run says: plain lines (stderr and train.log), JSON lines (metrics.jsonl), a progress bar.
+"""What a run says: plain lines (stderr and train.log), JSON lines (metrics.jsonl), TensorBoard's, a progress bar.
 
 Only rank 0 writes; on other ranks everything here does nothing.
 """
@@ -10,24 +10,42 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
 from nmt.errors import UserError
+from nmt.task import Illustrations
 
-# Fields of a record that differ from run to run where all else is equal.
-TIMES = frozenset({"targets/s"})
+if TYPE_CHECKING:
+    from nmt.tensorboard import EventWriter
+
+TIMES = frozenset({"targets/s", "hours"})
+"""The names in records that differ between runs that are otherwise equal."""
+
+_RECORDS = "metrics.jsonl"
 
 
 class RunLog:
     """The log files of a run folder, and its progress bar on a terminal."""
 
-    def __init__(self, folder: Path, *, is_writer: bool) -> None:
-        """Name the folder of a run; only rank 0 is a writer."""
+    def __init__(self, folder: Path, *, is_writer: bool, tensorboard: bool = False) -> None:
+        """Name the folder of a run; only rank 0 is a writer.
+
+        Raises:
+            UserError: TensorBoard is wanted but not installed; on every rank.
+        """
+        if tensorboard and find_spec("tensorboard") is None:
+            raise UserError(
+                "`tensorboard` must have the package of that name, which is not installed. "
+                "Run pip install tensorboard, or leave the option out."
+            )
+        self._wants_events = tensorboard
+        self._events: EventWriter | None = None
         self._folder = folder
-        self._records_path = folder / "metrics.jsonl"
+        self._records_path = folder / _RECORDS
         self._is_writer = is_writer
         self._text: TextIO | None = None
         self._records: TextIO | None = None
@@ -53,6 +71,10 @@ class RunLog:
         except OSError:
             pass  # a file system without locks
         self._records = self._records_path.open("a", encoding="utf-8")
+        if self._wants_events:
+            from nmt.tensorboard import EventWriter
+
+            self._events = EventWriter(self._folder / "tensorboard")
         if sys.stderr.isatty():
             self._bar = tqdm(unit=" updates", dynamic_ncols=True, smoothing=0.05, leave=False)
 
@@ -72,6 +94,13 @@ class RunLog:
         numbers = {name: _json_value(value) for name, value in record.items()}
         self._records.write(json.dumps({"kind": kind, **numbers}) + "\n")
         self._records.flush()
+        if self._events is not None:
+            self._events.report(kind, record)
+
+    def illustrate(self, update: int, illustrations: Illustrations) -> None:
+        """Show texts and images where something shows them."""
+        if self._events is not None:
+            self._events.illustrate(update, illustrations)
 
     def progress(self, update: int, *, epoch: int, total: int | None) -> None:
         """Move the bar to an update, of `total` if that is known."""
@@ -87,22 +116,65 @@ class RunLog:
         """Return the size of metrics.jsonl in bytes, for `cut_records`; all of it is on the disk then."""
         if self._records is None:
             return 0
+        if self._events is not None:
+            self._events.flush()
         self._records.flush()
         os.fsync(self._records.fileno())
         return self._records_path.stat().st_size
 
-    def cut_records(self, size: int) -> None:
-        """Cut metrics.jsonl back to the size it had at the checkpoint that the run goes on from."""
+    def cut_records(self, size: int, *, update: int) -> None:
+        """Take back what was reported after a checkpoint, which the run goes on from.
+
+        Args:
+            size: The size that metrics.jsonl had at the checkpoint.
+            update: The update of the checkpoint; 0 to begin anew.
+        """
         if self._records is not None and self._records_path.stat().st_size > size:
             os.truncate(self._records_path, size)
+        if self._events is not None:
+            self._events.go_on_after(update)
 
     def close(self) -> None:
         """Close the files and the bar."""
+        if self._events is not None:
+            self._events.close()
         if self._bar is not None:
             self._bar.close()
         for file in (self._records, self._text):
             if file is not None:
                 file.close()
+
+
+def read_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read what a run has recorded; it may be going on: a last line that is not whole yet is left out.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The records, oldest first, each with "kind" ("train", "valid" or "epoch") and "update"; and the number of
+        lines that are damaged, and left out too.
+
+    Raises:
+        UserError: It is no folder of a run.
+    """
+    try:
+        lines = (folder / _RECORDS).read_bytes().split(b"\n")[:-1]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"`{folder}` must be the folder of a run, but has no {_RECORDS}. Name the `save-dir` of nmt-train."
+        ) from None
+    records = [record for line in lines if (record := _parse(line)) is not None]
+    return records, len(lines) - len(records)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    is_whole = isinstance(record, dict) and isinstance(record.get("update"), int) and "kind" in record
+    return record if is_whole else None
 
 
 def _json_value(value: Any) -> Any:

@@ -87,7 +87,7 @@ class Run:
             seed=config.seed,
             updates_per_epoch=self.batches.updates_per_epoch,
         )
-        self.log = RunLog(config.save_dir, is_writer=world.is_main)
+        self.log = RunLog(config.save_dir, is_writer=world.is_main, tensorboard=config.tensorboard)
         self.progress = Progress()
         # Epoch of the last update. That of `batches` moves on when its iteration ends; one that is taken up after
         # an epoch's last update yields nothing more, and then moves on.
@@ -204,7 +204,10 @@ class Run:
             self.trainer.plateau.note(results[self.metric], self.config.optimization, better=self.better)
         best = self.progress.values[self.progress.ranking(self.better)[0]]
         position = {"update": self.trainer.update, "epoch": self.epoch}
-        self.log.report("valid", {**position, **results, f"best {self.metric}": best})
+        best_so_far = {f"best {self.metric}": best, "hours": self._hours()}
+        self.log.report("valid", {**position, **results, **best_so_far})
+        if self.config.tensorboard:
+            self.log.illustrate(self.trainer.update, self.trainer.illustrate(self.valid_examples))
         self._save()
 
     def _save(self) -> None:
@@ -255,7 +258,7 @@ class Run:
         if saved:
             self._resume(saved[-1])
         else:
-            self.log.cut_records(0)
+            self.log.cut_records(0, update=0)
         for line in self.describe():
             self.log.say(line)
         if self.world.is_main:
@@ -281,7 +284,7 @@ class Run:
         self.batches.split_above = state["split_above"]
         self.progress = Progress.from_json(state["progress"])
         self.epoch = self.batches.epoch
-        self.log.cut_records(state["records_size"])
+        self.log.cut_records(state["records_size"], update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()
 
@@ -330,6 +333,7 @@ class Run:
             record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)
             record.update(metrics.gauges(scope))
             self.progress.interval_seconds = 0.0
+        record["hours"] = self._hours()
         if sums["num_cancelled"]:
             record["cancelled updates"] = round(sums["num_cancelled"])
         self.log.report(scope, record)
@@ -339,6 +343,10 @@ class Run:
     def _seconds(self) -> float:
         """Return the time spent on the run, on this rank's clock."""
         return self.progress.seconds + time.monotonic() - self.start
+
+    def _hours(self) -> float:
+        """Return the time spent on the run, to some milliseconds."""
+        return round(self._seconds() / 3600, 6)
 
     def _check_time(self) -> None:
         """Find out whether the time is up; rank 0's clock counts for all."""

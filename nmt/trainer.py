@@ -25,7 +25,7 @@ from nmt.metrics import Metrics, merge_states
 from nmt.optim import build_optimizer, step
 from nmt.options import OptimizationOptions
 from nmt.schedule import Plateau, build_schedule, num_warmup_updates
-from nmt.task import Batch, Examples, LossOutput, Task
+from nmt.task import Batch, Examples, Illustrations, LossOutput, Task
 from nmt.weights import AveragedWeights, weights
 
 _RESTORE = "Restore the checkpoint, or begin a new run."
@@ -70,7 +70,9 @@ class Trainer:
             # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
             # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # from torch 2.13 on
+            warnings.filterwarnings(
+                "ignore", message="`broadcast_buffers` is deprecated"
+            )  # from torch 2.13 on
             self.objective = DistributedDataParallel(
                 self.local_objective, broadcast_buffers=bool(self.statistics), find_unused_parameters=True
             )
@@ -145,6 +147,13 @@ class Trainer:
                 self.metrics.add(_sums(output, batch))
             results = self.task.summarize(self.metrics.sums("valid", self.world))
             return {**results, **self.task.evaluate(self.model, examples, self.world)}
+
+    @torch.no_grad()
+    def illustrate(self, examples: Examples[Any]) -> Illustrations:
+        """Return what the task shows of the weights that are validated; every rank must call this."""
+        self.model.eval()
+        with self.evaluated_weights():
+            return self.task.illustrate(self.model, examples, self.world)
 
     @property
     def is_past_warmup(self) -> bool:
