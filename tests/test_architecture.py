@@ -66,7 +66,7 @@ STRANGERS = [("nmt.data", "nmt.models")]
 BUILDS = {
     ("nmt.translation.options", target)
     for target in ("nmt.translation.task", "nmt.translation.assets", "nmt.data.data_directory")
-}
+} | {("nmt.vision.options", target) for target in ("nmt.vision.task", "nmt.vision.libraries")}
 
 # The modules of nmt.data that handle tensors; the others must serve preprocessing without torch.
 DATA_WITH_TENSORS = {"nmt.data.parallel_dataset", "nmt.data.batch_iterator", "nmt.data.loading"}
