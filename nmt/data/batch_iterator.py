@@ -26,7 +26,7 @@ from nmt.data.batching import (
     plan_ordered,
     plan_window,
 )
-from nmt.data.loading import Feed, PlannedBatch, make_loader
+from nmt.data.loading import Feed, PlannedBatch, make_loader, read_batches
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 
@@ -262,7 +262,7 @@ class BatchIterator:
             )
         # Workers live on from iteration to iteration, and so must their loader. It asks for the new plan.
         self._feed.plan = plan
-        return iter(self._loader)
+        return read_batches(self._loader)
 
     def _plan_loading(self, planned: deque[_Update]) -> Iterator[PlannedBatch]:
         """Yield batch after batch, and note the updates that they make up in `planned`."""
@@ -336,7 +336,7 @@ def ordered_batches(
     """
     plan = plan_ordered(examples.sizes, _limits(options, None), rank=rank, world_size=world_size)
     feed = Feed(PlannedBatch(batch.tolist(), key=(int(batch[0]),)) for batch in plan)
-    yield from make_loader(examples, feed, num_workers=num_workers, pin_memory=pin_memory)
+    yield from read_batches(make_loader(examples, feed, num_workers=num_workers, pin_memory=pin_memory))
 
 
 def _limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None) -> BatchLimits:

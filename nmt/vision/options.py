@@ -61,12 +61,9 @@ class ImageClassificationOptions:
         "max_tokens": None,  # an image has no length
         "required_batch_size_multiple": 1,
         "optimizer": "sgd",
-        "momentum": 0.9,
-        "nesterov": True,
-        "lr": 0.05,
+        "lr": 0.1,
         "weight_decay": 1e-4,
         "lr_scheduler": "cosine",
-        "lr_unit": "epoch",
         "warmup_updates": 0,
         "max_epoch": 90,
         "best_checkpoint_metric": "accuracy",
