@@ -85,9 +85,3 @@ def normalize(images: Tensor, format_: ImageFormat) -> Tensor:
     """Return uint8 images as float32 of about mean 0 and variance 1: (B, C, H, W)."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (format_.mean, format_.std))
     return images.float().div_(255).sub_(mean).div_(std)
-
-
-def denormalize(images: Tensor, format_: ImageFormat) -> Tensor:
-    """Undo `normalize`: float (B, C, H, W) -> uint8."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (format_.mean, format_.std))
-    return images.float().mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)

@@ -9,22 +9,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.distributed import World
 from nmt.errors import UserError
-from nmt.task import LossOutput
+from nmt.task import Illustrations, LossOutput
 from nmt.vision.dataset import ImageBatch, ImageExamples
 from nmt.vision.libraries import import_timm
 from nmt.vision.models import build_model, find_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
+from nmt.vision.pictures import draw_confusion, draw_predictions
 from nmt.vision.preprocessing import ImageFormat
 from nmt.vision.sources import IdxImages, ImageSource, open_images
 
 CLASSES, FORMAT = "classes.txt", "images.json"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_NUM_SHOWN = 24
+_NUM_AT_ONCE = 128
 _FOLDER_IMAGE_SIZE = 224
 _RESIZED_CROP_PCT = 0.875  # objects look larger where training cuts parts out and enlarges them
 
@@ -107,6 +111,37 @@ class ImageClassificationTask:
     def evaluate(self, model: nn.Module, examples: ImageExamples, world: World) -> dict[str, float]:
         """Return nothing: all metrics are ratios of sums."""
         return {}
+
+    @torch.no_grad()
+    def illustrate(self, model: nn.Module, examples: ImageExamples, world: World) -> Illustrations:
+        """Show some images, evenly spread over the split, with their labels, and the confusion matrix of all."""
+        share = range(world.rank, len(examples), world.size)
+        guesses = world.gather(self._predict(model, examples, share, world))
+        if not world.is_main:
+            return Illustrations()
+        predicted = np.empty(len(examples), dtype=np.int64)
+        for rank, part in enumerate(guesses):
+            predicted[rank :: world.size] = part
+        labels = np.array([examples.source.label(index) for index in range(len(examples))])
+        counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
+        np.add.at(counts, (labels, predicted), 1)
+        shown = np.unique(np.linspace(0, len(examples) - 1, _NUM_SHOWN).astype(np.int64)).tolist()
+        images = np.stack([examples[index][0].numpy() for index in shown])
+        return Illustrations(
+            images={
+                "predictions": draw_predictions(images, labels[shown], predicted[shown], self.classes),
+                "confusion": draw_confusion(counts, self.classes),
+            }
+        )
+
+    def _predict(self, model: nn.Module, examples: ImageExamples, indices: range, world: World) -> list[int]:
+        """Return the label that the model gives each of some images."""
+        predicted: list[int] = []
+        for start in range(0, len(indices), _NUM_AT_ONCE):
+            batch = examples.collate([examples[index] for index in indices[start : start + _NUM_AT_ONCE]])
+            scores = model(batch.images.to(world.device, _weight_dtype(model)))
+            predicted += scores.argmax(dim=1).tolist()
+        return predicted
 
     def save_assets(self, folder: Path) -> None:
         """Write the names of the classes, in the order of the scores, and what the model sees."""
