@@ -128,9 +128,9 @@ def test_a_model_that_does_not_exist_or_fit_is_refused_in_a_line(monkeypatch: py
     assert "must take images of 3x32x32, but `timm/vit_tiny_patch16_224` says" in model_refusal(
         "timm/vit_tiny_patch16_224"
     )
-    assert "must return 4 scores for an image, but `resnet18` returns" in model_refusal(
-        "resnet18", ["global_pool=''"]
-    )
+    for library in ("timm", "torchvision"):
+        text = model_refusal(f"{library}/resnet18", ["num_classes=7"])
+        assert f"must return 4 scores for an image, but `{library}/resnet18` returns the shape (1, 7)" in text
     assert "must come with a model of timm" in model_refusal("torchvision/resnet18", is_pretrained=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "must be in timm's cache or within reach" in model_refusal(

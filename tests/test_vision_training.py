@@ -19,12 +19,14 @@ from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
 from nmt.train_loop import train
+from nmt.vision.models import build_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
 
 # This machine may have fewer cores than the tests have workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 BIN = Path(sys.executable).parent
+RECIPES = Path(__file__).parent.parent / "examples" / "image_classification"
 WITH_BATCH_NORM = {"model": "timm/test_byobnet", "image_size": 32}
 WITHOUT_BATCH_NORM = {
     "model": "timm/test_vit",
@@ -147,6 +149,18 @@ def test_the_defaults_of_the_task_go_together_and_with_other_choices() -> None:
             TrainConfig[ImageClassificationOptions], [*arguments, *choice], prog="nmt-train", description=""
         )
         assert parsed.batching.batch_size == 128 and parsed.optimization.max_epoch == 90
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_are_accepted_and_name_models_that_exist(recipe: Path) -> None:
+    arguments = ["--config", str(recipe), "--train-dir", "a", "--val-dir", "b", "--save-dir", "c"]
+    parsed = parse_command(
+        TrainConfig[ImageClassificationOptions], arguments, prog="nmt-train", description=""
+    )
+    options = parsed.task_options
+    size = options.image_size or 28  # MNIST's
+    model = build_model(options.model, options.model_args, num_classes=3, num_channels=1, image_size=size)
+    assert parsed.task == "image_classification" and sum(p.numel() for p in model.parameters()) < 10**7
 
 
 @pytest.mark.slow

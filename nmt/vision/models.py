@@ -37,19 +37,17 @@ def build_model(
         UserError: The name is unknown, or the model does not take the arguments or the images.
     """
     library, bare_name = find_model(name)
-    options = _parse(arguments)
+    options = {"num_classes": num_classes, **_parse(arguments)}
     if library == "torchvision":
         if is_pretrained:
             raise UserError(
                 f"`pretrained` must come with a model of timm, but `model` is {name!r}. Leave it out."
             )
-        model = _call(
-            name, import_torchvision().models.get_model, bare_name, num_classes=num_classes, **options
-        )
+        model = _call(name, import_torchvision().models.get_model, bare_name, **options)
         _set_num_channels(model, num_channels)
     else:
         create = import_timm().create_model
-        options = {"num_classes": num_classes, "in_chans": num_channels, **options}
+        options = {"in_chans": num_channels, **options}
         # Without weights first: faults of the arguments are told apart from those of the download.
         model = _call(name, create, bare_name, **options)
         if is_pretrained:
