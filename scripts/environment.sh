@@ -45,8 +45,9 @@ install_torch() {
     fi
 }
 
-# The same for torchvision, which the extra `vision` needs: the default index has the build for CUDA. It works beside a
-# torch for the CPU too, with a warning (nmt/vision/libraries.py), so nothing is lost where PyTorch's index is out of reach.
+# The same for torchvision, which the extras `vision` and `test` need: the default index has the build for CUDA. That
+# one works beside a torch for the CPU too, with a warning (nmt/vision/libraries.py), so that it may come from there
+# where PyTorch's index is out of reach.
 install_torchvision() {
     local pin
     pin=$(grep '^torchvision==' "$ROOT/constraints.txt")
@@ -73,7 +74,7 @@ make_environment() {
         "$python" -m venv "$ROOT/.venv"
     fi
     install_torch
-    case ",$extras," in *,vision,*) install_torchvision ;; esac
+    case ",$extras," in *,vision,* | *,test,*) install_torchvision ;; esac
     say "installing the package${extras:+ with [$extras]}"
     "$BIN/pip" install --quiet -c "$ROOT/constraints.txt" -e "$ROOT${extras:+[$extras]}"
     echo "$ROOT $wanted" >"$stamp"

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-make_environment test vision
+make_environment test
 
 chosen="not gpu"
 if "$BIN/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
