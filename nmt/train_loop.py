@@ -3,7 +3,7 @@
 import filecmp
 import time
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,7 @@ from nmt.distributed import World, join_world
 from nmt.errors import UserError
 from nmt.options import TrainConfig
 from nmt.progress import Direction, Progress
-from nmt.run_log import RunLog
+from nmt.run_log import RunLog, read_records
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
 
@@ -25,13 +25,23 @@ _LOWEST_LR_SCALE = 2.0**-5  # of five times back the last one has failed
 _NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 
 
-def train(config: TrainConfig[Any]) -> Path:
+@dataclass(frozen=True)
+class TrainingResult:
+    """What has come of a run."""
+
+    best: Path
+    """The folder of the best checkpoint: a model, ready to use."""
+    history: list[dict[str, Any]]
+    """What the run has reported, oldest first, also before it was resumed: the records of metrics.jsonl. Each has
+    its "kind" ("train" since the last report, "epoch", "valid"), its "update", and what was measured."""
+    stopped_because: str
+    """The limit that was reached."""
+
+
+def train(config: TrainConfig[Any]) -> TrainingResult:
     """Train until a limit of the configuration is reached, going on from the last checkpoint if there is one.
 
-    Under torchrun every rank calls this.
-
-    Returns:
-        The folder of the best checkpoint.
+    Under torchrun every rank calls this, and every rank gets the result.
 
     Raises:
         UserError: The configuration, the data or the checkpoint to go on from do not fit.
@@ -86,8 +96,8 @@ class Run:
         self.start = time.monotonic()
         self.is_out_of_time = False
 
-    def train(self) -> Path:
-        """Go from where the run stands to its end; return the folder of the best checkpoint."""
+    def train(self) -> TrainingResult:
+        """Go from where the run stands to its end."""
         self.log.open()
         self._check_lengths()
         self._resume_or_start()
@@ -96,7 +106,8 @@ class Run:
         if self.trainer.update not in self.progress.values:
             self._validate_and_save()
         self.log.say(f"finished: {reason}")
-        return self.checkpoints.path / "best"
+        history = read_records(self.config.save_dir)[0] if self.world.is_main else []
+        return TrainingResult(self.checkpoints.path / "best", self.world.broadcast(history), reason)
 
     def close(self) -> None:
         """End the processes that read batches ahead, and close the log."""
