@@ -12,6 +12,7 @@ from nmt.errors import UserError
 from nmt.models.options import TransformerOptions
 
 if TYPE_CHECKING:
+    from nmt.translation.loss import TranslationLoss
     from nmt.translation.task import TranslationTask
 
 
@@ -43,12 +44,25 @@ class TranslationOptions:
             if self.eval_beam < 1:
                 raise UserError(f"`eval-beam` must be at least 1, but is {self.eval_beam}.")
 
-    def build(self, assets: Path | None) -> TranslationTask:
-        """Make the task, with the vocabularies of a model folder, or of the data directory if there is none."""
+    def build(self, assets: Path | None, *, loss: TranslationLoss | None = None) -> TranslationTask:
+        """Make the task, with the vocabularies of a model folder, or of the data directory if there is none.
+
+        Args:
+            assets: The model folder.
+            loss: A loss of one's own instead of the label-smoothed cross-entropy, for a task made of this one.
+
+        Raises:
+            UserError: An option of the cross-entropy is given together with another loss.
+        """
+        if loss is not None and self.label_smoothing:
+            raise UserError(
+                f"`label-smoothing` must be 0 with a loss of the task's own, but is {self.label_smoothing}. "
+                "Give --label-smoothing 0."
+            )
         from nmt.data.data_directory import DataDirectory
         from nmt.translation.assets import TranslationAssets
         from nmt.translation.task import TranslationTask
 
         if assets is None:
-            return TranslationTask(self, TranslationAssets.of_data(DataDirectory(self.data)))
-        return TranslationTask(self, TranslationAssets.of_model(assets))
+            return TranslationTask(self, TranslationAssets.of_data(DataDirectory(self.data)), loss=loss)
+        return TranslationTask(self, TranslationAssets.of_model(assets), loss=loss)

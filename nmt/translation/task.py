@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from nmt.generation.options import DecodingOptions
 from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
 from nmt.translation.assets import TranslationAssets
-from nmt.translation.loss import translation_loss
+from nmt.translation.loss import TranslationLoss, translation_loss
 from nmt.translation.options import TranslationOptions
 from nmt.translation.scoring import bleu
 from nmt.translation.table import Row, markdown_table
@@ -36,9 +37,12 @@ class TranslationTask:
 
     metrics: Mapping[str, Literal["min", "max"]]
 
-    def __init__(self, options: TranslationOptions, assets: TranslationAssets) -> None:
-        """Open the vocabularies."""
+    def __init__(
+        self, options: TranslationOptions, assets: TranslationAssets, *, loss: TranslationLoss | None = None
+    ) -> None:
+        """Open the vocabularies; the loss is the label-smoothed cross-entropy unless another one is given."""
         self.options = options
+        self.loss = loss or partial(translation_loss, label_smoothing=options.label_smoothing)
         self.metrics = {"loss": "min", "nll": "min", "ppl": "min"}
         if options.eval_bleu:
             self.metrics = {**self.metrics, "bleu": "max"}
@@ -99,9 +103,9 @@ class TranslationTask:
         return dataset
 
     def compute_loss(self, model: nn.Module, batch: TranslationBatch) -> LossOutput:
-        """Return the label-smoothed cross-entropy, summed over target tokens."""
+        """Return the loss, summed over target tokens."""
         assert isinstance(model, Transformer)
-        return translation_loss(model, batch, label_smoothing=self.options.label_smoothing)
+        return self.loss(model, batch)
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return loss and negative log-likelihood a target token (nats), and the perplexity."""
