@@ -7,10 +7,12 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
+from nmt.config import from_mapping
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
+from nmt.task import load_task
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,32 @@ class TrainConfig(Generic[TaskOptionsT]):
             raise UserError(f"`log-interval` must be at least 1, but is {self.log_interval}.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"`seed` must be at least 0 and below 2**63, but is {self.seed}.")
+
+
+def train_config(*, task: str = "translation", **options: Any) -> TrainConfig[Any]:
+    """Make the configuration of a training run from the options of nmt-train, under their names as flags.
+
+    >>> config = train_config(data="DATA", save_dir="RUN", arch="transformer_tiny", max_update=1000)
+    >>> config.optimization.max_update, config.task_options.model.encoder_layers
+    (1000, 4)
+    >>> train_config(data="DATA", save_dir="RUN", max_updates=1000)
+    Traceback (most recent call last):
+    nmt.errors.UserError: train_config: `max_updates` is not a known key. Perhaps you meant `max-update`?
+
+    Args:
+        task: what is learned: the name of a task, which decides what options there are.
+        options: values, or text as in a YAML file; paths may be text.
+
+    Raises:
+        UserError: for an unknown option or task, a value of another type, and values that make no sense together.
+    """
+    task_options = load_task(task)
+    return from_mapping(
+        TrainConfig[task_options],  # type: ignore[valid-type]
+        {"task": task, **options},
+        where="train_config",
+        how_to_give="Give {name}=VALUE.",
+    )
 
 
 def _flag(name: str) -> str:

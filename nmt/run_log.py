@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 from nmt.errors import UserError
 from nmt.task import Illustrations
@@ -26,6 +27,7 @@ TIMES = frozenset({"targets/s", "hours"})
 """The names in records that differ between runs that are otherwise equal."""
 
 _RECORDS = "metrics.jsonl"
+_IS_NOTEBOOK = issubclass(tqdm, tqdm_notebook)  # of the two kinds tqdm has chosen the one for notebooks
 
 
 class RunLog:
@@ -49,6 +51,7 @@ class RunLog:
         self._is_writer = is_writer
         self._text: TextIO | None = None
         self._records: TextIO | None = None
+        self._shows_bar = False
         self._bar: tqdm[Any] | None = None
 
     def open(self) -> None:
@@ -75,8 +78,7 @@ class RunLog:
             from nmt.tensorboard import EventWriter
 
             self._events = EventWriter(self._folder / "tensorboard")
-        if sys.stderr.isatty():
-            self._bar = tqdm(unit=" updates", dynamic_ncols=True, smoothing=0.05, leave=False)
+        self._shows_bar = sys.stderr.isatty() or _IS_NOTEBOOK
 
     def say(self, line: str) -> None:
         """Write a line for people."""
@@ -104,10 +106,17 @@ class RunLog:
 
     def progress(self, update: int, *, epoch: int, total: int | None) -> None:
         """Move the bar to an update, of `total` if that is known."""
-        if self._bar is None:
+        if not self._shows_bar:
             return
-        if self._bar.n == 0:  # a resumed run: the time that is left is estimated from the updates made here
-            self._bar.initial = self._bar.n = update - 1
+        if self._bar is None:  # a resumed run: the time that is left is estimated from the updates made here
+            self._bar = tqdm(
+                total=total,
+                initial=update - 1,
+                unit=" updates",
+                dynamic_ncols=True,
+                smoothing=0.05,
+                leave=False,
+            )
         self._bar.total = total
         self._bar.set_description(f"epoch {epoch}", refresh=False)
         self._bar.update(update - self._bar.n)

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nmt.memory import find_split
 from nmt.options import TrainConfig
 from nmt.preparation import left_out, refuse_other_run, with_max_tokens
 from nmt.progress import Direction, Progress
-from nmt.run_log import RunLog
+from nmt.run_log import RunLog, read_records
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
 
@@ -27,13 +27,23 @@ _FIRST_UPDATES = 10  # until the speed is steady, and then as many to measure it
 _NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 
 
-def train(config: TrainConfig[Any]) -> Path:
+@dataclass(frozen=True)
+class TrainingResult:
+    """What has come of a run."""
+
+    best: Path
+    """The folder of the best checkpoint: a model, ready to use."""
+    history: list[dict[str, Any]]
+    """What the run has reported, oldest first, also before it was resumed: the records of metrics.jsonl. Each has
+    its "kind" ("train" since the last report, "epoch", "valid"), its "update", and what was measured."""
+    stopped_because: str
+    """The limit that was reached."""
+
+
+def train(config: TrainConfig[Any]) -> TrainingResult:
     """Train until a limit of the configuration is reached, going on from the last checkpoint if there is one.
 
-    Under torchrun every rank calls this.
-
-    Returns:
-        The folder of the best checkpoint.
+    Under torchrun every rank calls this, and every rank gets the result.
 
     Raises:
         UserError: The configuration, the data or the checkpoint to go on from do not fit.
@@ -44,7 +54,7 @@ def train(config: TrainConfig[Any]) -> Path:
             lines = run.describe()
             if world.is_main:
                 print("\n".join(lines))
-            return run.checkpoints.path / "best"
+            return TrainingResult(run.checkpoints.path / "best", [], "dry-run")
         return run.train()
 
 
@@ -97,8 +107,8 @@ class Run:
         self.is_out_of_time = False
         self.num_updates_here = 0  # made by this process
 
-    def train(self) -> Path:
-        """Go from where the run stands to its end; return the folder of the best checkpoint."""
+    def train(self) -> TrainingResult:
+        """Go from where the run stands to its end."""
         self.log.open()
         self._resume_or_start()
         while not (reason := self._reason_to_stop()):
@@ -106,7 +116,8 @@ class Run:
         if self.trainer.update not in self.progress.values:
             self._validate_and_save()
         self.log.say(f"finished: {reason}")
-        return self.checkpoints.path / "best"
+        history = read_records(self.config.save_dir)[0] if self.world.is_main else []
+        return TrainingResult(self.checkpoints.path / "best", self.world.broadcast(history), reason)
 
     def describe(self) -> list[str]:
         """Return the lines that tell what the run is going to be; changes nothing."""

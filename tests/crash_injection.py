@@ -213,7 +213,9 @@ def bad_checkpoints(whole: Reference, folder: Path, done: list[int]) -> list[str
         problems.append(f"checkpoint {done[-1]} is lost: {there}")
 
     def best(updates: list[int]) -> int | None:
-        return min((update for update in updates if update in whole.losses), key=whole.losses.get, default=None)
+        return min(
+            (update for update in updates if update in whole.losses), key=whole.losses.get, default=None
+        )
 
     # A link may be one checkpoint behind, but always names one that is there.
     for name, behind, newest in (

@@ -85,7 +85,9 @@ class DiskFaults:
 
     def _watched(self, name: str, original: Callable[..., Any], *, needs_room: bool) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            folder = next((kwargs[key] for key in ("dir_fd", "src_dir_fd") if kwargs.get(key) is not None), None)
+            folder = next(
+                (kwargs[key] for key in ("dir_fd", "src_dir_fd") if kwargs.get(key) is not None), None
+            )
             # Of `symlink` the second argument is the place; of a name relative to a folder it is that folder.
             place = args[1] if name == "symlink" else args[0]
             self.strike(name, place if folder is None else folder, needs_room=needs_room)

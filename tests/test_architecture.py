@@ -65,7 +65,12 @@ STRANGERS = [("nmt.data", "nmt.models")]
 # with it; it is never run. All other imports count, those in functions and under TYPE_CHECKING too.
 BUILDS = {
     ("nmt.translation.options", target)
-    for target in ("nmt.translation.task", "nmt.translation.assets", "nmt.data.data_directory")
+    for target in (
+        "nmt.translation.task",
+        "nmt.translation.loss",
+        "nmt.translation.assets",
+        "nmt.data.data_directory",
+    )
 } | {("nmt.vision.options", target) for target in ("nmt.vision.task", "nmt.vision.libraries")}
 
 # The modules of nmt.data that handle tensors; the others must serve preprocessing without torch.

@@ -59,7 +59,7 @@ def test_the_averaged_weights_are_the_running_mean_of_those_trained(tmp_path: Pa
 
 def test_what_is_validated_are_the_averaged_weights(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    best = train(config(folder, optimization={"max_update": 40, "ema_decay": 0.9}))
+    best = train(config(folder, optimization={"max_update": 40, "ema_decay": 0.9})).best
     task = PointTask()
     model = task.build_model()
     model.load_state_dict(load_file(best / "model.safetensors"))

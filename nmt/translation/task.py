@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,12 @@ from nmt.generation.options import DecodingOptions
 from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
 from nmt.translation.assets import TranslationAssets
-from nmt.translation.loss import translation_loss
+from nmt.translation.loss import TranslationLoss, translation_loss
 from nmt.translation.options import TranslationOptions
+from nmt.translation.r_drop import r_drop_loss
 from nmt.translation.scoring import bleu
 from nmt.translation.table import Row, markdown_table
+from nmt.translation.word_dropout import drop_words
 
 _BEAM = 5
 _TOKENS_TO_TRANSLATE_AT_ONCE = 2048
@@ -36,9 +39,12 @@ class TranslationTask:
 
     metrics: Mapping[str, Literal["min", "max"]]
 
-    def __init__(self, options: TranslationOptions, assets: TranslationAssets) -> None:
-        """Open the vocabularies."""
+    def __init__(
+        self, options: TranslationOptions, assets: TranslationAssets, *, loss: TranslationLoss | None = None
+    ) -> None:
+        """Open the vocabularies; the loss is that of the options unless another one is given."""
         self.options = options
+        self.loss = loss or _loss_of(options)
         self.metrics = {"loss": "min", "nll": "min", "ppl": "min"}
         if options.eval_bleu:
             self.metrics = {**self.metrics, "bleu": "max"}
@@ -99,19 +105,17 @@ class TranslationTask:
         return dataset
 
     def compute_loss(self, model: nn.Module, batch: TranslationBatch) -> LossOutput:
-        """Return the label-smoothed cross-entropy, summed over target tokens."""
+        """Return the loss, summed over target tokens."""
         assert isinstance(model, Transformer)
-        return translation_loss(model, batch, label_smoothing=self.options.label_smoothing)
+        if model.training and self.options.word_dropout:
+            batch = drop_words(batch, self.options.word_dropout)
+        return self.loss(model, batch)
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return loss and negative log-likelihood a target token (nats), and the perplexity."""
+        """Return loss, negative log-likelihood and R-Drop's divergence a target token (nats); the perplexity."""
         num_targets = max(sums["num_targets"], 1.0)
-        nll = sums["nll"] / num_targets
-        return {
-            "loss": sums["loss"] / num_targets,
-            "nll": nll,
-            "ppl": math.exp(min(nll, 700.0)),  # float64 ends at exp(709)
-        }
+        means = {name: sums[name] / num_targets for name in ("loss", "nll", "kl") if name in sums}
+        return {**means, "ppl": math.exp(min(means["nll"], 700.0))}  # float64 ends at exp(709)
 
     def evaluate(self, model: nn.Module, examples: ParallelDataset, world: World) -> dict[str, float]:
         """Translate the validation set and return its BLEU, or nothing if `eval_bleu` is off."""
@@ -168,6 +172,12 @@ class TranslationTask:
 
     def _data_directory(self) -> DataDirectory:
         return DataDirectory(self.options.data)
+
+
+def _loss_of(options: TranslationOptions) -> TranslationLoss:
+    if options.r_drop:
+        return partial(r_drop_loss, label_smoothing=options.label_smoothing, alpha=options.r_drop)
+    return partial(translation_loss, label_smoothing=options.label_smoothing)
 
 
 def _read_lines(path: Path) -> list[str]:
