@@ -35,20 +35,22 @@ def forecast(
     world, options = trainer.world, config.optimization
     per_epoch = batches.updates_per_epoch
     total_updates = num_updates(options, updates_per_epoch=per_epoch)
-    targets = sum_of_sizes(train_examples)[-1]
     device = f"{world.size} x {world.device.type}"
     flop, seconds = _measure(trainer, train_examples, batches)
     seconds *= config.batching.update_freq
     rows = [("model", f"{sum(parameter_counts(trainer.model).values()):,} parameters")]
     rows += [("", f"{count:>13,} {part}") for part, count in parameter_counts(trainer.model).items()]
-    sizes = " / ".join(f"{size:,}" for size in sum_of_sizes(train_examples))
+    sums = sum_of_sizes(train_examples)
+    sizes = " / ".join(f"{size:,}" for size in sums)
+    # Where each example has the size 1, as images have, there is nothing to add.
+    in_size = "" if sums == [len(train_examples)] else f" of {sizes} in size"
     rows += [
         (
             "data",
-            f"{len(train_examples):,} training examples of {sizes} in size, "
+            f"{len(train_examples):,} training examples{in_size}, "
             f"{len(valid_examples):,} validation examples",
         ),
-        ("updates", f"{per_epoch:,} an epoch, of about {targets / per_epoch:,.0f} targets on {device}"),
+        ("updates", f"{per_epoch:,} an epoch, of about {sums[-1] / per_epoch:,.0f} targets on {device}"),
         ("work", f"{_scaled(flop)}FLOP a target in matrix products"),
         ("memory", f"{peak_memory(world.device) / 2**20:,.0f} MiB at most, after the largest batch"),
     ]

@@ -10,7 +10,7 @@ import torch
 
 from nmt.checkpoint import CheckpointFolder, load_weights
 from nmt.config import check_options, write_yaml
-from nmt.data.batch_iterator import BatchIterator, ordered_batches
+from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
 from nmt.forecast import duration, forecast
@@ -89,6 +89,13 @@ class Run:
             world_size=world.size,
             pin_memory=world.device.type == "cuda",
         )
+        self.valid_batches = OrderedBatches(
+            self.valid_examples,
+            config.batching,
+            rank=world.rank,
+            world_size=world.size,
+            pin_memory=world.device.type == "cuda",
+        )
         self.trainer = Trainer(
             self.task,
             model,
@@ -136,6 +143,7 @@ class Run:
     def close(self) -> None:
         """End the processes that read batches ahead, and close the log."""
         self.batches.close()
+        self.valid_batches.close()
         self.log.close()
 
     def _train_epoch(self) -> None:
@@ -201,15 +209,8 @@ class Run:
 
     def _validate_and_save(self) -> None:
         """Measure the validation set, note the value that decides which checkpoint is best, and save."""
-        share = ordered_batches(
-            self.valid_examples,
-            self.config.batching,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            pin_memory=self.world.device.type == "cuda",
-        )
         # Rank 0 decides for all: a difference in the last bit must not stop one rank and not another.
-        results = self.world.broadcast(self.trainer.validate(self.valid_examples, share))
+        results = self.world.broadcast(self.trainer.validate(self.valid_examples, self.valid_batches))
         self.progress.note(self.trainer.update, results[self.metric], better=self.better)
         if self.config.optimization.lr_scheduler == "plateau":
             self.trainer.plateau.note(results[self.metric], self.config.optimization, better=self.better)
