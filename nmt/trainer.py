@@ -25,7 +25,8 @@ from nmt.metrics import Metrics, merge_states
 from nmt.optim import build_optimizer, step
 from nmt.options import OptimizationOptions
 from nmt.schedule import Plateau, build_schedule, num_warmup_updates
-from nmt.task import Batch, Examples, Illustrations, LossOutput, Task
+from nmt.task import Batch, Examples, Illustrations, LossOutput, Task, batch_sums
+from nmt.validation import validate
 from nmt.weights import AveragedWeights, weights
 
 _RESTORE = "Restore the checkpoint, or begin a new run."
@@ -102,7 +103,7 @@ class Trainer:
         if self.averaged is not None:
             self.averaged.update(self.update, is_cancelled=is_cancelled)
         for output, (batch, weight, _) in zip(outputs, micro_batches, strict=True):
-            sums = _sums(output, batch)
+            sums = batch_sums(output, batch)
             # What was cancelled is not counted, or one loss that is not a number would spoil the whole epoch's.
             self.metrics.add({key: torch.where(is_cancelled, 0.0, weight * sums[key]) for key in sums})
         self.cancellations.note(self.update, is_cancelled, outputs, micro_batches)
@@ -128,7 +129,6 @@ class Trainer:
             for tensor, value in zip(self.statistics, before, strict=True):
                 tensor.copy_(value)
 
-    @torch.no_grad()
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
         """Return the task's metrics of a split, the same on every rank.
 
@@ -136,17 +136,10 @@ class Trainer:
             examples: The whole split.
             batches: This rank's share of its batches.
         """
-        self.model.eval()
         for tensor in self.statistics:  # what is measured is what is saved: rank 0's
             self.world.copy_from_main_(tensor)
-        # Isolated: scopes that the caller has open are about training.
-        with self.evaluated_weights(), self.metrics.scope("valid", isolated=True):
-            self.metrics.reset("valid")
-            for batch in batches:
-                output = self.task.compute_loss(self.model, batch.to(self.world.device))
-                self.metrics.add(_sums(output, batch))
-            results = self.task.summarize(self.metrics.sums("valid", self.world))
-            return {**results, **self.task.evaluate(self.model, examples, self.world)}
+        with self.evaluated_weights():
+            return validate(self.task, self.model, examples, batches, world=self.world)
 
     @torch.no_grad()
     def illustrate(self, examples: Examples[Any]) -> Illustrations:
@@ -279,9 +272,3 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Batch) -> LossOutput:
         return self.task.compute_loss(self.model, batch)
-
-
-def _sums(output: LossOutput, batch: Batch) -> dict[str, Tensor | float]:
-    """Return all that is additive about a batch."""
-    counts = {"num_targets": batch.num_targets, "num_examples": batch.num_examples}
-    return {"loss": output.loss.detach(), **output.sums, **counts}

@@ -44,6 +44,7 @@ LAYERS = {
     "nmt.cancellations": 2,
     "nmt.checkpoint": 2,
     "nmt.tensorboard": 2,
+    "nmt.validation": 2,
     "nmt.trainer": 2,
     "nmt.memory": 3,
     "nmt.forecast": 3,
