@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,8 +62,7 @@ class RunLog:
         if self._text is None:
             return
         tqdm.write(line, file=sys.stderr)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self._text.flush()
+        _append(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def report(self, kind: str, record: Mapping[str, Any]) -> None:
         """Write a record as a line for people and as a JSON line."""
@@ -70,8 +70,7 @@ class RunLog:
             return
         self.say(" | ".join([kind, *(f"{name} {_format(name, value)}" for name, value in record.items())]))
         numbers = {name: _json_value(value) for name, value in record.items()}
-        self._records.write(json.dumps({"kind": kind, **numbers}) + "\n")
-        self._records.flush()
+        _append(self._records, json.dumps({"kind": kind, **numbers}) + "\n")
 
     def progress(self, update: int, *, epoch: int, total: int | None) -> None:
         """Move the bar to an update, of `total` if that is known."""
@@ -102,7 +101,24 @@ class RunLog:
             self._bar.close()
         for file in (self._records, self._text):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # what could not be written has been said
+                    file.close()
+
+
+def _append(file: TextIO, line: str) -> None:
+    """Write a line, all of it.
+
+    Raises:
+        UserError: It could not be written.
+    """
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        raise UserError(
+            f"`{file.name}` could not be written: {error.strerror}. Make room, "
+            "and the same command goes on from the last checkpoint."
+        ) from error
 
 
 def _json_value(value: Any) -> Any:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -15,29 +16,41 @@ import torch
 from nmt.checkpoint import CheckpointFolder, load_config, load_weights
 from nmt.config import changed_fixed_options, check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, ordered_batches
+from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
 from nmt.options import TrainConfig
 from nmt.run_log import RunLog
+from nmt.signals import StopRequest
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
 
 Direction = Literal["min", "max"]
 
 
-def train(config: TrainConfig[Any]) -> Path:
+def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Path:
     """Train until a limit of the configuration is reached, going on from the last checkpoint if there is one.
 
     Under torchrun every rank calls this.
 
+    Args:
+        config: Everything that determines the run.
+        stop: A way to end the run early: at the request of any rank all of them finish an update and save.
+
     Returns:
-        The folder of the best checkpoint.
+        The folder of the best checkpoint; of the last one if the run was ended before its first validation.
 
     Raises:
+        LostRankError: Another rank has ended, or does not answer.
         UserError: The configuration, the data or the checkpoint to go on from do not fit.
     """
     check_options(config)
-    with join_world(config.device) as world, closing(Run(config, world)) as run:
+    timeout = timedelta(minutes=config.rank_timeout)
+    with (
+        deterministic_algorithms(config.deterministic),
+        join_world(config.device, timeout=timeout) as world,
+        closing(Run(config, world, stop or StopRequest())) as run,
+    ):
         return run.train()
 
 
@@ -74,10 +87,12 @@ class Progress:
 class Run:
     """The parts of a run; `train` is its story."""
 
-    def __init__(self, config: TrainConfig[Any], world: World) -> None:
+    def __init__(self, config: TrainConfig[Any], world: World, stop: StopRequest) -> None:
         """Open the data and build the model; nothing is written yet."""
         self.config = config
         self.world = world
+        self.stop = stop
+        self.is_stopping = False  # what the ranks have agreed on; `stop` is what this one knows
         self.task: Task[Any] = config.task_options.build(None)
         self.metric = config.checkpoints.best_checkpoint_metric
         if self.metric not in self.task.metrics:
@@ -112,8 +127,10 @@ class Run:
         self.log.open()
         self._check_lengths()
         self._resume_or_start()
-        while not (reason := self._reason_to_stop()):
+        while not (reason := self._reason_to_stop()) and not self.is_stopping:
             self._train_epoch()
+        if reason is None:
+            return self._end_early()
         if self.trainer.update not in self.progress.values:
             self._validate_and_save()
         self.log.say(f"finished: {reason}")
@@ -122,6 +139,7 @@ class Run:
     def close(self) -> None:
         """End the processes that read batches ahead, and close the log."""
         self.batches.close()
+        self.trainer.close()
         self.log.close()
 
     def _train_epoch(self) -> None:
@@ -132,17 +150,20 @@ class Run:
         for micro_batches in self.batches:
             # "train" is what has been seen since the last report, "epoch" since the epoch began.
             with metrics.scope("epoch"), metrics.scope("train"):
-                self.trainer.train_step(micro_batches)
+                self.trainer.train_step(micro_batches, wants_stop=self.stop.reason is not None)
+            self._note_stop()
             self._count_time()
             self._show_progress()
             update = self.trainer.update
             if update % self.config.log_interval == 0:
                 self._report("train")
+            if self.is_stopping and self._reason_to_stop() is None:
+                return  # what else is due now is made up for when the run is taken up
             if _is_due(update, options.validate_interval_updates):
                 self._validate_and_save()
             elif _is_due(update, options.save_interval_updates) and not self._will_validate():
                 self._save()
-            if self._reason_to_stop():
+            if self._reason_to_stop() or self.is_stopping:
                 return  # at the end of an epoch too: it is reported if the run is resumed with a later end
             self.clock = time.monotonic()  # reports, validation and checkpoints are no time of training
         self._report("epoch")
@@ -201,7 +222,28 @@ class Run:
                 state=state,
             )
             self._link_best_and_prune()
-        self.world.barrier()
+        self._agree_to_stop()  # which is a barrier, too
+
+    def _end_early(self) -> Path:
+        """Save where the run stands; return the best checkpoint, or else the last one."""
+        update, path = self.trainer.update, self.checkpoints.path
+        if update and update not in self.world.broadcast(self.checkpoints.updates()):
+            self._save()
+        reasons = self.world.gather(self.stop.reason)
+        named = next((reason for reason in reasons if reason is not None), "a request")
+        done = f"after update {update}, which is saved" if update else "before the first update"
+        self.log.say(f"stopped: {named} {done}; the same command goes on from there")
+        return path / "best" if (path / "best").exists() else path / "last"
+
+    def _note_stop(self) -> None:
+        """Take in what the update has told about the ranks' wishes: all take in the same."""
+        is_single = self.world.size == 1
+        self.is_stopping = self.stop.reason is not None if is_single else self.trainer.num_wanting_stop > 0
+
+    def _agree_to_stop(self) -> None:
+        """Ask all ranks whether one of them wants to stop, and wait for their answers."""
+        wishes = torch.tensor([float(self.stop.reason is not None)], device=self.world.device)
+        self.is_stopping = self.world.sum_(wishes).item() > 0
 
     def _link_best_and_prune(self) -> None:
         """Point `best` at the best checkpoint that is there, and remove those that need not be kept."""
@@ -216,6 +258,8 @@ class Run:
         saved = self.world.broadcast(self.checkpoints.updates())
         if saved:
             self._resume(saved[-1])
+            if self._misses_validation():
+                self._validate_and_save()
         else:
             self.log.cut_records(0)
             size = sum(parameter.numel() for parameter in self.trainer.model.parameters())
@@ -225,6 +269,13 @@ class Run:
             )
         if self.world.is_main:
             write_yaml(self.config, self.config.save_dir / "config.yaml")
+        self._agree_to_stop()
+
+    def _misses_validation(self) -> bool:
+        """Return whether the run was stopped right before a validation within an epoch."""
+        update = self.trainer.update
+        is_due = _is_due(update, self.config.checkpoints.validate_interval_updates)
+        return is_due and update not in self.progress.values
 
     def _resume(self, update: int) -> None:
         folder = self.checkpoints.at(update)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nmt.data.batch_iterator import MicroBatch
-from nmt.distributed import World
+from nmt.distributed import LateNumber, World
 from nmt.errors import UserError
 from nmt.metrics import Metrics, merge_states
 from nmt.optim import build_optimizer, build_schedule
@@ -43,6 +43,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, options)
         self.metrics = Metrics()
         self.update = 0
+        self.num_wanting_stop = 0.0
+        self._late_votes = LateNumber()
         objective = _Objective(task, self.model)
         self.objective: nn.Module = objective
         if world.size > 1:
@@ -53,21 +55,27 @@ class Trainer:
             # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
             # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # from torch 2.13 on
+            warnings.filterwarnings(
+                "ignore", message="`broadcast_buffers` is deprecated"
+            )  # from torch 2.13 on
             self.objective = DistributedDataParallel(
                 objective, broadcast_buffers=has_statistics, find_unused_parameters=True
             )
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, wants_stop: bool = False) -> None:
         """Make one update from this rank's share of it; the open scopes of `metrics` see what it sums.
+
+        Afterwards `num_wanting_stop` is the number of ranks that wanted to stop when it began; on a GPU when the
+        update before began. It is the same on every rank.
 
         Args:
             micro_batches: As many on every rank, each with its weight: 1, or 0 for a filler, which is run
                 so that the ranks stay in step but counts for nothing.
+            wants_stop: Whether this rank wants the run to stop.
         """
         self.model.train()
         self._seed_generators()
-        num_targets = self.world.sum_(self._count_targets(micro_batches))
+        num_targets, num_wanting_stop = self.world.sum_(self._count(micro_batches, wants_stop))
         outputs: list[LossOutput] = []
         for i, (batch, weight) in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
@@ -76,10 +84,15 @@ class Trainer:
                 (output.loss * (weight * self.world.size / num_targets)).backward()
             outputs.append(output)
         is_cancelled = self._apply_gradient()
+        self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
         for output, (batch, weight) in zip(outputs, micro_batches, strict=True):
             sums = _sums(output, batch)
             # What was cancelled is not counted, or one loss that is not a number would spoil the whole epoch's.
             self.metrics.add({key: torch.where(is_cancelled, 0.0, weight * sums[key]) for key in sums})
+
+    def close(self) -> None:
+        """Let go of what keeps the ranks' connections open; no update can follow."""
+        self.objective = self.model
 
     @torch.no_grad()
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
@@ -161,10 +174,13 @@ class Trainer:
         self.metrics.gauge("grad", norm)
         return is_cancelled
 
-    def _count_targets(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        total = sum(weight * batch.num_targets for batch, weight in micro_batches)
-        # A fill, unlike a copy, does not let the host wait for the device.
-        return torch.full((), total, dtype=self.world.sum_dtype, device=self.world.device)
+    def _count(self, micro_batches: Sequence[MicroBatch], wants_stop: bool) -> Tensor:
+        """Return (number of targets, whether to stop), to be summed over ranks at once: (2,)."""
+        counts = torch.empty(2, dtype=self.world.sum_dtype, device=self.world.device)
+        # Fills, unlike copies, do not let the host wait for the device.
+        counts[0].fill_(sum(weight * batch.num_targets for batch, weight in micro_batches))
+        counts[1].fill_(float(wants_stop))
+        return counts
 
     def _without_sync(self) -> Any:
         """Keep DDP from summing gradients before the last micro-batch."""

@@ -1,10 +1,11 @@
-"""Kill a short run at every operation by which it changes the disk, and take it up again. A program for test_survival.
+"""Kill a short run at every operation by which it changes the disk, and take it up: a program for test_survival.
 
     python tests/crash_injection.py FOLDER        prints one JSON object
 
 One process imports everything and builds nothing; each run is a fork of it. First a run is left alone and its
-operations are counted. Then, for each operation, a run is killed right before it, or half-way through a write, in a
-folder of its own; the folder is looked at; and the run is taken up and must end like the one that was left alone.
+operations are counted. Then, for each operation, a run is killed right before it, or half-way through a write, or
+finds the disk full, in a folder of its own; the folder is looked at; and the run is taken up and must end like the
+one that was left alone.
 """
 
 import json
@@ -213,7 +214,9 @@ def bad_checkpoints(whole: Reference, folder: Path, done: list[int]) -> list[str
         problems.append(f"checkpoint {done[-1]} is lost: {there}")
 
     def best(updates: list[int]) -> int | None:
-        return min((update for update in updates if update in whole.losses), key=whole.losses.get, default=None)
+        return min(
+            (update for update in updates if update in whole.losses), key=whole.losses.get, default=None
+        )
 
     # A link may be one checkpoint behind, but always names one that is there.
     for name, behind, newest in (

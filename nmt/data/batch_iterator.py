@@ -28,6 +28,7 @@ from nmt.data.batching import (
 )
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
+from nmt.signals import shielded_from_signals
 
 if TYPE_CHECKING:
     from nmt.task import Examples
@@ -243,7 +244,8 @@ class BatchIterator:
             )
         # Workers live on from iteration to iteration, and so must their loader. It asks for the new plan.
         self._feed.plan = plan
-        return iter(self._loader)
+        with shielded_from_signals():  # the first time it starts the workers
+            return iter(self._loader)
 
     def _plan_loading(self, planned: deque[_Update]) -> Iterator[list[int]]:
         """Yield the indices of batch after batch, and note the updates that they make up in `planned`."""
