@@ -3,6 +3,7 @@
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from nmt.checkpoint import CheckpointFolder, load_weights
 from nmt.config import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
+from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
 from nmt.forecast import duration, forecast
@@ -19,6 +21,7 @@ from nmt.options import TrainConfig
 from nmt.preparation import left_out, refuse_other_run, with_max_tokens
 from nmt.progress import Direction, Progress
 from nmt.run_log import RunLog, read_records
+from nmt.signals import StopRequest
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
 
@@ -32,7 +35,7 @@ class TrainingResult:
     """What has come of a run."""
 
     best: Path
-    """The folder of the best checkpoint: a model, ready to use."""
+    """The folder of the best checkpoint, or the last one if none was validated: a model, ready to use."""
     history: list[dict[str, Any]]
     """What the run has reported, oldest first, also before it was resumed: the records of metrics.jsonl. Each has
     its "kind" ("train" since the last report, "epoch", "valid"), its "update", and what was measured."""
@@ -40,16 +43,26 @@ class TrainingResult:
     """The limit that was reached."""
 
 
-def train(config: TrainConfig[Any]) -> TrainingResult:
+def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> TrainingResult:
     """Train until a limit of the configuration is reached, going on from the last checkpoint if there is one.
 
     Under torchrun every rank calls this, and every rank gets the result.
 
+    Args:
+        config: Everything that determines the run.
+        stop: A way to end the run early: at the request of any rank all of them finish an update and save.
+
     Raises:
+        LostRankError: Another rank has ended, or does not answer.
         UserError: The configuration, the data or the checkpoint to go on from do not fit.
     """
     check_options(config)
-    with join_world(config.device) as world, closing(Run(config, world)) as run:
+    timeout = timedelta(minutes=config.rank_timeout)
+    with (
+        deterministic_algorithms(config.deterministic),
+        join_world(config.device, timeout=timeout) as world,
+        closing(Run(config, world, stop or StopRequest())) as run,
+    ):
         if config.dry_run:
             lines = run.describe()
             if world.is_main:
@@ -61,10 +74,12 @@ def train(config: TrainConfig[Any]) -> TrainingResult:
 class Run:
     """The parts of a run; `train` is its story."""
 
-    def __init__(self, config: TrainConfig[Any], world: World) -> None:
+    def __init__(self, config: TrainConfig[Any], world: World, stop: StopRequest) -> None:
         """Open the data and build the model; nothing is written yet."""
         self.config = config
         self.world = world
+        self.stop = stop
+        self.is_stopping = False  # what the ranks have agreed on; `stop` is what this one knows
         self.task: Task[Any] = config.task_options.build(None)
         self.metric = config.checkpoints.best_checkpoint_metric
         if self.metric not in self.task.metrics:
@@ -118,13 +133,14 @@ class Run:
         """Go from where the run stands to its end."""
         self.log.open()
         self._resume_or_start()
-        while not (reason := self._reason_to_stop()):
+        while not (reason := self._reason_to_stop()) and not self.is_stopping:
             self._train_epoch()
+        if reason is None:
+            return self._end_early()
         if self.trainer.update not in self.progress.values:
             self._validate_and_save()
         self.log.say(f"finished: {reason}")
-        history = read_records(self.config.save_dir)[0] if self.world.is_main else []
-        return TrainingResult(self.checkpoints.path / "best", self.world.broadcast(history), reason)
+        return self._result(reason)
 
     def describe(self) -> list[str]:
         """Return the lines that tell what the run is going to be; changes nothing."""
@@ -144,6 +160,7 @@ class Run:
         """End the processes that read batches ahead, and close the log."""
         self.batches.close()
         self.valid_batches.close()
+        self.trainer.close()
         self.log.close()
 
     def _train_epoch(self) -> None:
@@ -154,7 +171,10 @@ class Run:
         for micro_batches in self.batches:
             # "train" is what has been seen since the last report, "epoch" since the epoch began.
             with metrics.scope("epoch"), metrics.scope("train"):
-                self.trainer.train_step(micro_batches, epoch=self.epoch)
+                self.trainer.train_step(
+                    micro_batches, epoch=self.epoch, wants_stop=self.stop.reason is not None
+                )
+            self._note_stop()
             self._count_time()
             self._show_progress()
             self._tell_time_left()
@@ -165,13 +185,15 @@ class Run:
             update = self.trainer.update
             if update % self.config.log_interval == 0:
                 self._report("train")
+            if self.is_stopping and self._reason_to_stop() is None:
+                return  # what else is due now is made up for when the run is taken up
             if _is_due(update, options.validate_interval_updates):
                 self._validate_and_save()
             elif (
                 _is_due(update, options.save_interval_updates) or _is_due(update, options.keep_every_updates)
             ) and not self._will_validate():
                 self._save()
-            if self._reason_to_stop():
+            if self._reason_to_stop() or self.is_stopping:
                 return  # at the end of an epoch too: it is reported if the run is resumed with a later end
             self.clock = time.monotonic()  # reports, validation and checkpoints are no time of training
         self._report("epoch")
@@ -246,7 +268,35 @@ class Run:
                     },
                 )
                 self._link_best_and_prune()
-        self.world.barrier()
+        self._agree_to_stop()  # which is a barrier, too
+
+    def _end_early(self) -> TrainingResult:
+        """Save where the run stands, after a request to stop."""
+        update = self.trainer.update
+        if update and update not in self.world.broadcast(self.checkpoints.updates()):
+            self._save()
+        reasons = self.world.gather(self.stop.reason)
+        named = next((reason for reason in reasons if reason is not None), "a request")
+        done = f"after update {update}, which is saved" if update else "before the first update"
+        self.log.say(f"stopped: {named} {done}; the same command goes on from there")
+        return self._result(named)
+
+    def _result(self, reason: str) -> TrainingResult:
+        path = self.checkpoints.path
+        history = read_records(self.config.save_dir)[0] if self.world.is_main else []
+        # A run that was ended before its first validation has no best one.
+        best = path / "best" if (path / "best").exists() else path / "last"
+        return TrainingResult(best, self.world.broadcast(history), reason)
+
+    def _note_stop(self) -> None:
+        """Take in what the update has told about the ranks' wishes: all take in the same."""
+        is_single = self.world.size == 1
+        self.is_stopping = self.stop.reason is not None if is_single else self.trainer.num_wanting_stop > 0
+
+    def _agree_to_stop(self) -> None:
+        """Ask all ranks whether one of them wants to stop, and wait for their answers."""
+        wishes = torch.tensor([float(self.stop.reason is not None)], device=self.world.device)
+        self.is_stopping = self.world.sum_(wishes).item() > 0
 
     def _is_kept_for_good(self) -> bool:
         options, update = self.config.checkpoints, self.trainer.update
@@ -269,12 +319,21 @@ class Run:
         saved = self.world.broadcast(self.checkpoints.updates())
         if saved:
             self._resume(saved[-1])
+            if self._misses_validation():
+                self._validate_and_save()
         else:
             self.log.cut_records(0, update=0)
         for line in self.describe():
             self.log.say(line)
         if self.world.is_main:
             write_yaml(self.config, self.config.save_dir / "config.yaml")
+        self._agree_to_stop()
+
+    def _misses_validation(self) -> bool:
+        """Return whether the run was stopped right before a validation within an epoch."""
+        update = self.trainer.update
+        is_due = _is_due(update, self.config.checkpoints.validate_interval_updates)
+        return is_due and update not in self.progress.values
 
     def _resume(self, update: int) -> None:
         folder = self.checkpoints.at(update)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nmt.cancellations import Cancellations
 from nmt.data.batch_iterator import MicroBatch
-from nmt.distributed import World
+from nmt.distributed import LateNumber, World
 from nmt.errors import UserError
 from nmt.metrics import Metrics, merge_states
 from nmt.optim import build_optimizer, step
@@ -63,6 +63,8 @@ class Trainer:
         self.statistics = [value for name, value in weights(self.model).items() if name not in parameters]
         self.metrics = Metrics()
         self.update = 0
+        self.num_wanting_stop = 0.0
+        self._late_votes = LateNumber()
         self.cancellations = Cancellations(world)
         self.local_objective = _Objective(task, self.model)
         self.objective: nn.Module = self.local_objective
@@ -78,18 +80,24 @@ class Trainer:
                 self.local_objective, broadcast_buffers=bool(self.statistics), find_unused_parameters=True
             )
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], *, epoch: int = 1) -> None:
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], *, epoch: int = 1, wants_stop: bool = False
+    ) -> None:
         """Make one update from this rank's share of it; the open scopes of `metrics` see what it sums.
+
+        Afterwards `num_wanting_stop` is the number of ranks that wanted to stop when it began; on a GPU when the
+        update before began. It is the same on every rank.
 
         Args:
             micro_batches: As many on every rank, each with its weight: 1, or 0 for a filler, which is run
                 so that the ranks stay in step but counts for nothing.
             epoch: What the learning rate depends on if it changes from epoch to epoch.
+            wants_stop: Whether this rank wants the run to stop.
         """
         self.model.train()
         self._seed_generators()
         statistics = [tensor.clone() for tensor in self.statistics]
-        num_targets = self.world.sum_(self._count_targets(micro_batches))
+        num_targets, num_wanting_stop = self.world.sum_(self._count(micro_batches, wants_stop))
         outputs: list[LossOutput] = []
         for i, (batch, weight, _) in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
@@ -98,6 +106,7 @@ class Trainer:
                 (output.loss * (weight * self.world.size / num_targets)).backward()
             outputs.append(output)
         is_cancelled = self._apply_gradient(epoch)
+        self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
         for tensor, before in zip(self.statistics, statistics, strict=True):
             tensor.copy_(torch.where(is_cancelled, before, tensor))
         if self.averaged is not None:
@@ -128,6 +137,10 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             for tensor, value in zip(self.statistics, before, strict=True):
                 tensor.copy_(value)
+
+    def close(self) -> None:
+        """Let go of what keeps the ranks' connections open; no update can follow."""
+        self.objective = self.model
 
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
         """Return the task's metrics of a split, the same on every rank.
@@ -242,10 +255,13 @@ class Trainer:
         self.metrics.gauge("grad", norm)
         return is_cancelled
 
-    def _count_targets(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        total = sum(weight * batch.num_targets for batch, weight, _ in micro_batches)
-        # A fill, unlike a copy, does not let the host wait for the device.
-        return torch.full((), total, dtype=self.world.sum_dtype, device=self.world.device)
+    def _count(self, micro_batches: Sequence[MicroBatch], wants_stop: bool) -> Tensor:
+        """Return (number of targets, whether to stop), to be summed over ranks at once: (2,)."""
+        counts = torch.empty(2, dtype=self.world.sum_dtype, device=self.world.device)
+        # Fills, unlike copies, do not let the host wait for the device.
+        counts[0].fill_(sum(weight * batch.num_targets for batch, weight, _ in micro_batches))
+        counts[1].fill_(float(wants_stop))
+        return counts
 
     def _without_sync(self) -> Any:
         """Keep DDP from summing gradients before the last micro-batch."""

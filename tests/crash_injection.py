@@ -1,10 +1,11 @@
-"""Kill a short run at every operation by which it changes the disk, and take it up again. A program for test_survival.
+"""Kill a short run at every operation by which it changes the disk, and take it up: a program for test_survival.
 
     python tests/crash_injection.py FOLDER        prints one JSON object
 
 One process imports everything and builds nothing; each run is a fork of it. First a run is left alone and its
-operations are counted. Then, for each operation, a run is killed right before it, or half-way through a write, in a
-folder of its own; the folder is looked at; and the run is taken up and must end like the one that was left alone.
+operations are counted. Then, for each operation, a run is killed right before it, or half-way through a write, or
+finds the disk full, in a folder of its own; the folder is looked at; and the run is taken up and must end like the
+one that was left alone.
 """
 
 import json

@@ -30,9 +30,12 @@ LAYERS = {
     "nmt.config": 0,
     "nmt.config_file": 0,
     "nmt.config_values": 0,
+    "nmt.determinism": 0,
     "nmt.distributed": 0,
     "nmt.metrics": 0,
     "nmt.new_folder": 0,
+    "nmt.signals": 0,
+    "nmt.signs_of_life": 0,
     "nmt.task": 0,
     "nmt.models.architectures": 0,  # the presets of nmt.models.options
     "nmt.data": 1,
