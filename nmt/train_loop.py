@@ -1,6 +1,5 @@
 """The story of a run: epochs, updates, reports, validation, checkpoints, and when to stop."""
 
-import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -15,19 +14,18 @@ from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
-from nmt.forecast import duration, forecast
+from nmt.forecast import forecast
 from nmt.memory import find_split
 from nmt.options import TrainConfig
 from nmt.preparation import left_out, refuse_other_run, with_max_tokens
 from nmt.progress import Direction, Progress
+from nmt.reports import Clock, Reports
 from nmt.run_log import RunLog, read_records
 from nmt.signals import StopRequest
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
 
 _LOWEST_LR_SCALE = 2.0**-5  # of five times back the last one has failed
-_FIRST_UPDATES = 10  # until the speed is steady, and then as many to measure it by
-_NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 
 
 @dataclass(frozen=True)
@@ -120,14 +118,13 @@ class Run:
             updates_per_epoch=self.batches.updates_per_epoch,
         )
         self.log = RunLog(config.save_dir, is_writer=world.is_main, tensorboard=config.tensorboard)
+        self.reports = Reports(self.log, self.trainer, self.batches, config.optimization)
         self.progress = Progress()
         # Epoch of the last update. That of `batches` moves on when its iteration ends; one that is taken up after
         # an epoch's last update yields nothing more, and then moves on.
         self.epoch = self.batches.epoch
-        self.clock = time.monotonic()
-        self.start = time.monotonic()
+        self.clock = Clock()
         self.is_out_of_time = False
-        self.num_updates_here = 0  # made by this process
 
     def train(self) -> TrainingResult:
         """Go from where the run stands to its end."""
@@ -167,7 +164,7 @@ class Run:
         """Make the updates that are left of this epoch, or fewer if the run ends within it."""
         options, metrics = self.config.checkpoints, self.trainer.metrics
         self.epoch = self.batches.epoch
-        self.clock = time.monotonic()
+        self.clock.start_training()
         for micro_batches in self.batches:
             # "train" is what has been seen since the last report, "epoch" since the epoch began.
             with metrics.scope("epoch"), metrics.scope("train"):
@@ -175,10 +172,8 @@ class Run:
                     micro_batches, epoch=self.epoch, wants_stop=self.stop.reason is not None
                 )
             self._note_stop()
-            self._count_time()
-            self._show_progress()
-            self._tell_time_left()
-            self._report_cancelled()
+            self.clock.count_training()
+            self.reports.update(epoch=self.epoch, clock=self.clock)
             if self.trainer.cancellations.known_in_a_row() >= self.config.optimization.max_bad_updates:
                 self._go_back()
                 return
@@ -195,7 +190,7 @@ class Run:
                 self._save()
             if self._reason_to_stop() or self.is_stopping:
                 return  # at the end of an epoch too: it is reported if the run is resumed with a later end
-            self.clock = time.monotonic()  # reports, validation and checkpoints are no time of training
+            self.clock.start_training()
         self._report("epoch")
         if _is_due(self.epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
             self._validate_and_save()
@@ -238,7 +233,7 @@ class Run:
             self.trainer.plateau.note(results[self.metric], self.config.optimization, better=self.better)
         best = self.progress.values[self.progress.ranking(self.better)[0]]
         position = {"update": self.trainer.update, "epoch": self.epoch}
-        best_so_far = {f"best {self.metric}": best, "hours": self._hours()}
+        best_so_far = {f"best {self.metric}": best, "hours": self.clock.hours}
         self.log.report("valid", {**position, **results, **best_so_far})
         if self.config.tensorboard:
             self.log.illustrate(self.trainer.update, self.trainer.illustrate(self.valid_examples))
@@ -251,7 +246,7 @@ class Run:
             self.progress.kept.append(self.trainer.update)
         with self.trainer.evaluated_weights():
             optimizer, trainer_state = self.trainer.state_dict()
-            self._report_cancelled()  # what has just been learned belongs to the updates before this checkpoint
+            self.reports.cancelled()  # what has just been learned belongs to the updates before this checkpoint
             if self.world.is_main:
                 self.checkpoints.save(
                     self.trainer.update,
@@ -263,7 +258,8 @@ class Run:
                         "trainer": trainer_state,
                         "batches": self.batches.state_dict(),
                         "split_above": self.batches.split_above,
-                        "progress": asdict(replace(self.progress, seconds=self._seconds())),
+                        "progress": asdict(self.progress),
+                        "clock": asdict(replace(self.clock, seconds_before=self.clock.seconds)),
                         "records_size": self.log.records_size(),
                     },
                 )
@@ -354,6 +350,7 @@ class Run:
         self.batches.load_state_dict(state["batches"])
         self.batches.split_above = state["split_above"]
         self.progress = Progress.from_json(state["progress"])
+        self.clock = Clock(**state["clock"])
         self.epoch = self.batches.epoch
         self.log.cut_records(state["records_size"], update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
@@ -374,89 +371,25 @@ class Run:
             raise UserError(f"{fault}, before the first checkpoint. {remedy}")
         if lr_scale < _LOWEST_LR_SCALE:
             raise UserError(f"{fault}, with {self.trainer.lr_scale:g} of the learning rate too. {remedy}")
-        seconds = self._seconds()
+        seconds = self.clock.seconds
         self._load(saved[-1])
-        self.progress.seconds, self.start = seconds, time.monotonic()
+        self.clock.seconds_before = seconds  # what was in vain was spent all the same
         self.trainer.lr_scale = lr_scale
         self.log.report(
             "back",
             {"update": self.trainer.update, "epoch": self.epoch, "lr scale": lr_scale, "bad updates": limit},
         )
 
-    def _report_cancelled(self) -> None:
-        """Log the updates that are newly known to have been cancelled."""
-        for cancelled in self.trainer.cancellations.take():
-            shown = " ".join(map(str, cancelled.examples[:_NUM_SHOWN]))
-            more = f" and {left:,} more" if (left := len(cancelled.examples) - _NUM_SHOWN) > 0 else ""
-            self.log.say(
-                f"update {cancelled.update} cancelled: the gradient is not finite; training examples {shown}{more}"
-            )
-
     def _report(self, scope: str) -> None:
-        """Log what a scope has seen, then empty it."""
-        metrics = self.trainer.metrics
-        sums = metrics.sums(scope, self.world)
-        record: dict[str, Any] = {"update": self.trainer.update, "epoch": self.epoch}
-        if sums["num_targets"]:  # none where every update was cancelled
-            record.update(self.task.summarize(sums))
-        if scope == "train":
-            self._count_time()  # reading the sums has waited for the device
-            record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)
-            record.update(metrics.gauges(scope))
-            self.progress.interval_seconds = 0.0
-        record["hours"] = self._hours()
-        if sums["num_cancelled"]:
-            record["cancelled updates"] = round(sums["num_cancelled"])
-        self.log.report(scope, record)
-        metrics.reset(scope)
+        """Log what a scope has seen, and empty it."""
+        self.reports.scope(scope, epoch=self.epoch, clock=self.clock)
         self._check_time()
-
-    def _seconds(self) -> float:
-        """Return the time spent on the run, on this rank's clock."""
-        return self.progress.seconds + time.monotonic() - self.start
-
-    def _hours(self) -> float:
-        """Return the time spent on the run, to some milliseconds."""
-        return round(self._seconds() / 3600, 6)
 
     def _check_time(self) -> None:
         """Find out whether the time is up; rank 0's clock counts for all."""
         hours = self.config.optimization.stop_time_hours
         if hours is not None:
-            self.is_out_of_time = self.world.broadcast(self._seconds()) >= hours * 3600
-
-    def _count_time(self) -> None:
-        """Count what has passed since the clock was last read as time of training."""
-        now = time.monotonic()
-        self.progress.interval_seconds += now - self.clock
-        self.clock = now
-
-    def _show_progress(self) -> None:
-        """Move the progress bar, towards an estimate of the update at which the run will end."""
-        self.log.progress(self.trainer.update, epoch=self.epoch, total=self._last_update())
-
-    def _last_update(self) -> int | None:
-        """Estimate the update at which the run will end."""
-        options = self.config.optimization
-        ends = [] if options.max_update is None else [options.max_update]
-        if options.max_epoch is not None:
-            share = self.batches.examples_consumed / self.batches.num_examples
-            epochs_done = self.batches.epoch - 1 + share
-            ends.append(round(self.trainer.update * options.max_epoch / max(epochs_done, 1e-9)))
-        return min(ends, default=None)
-
-    def _tell_time_left(self) -> None:
-        """Say once, after some updates of this process, how long the rest will take."""
-        self.num_updates_here += 1
-        if self.num_updates_here == _FIRST_UPDATES:
-            self.first_clock = self.clock
-        last_update = self._last_update()
-        if self.num_updates_here == 2 * _FIRST_UPDATES and last_update is not None:
-            seconds = (self.clock - self.first_clock) / _FIRST_UPDATES
-            left = duration(seconds * max(last_update - self.trainer.update, 0))
-            self.log.say(
-                f"time: {seconds:.2g} s an update; {left} to update {last_update:,}, validation apart"
-            )
+            self.is_out_of_time = self.world.broadcast(self.clock.seconds) >= hours * 3600
 
 
 def _is_due(count: int, interval: int | None) -> bool:

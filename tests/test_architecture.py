@@ -53,6 +53,7 @@ LAYERS = {
     "nmt.forecast": 3,
     "nmt.preparation": 3,
     "nmt.progress": 3,
+    "nmt.reports": 3,
     "nmt.run_log": 3,
     "nmt.plot": 3,
     "nmt.train_loop": 3,

@@ -130,8 +130,8 @@ def test_time_counts_on_from_where_the_run_was_stopped(tmp_path: Path) -> None:
     train(config(folder, optimization={"max_update": 5}))
     state_path = CheckpointFolder(folder / "checkpoints").at(5) / "state.json"
     state = json.loads(state_path.read_text())
-    assert 0 < state["progress"]["seconds"] < 60
-    state["progress"]["seconds"] = 7200.0
+    assert 0 < state["clock"]["seconds_before"] < 60
+    state["clock"]["seconds_before"] = 7200.0
     state_path.write_text(json.dumps(state))
     train(config(folder, optimization={"stop_time_hours": 2.0}))
     assert updates(folder)[-1] == 10  # the first report finds out
