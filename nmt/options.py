@@ -36,6 +36,8 @@ class OptimizationOptions:
     """Stop after this many epochs."""
     max_update: int | None = None
     """Stop after this many updates."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What updates compute in; weights stay in float32. auto: bf16 on a GPU that has it, else fp32."""
     patience: int | None = None
     """Stop after this many validations in a row without a better `best-checkpoint-metric`."""
 

@@ -22,6 +22,7 @@ from nmt.errors import UserError
 from nmt.metrics import Metrics, merge_states
 from nmt.optim import build_optimizer, build_schedule
 from nmt.options import OptimizationOptions
+from nmt.precision import Precision
 from nmt.task import Batch, Examples, LossOutput, Task
 
 _RESTORE = "Restore the checkpoint, or begin a new run."
@@ -43,7 +44,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, options)
         self.metrics = Metrics()
         self.update = 0
-        objective = _Objective(task, self.model)
+        self.precision = Precision(options.precision, world.device)
+        objective = self.precision.wrap(_Objective(task, self.model), self.model)
         self.objective: nn.Module = objective
         if world.size > 1:
             # What is saved besides parameters are buffers that change in training (batch norm's statistics): all
@@ -72,7 +74,8 @@ class Trainer:
             is_last = i == len(micro_batches) - 1
             with nullcontext() if is_last else self._without_sync():
                 output = self.objective(batch.to(self.world.device))
-                (output.loss * (weight * self.world.size / num_targets)).backward()
+                scale = self.precision.scale(weight * self.world.size / num_targets)
+                (output.loss * scale).backward()
             outputs.append(output)
         is_cancelled = self._apply_gradient()
         for output, (batch, weight) in zip(outputs, micro_batches, strict=True):
@@ -110,7 +113,8 @@ class Trainer:
             for name, parameter in self._optimized_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
-        return tensors, {"update": self.update, "metrics": self.world.gather(self.metrics.state_dict())}
+        values = {"update": self.update, "metrics": self.world.gather(self.metrics.state_dict())}
+        return tensors, {**values, "precision": self.precision.state_dict()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; the model's weights are loaded apart."""
@@ -128,6 +132,7 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         self.update = values["update"]
+        self.precision.load_state_dict(values.get("precision", {}))  # none in checkpoints of version 0.1.0
         states = values["metrics"]
         if len(states) == self.world.size:
             self.metrics.load_state_dict(states[self.world.rank])
@@ -142,10 +147,12 @@ class Trainer:
         """
         parameters = [parameter for _, parameter in self._optimized_parameters()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.precision.unscale_(gradients)
         norm = nn.utils.get_total_norm(gradients)
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         is_cancelled = ~torch.isfinite(norm)
+        self.precision.adapt_(is_cancelled)
         self.update += 1
         lr = self.base_lr * self.schedule(self.update)
         for group in self.optimizer.param_groups:

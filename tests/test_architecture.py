@@ -38,6 +38,7 @@ LAYERS = {
     "nmt.data": 1,
     "nmt.models": 1,
     "nmt.optim": 1,
+    "nmt.precision": 1,
     "nmt.generation": 2,
     "nmt.checkpoint": 2,
     "nmt.trainer": 2,
