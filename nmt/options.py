@@ -74,6 +74,8 @@ class OptimizationOptions:
     """Stop after so many hours of training, validation and checkpoints, those before a resume included."""
     stop_min_lr: float | None = None
     """Stop when the learning rate has fallen to this."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What updates compute in; weights stay in float32. auto: bf16 on a GPU that has it, else fp32."""
     patience: int | None = None
     """Stop after this many validations in a row without a better `best-checkpoint-metric`."""
 

@@ -24,6 +24,7 @@ from nmt.errors import UserError
 from nmt.metrics import Metrics, merge_states
 from nmt.optim import build_optimizer, step
 from nmt.options import OptimizationOptions
+from nmt.precision import Precision
 from nmt.schedule import Plateau, build_schedule, num_warmup_updates
 from nmt.task import Batch, Examples, Illustrations, LossOutput, Task, batch_sums
 from nmt.validation import validate
@@ -66,7 +67,8 @@ class Trainer:
         self.num_wanting_stop = 0.0
         self._late_votes = LateNumber()
         self.cancellations = Cancellations(world)
-        self.local_objective = _Objective(task, self.model)
+        self.precision = Precision(options.precision, world.device)
+        self.local_objective = self.precision.wrap(_Objective(task, self.model), self.model)
         self.objective: nn.Module = self.local_objective
         if world.size > 1:
             # All ranks follow rank 0's batch norm.
@@ -103,7 +105,8 @@ class Trainer:
             is_last = i == len(micro_batches) - 1
             with nullcontext() if is_last else self._without_sync():
                 output = self.objective(batch.to(self.world.device))
-                (output.loss * (weight * self.world.size / num_targets)).backward()
+                scale = self.precision.scale(weight * self.world.size / num_targets)
+                (output.loss * scale).backward()
             outputs.append(output)
         is_cancelled = self._apply_gradient(epoch)
         self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
@@ -188,6 +191,7 @@ class Trainer:
             "update": self.update,
             "num_optimizer_tensors": num_tensors,
             "plateau": asdict(self.plateau),
+            "precision": self.precision.state_dict(),
             "lr": self.lr,
             "lr_scale": self.lr_scale,
             "num_cancelled_in_a_row": self.cancellations.num_in_a_row(),
@@ -224,6 +228,7 @@ class Trainer:
         self.update, self.lr, self.lr_scale = values["update"], values["lr"], values["lr_scale"]
         self.plateau = Plateau(**values["plateau"])
         self.cancellations = Cancellations(self.world, num_in_a_row=values["num_cancelled_in_a_row"])
+        self.precision.load_state_dict(values["precision"])
         states = values["metrics"]
         if len(states) == self.world.size:
             self.metrics.load_state_dict(states[self.world.rank])
@@ -238,10 +243,12 @@ class Trainer:
         """
         parameters = [parameter for _, parameter in self._optimized_parameters()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.precision.unscale_(gradients)
         norm = nn.utils.get_total_norm(gradients)
         if self.options.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.options.clip_norm, norm)
         is_cancelled = ~torch.isfinite(norm)
+        self.precision.adapt_(is_cancelled)
         self.update += 1
         factor = self.schedule(self.update, epoch) * self.plateau.factor * self.lr_scale
         self.lr = self.options.lr * factor

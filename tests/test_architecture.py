@@ -43,6 +43,7 @@ LAYERS = {
     "nmt.optim": 1,
     "nmt.schedule": 1,
     "nmt.weights": 1,
+    "nmt.precision": 1,
     "nmt.generation": 2,
     "nmt.cancellations": 2,
     "nmt.checkpoint": 2,
