@@ -37,7 +37,7 @@ class SingleTask(PairTask):
 class GradientTrainer(Trainer):
     """Keeps the gradient of the update, as the optimizer gets it."""
 
-    def _apply_gradient(self) -> Tensor:
+    def _apply_gradient(self, epoch: int) -> Tensor:
         parameters = dict(self.model.named_parameters())
         self.precision.unscale_([p.grad for p in parameters.values()])
         self.gradient = {name: p.grad.clone() for name, p in parameters.items()}
@@ -49,7 +49,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     task = SingleTask()
     options = OptimizationOptions(precision=precision)
-    trainer = GradientTrainer(task, task.build_model(), options, world=world, seed=1)
+    trainer = GradientTrainer(task, task.build_model(), options, world=world, seed=1, updates_per_epoch=1)
     trainer.train_step([MicroBatch(collate(indices), weight) for indices, weight in micro_batches])
     return trainer.gradient
 
@@ -126,7 +126,7 @@ def test_a_task_with_batch_norm_learns_and_its_statistics_and_loss_are_in_float3
     model[0].register_forward_hook(lambda _, args, output: seen.extend([args[0].dtype, output.dtype]))
     model[1].register_forward_hook(lambda module, *_: seen.append(module.weight.dtype))
     options = OptimizationOptions(precision=precision, warmup_updates=0, lr=0.05)
-    trainer = Trainer(task, model, options, world=CPU, seed=1)
+    trainer = Trainer(task, model, options, world=CPU, seed=1, updates_per_epoch=1)
     losses = []
     for _ in range(60):
         with trainer.metrics.scope("train"):
@@ -148,7 +148,7 @@ def fp16_trainer(scale: float | None = None) -> Trainer:
     task = PointTask()
     torch.manual_seed(1)
     options = OptimizationOptions(precision="fp16", warmup_updates=0, lr=0.01)
-    trainer = Trainer(task, task.build_model(), options, world=CPU, seed=1)
+    trainer = Trainer(task, task.build_model(), options, world=CPU, seed=1, updates_per_epoch=1)
     if scale is not None:
         trainer.precision.load_state_dict({"scale": scale, "num_good": 0})
     return trainer
@@ -223,7 +223,7 @@ def test_a_gpu_updates_in_low_precision(precision: str) -> None:
     world = single(torch.device("cuda"))
     task = SingleTask()
     options = OptimizationOptions(precision=precision, warmup_updates=0)
-    trainer = Trainer(task, task.build_model(), options, world=world, seed=1)
+    trainer = Trainer(task, task.build_model(), options, world=world, seed=1, updates_per_epoch=1)
     with trainer.metrics.scope("train"):
         for _ in range(3):
             trainer.train_step([MicroBatch(collate(ALL), 1.0)])
