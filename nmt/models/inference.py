@@ -59,7 +59,7 @@ class InferenceTransformer:
         self.embedding = model.decoder.embedding
         self.layers = [_Layer(cast(DecoderLayer, layer), self.dtype) for layer in model.decoder.layers]
         self.final_norm = _norm(model.decoder.final_norm, self.dtype)
-        self.project = _linear(model.output_weight, None, self.dtype)  # (..., D) -> (..., V)
+        self.project = linear_map(model.output_weight, None, self.dtype)  # (..., D) -> (..., V)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the weights of the model."""
@@ -175,19 +175,21 @@ class _Layer:
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.num_heads = layer.cross_attention.num_heads
-        self.qkv = _linear(layer.self_attention.qkv_proj.weight, layer.self_attention.qkv_proj.bias, dtype)
-        self.past_out = _linear(
+        self.qkv = linear_map(layer.self_attention.qkv_proj.weight, layer.self_attention.qkv_proj.bias, dtype)
+        self.past_out = linear_map(
             layer.self_attention.out_proj.weight, layer.self_attention.out_proj.bias, dtype
         )
-        self.keys_and_values = _linear(
+        self.keys_and_values = linear_map(
             layer.cross_attention.kv_proj.weight, layer.cross_attention.kv_proj.bias, dtype
         )
-        self.query = _linear(layer.cross_attention.q_proj.weight, layer.cross_attention.q_proj.bias, dtype)
-        self.source_out = _linear(
+        self.query = linear_map(layer.cross_attention.q_proj.weight, layer.cross_attention.q_proj.bias, dtype)
+        self.source_out = linear_map(
             layer.cross_attention.out_proj.weight, layer.cross_attention.out_proj.bias, dtype
         )
-        self.expand = _linear(layer.feed_forward.expand.weight, layer.feed_forward.expand.bias, dtype)
-        self.contract = _linear(layer.feed_forward.contract.weight, layer.feed_forward.contract.bias, dtype)
+        self.expand = linear_map(layer.feed_forward.expand.weight, layer.feed_forward.expand.bias, dtype)
+        self.contract = linear_map(
+            layer.feed_forward.contract.weight, layer.feed_forward.contract.bias, dtype
+        )
         self.activation = layer.feed_forward.activation
         self.around_past = _residual(layer.around_self_attention, dtype)
         self.around_source = _residual(layer.around_cross_attention, dtype)
@@ -246,7 +248,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
     return heads.transpose(1, 2).to(query.dtype).flatten(2).flatten(0, 1)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Map:
+def linear_map(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Map:
     """Return the map x -> x W^T + b for weights (out, in).
 
     On a CPU oneDNN's packed products are used, where this build of PyTorch has them: PyTorch's own in float32 are
@@ -270,7 +272,7 @@ class _Product(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.product = _linear(linear.weight, linear.bias, dtype)
+        self.product = linear_map(linear.weight, linear.bias, dtype)
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
