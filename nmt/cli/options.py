@@ -1,4 +1,4 @@
-"""The options of nmt-generate, nmt-average and nmt-convert. Imports no torch."""
+"""The options of nmt-generate, nmt-score, nmt-average and nmt-convert. Imports no torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +21,25 @@ class GenerateOptions:
     output: Path | None = None
     """Where to write the translations, `nbest` lines for a line; standard output if none is named."""
     reference: Path | None = None
-    """Reference translations, as many lines as the input: BLEU and chrF of the best ones are printed."""
-    format: Literal["text", "fairseq"] = "text"
-    """text: translations alone; fairseq: its S-, T-, H-, D- and P- lines, scores to the base 2."""
+    """Reference translations, as many lines as the input: BLEU, chrF and TER of the best ones are printed."""
+    baseline: Path | None = None
+    """Translations of the same input by another system, a line each: is the difference to them chance?"""
+    format: Literal["text", "jsonl", "fairseq"] = "text"
+    """text: translations alone; jsonl: a JSON object a line, with scores and flags that tell which lines to read;
+    fairseq: its S-, T-, H-, D- and P- lines, scores to the base 2."""
     input_is_pieces: bool = False
     """The input and the reference are split into pieces already, joined by blanks."""
+    too_long: Literal["split", "truncate", "error"] = "split"
+    """What becomes of a line of more pieces than the model takes: it is split at punctuation and its parts are
+    translated apart; or its end is cut off (always so with score-reference); or it is an error."""
     prefix_size: int = 0
     """Translations begin with this many tokens of the reference."""
     score_reference: bool = False
-    """Score the reference instead of translating (with `format` fairseq)."""
+    """Score the reference instead of translating (with `format` fairseq or jsonl)."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
-    buffer_size: int = 10_000
-    """Lines that are read, sorted by length and translated before they are written, in their own order."""
+    buffer_size: int | None = None
+    """Lines that are read, sorted by length and translated before they are written, in their own order; 10,000, or
+    1 where lines are typed: with 1 a line is answered before the next one is read."""
     max_tokens: int = 2048
     """Largest batch: its sentences times the pieces of the longest one. It changes the speed alone."""
     batch_size: int | None = None
@@ -60,9 +67,13 @@ class GenerateOptions:
             if getattr(self, name) and self.reference is None:
                 flag = name.replace("_", "-")
                 raise UserError(f"`{flag}` must have a reference, but there is none. Give --reference FILE.")
-        if self.score_reference and self.format != "fairseq":
-            raise UserError("`score-reference` must come with `format` fairseq, which shows scores.")
-        for name, path in (("input", self.input), ("reference", self.reference)):
+        if self.score_reference and self.format == "text":
+            raise UserError("`score-reference` must come with `format` fairseq or jsonl, which show scores.")
+        if self.baseline is not None and (self.reference is None or self.score_reference):
+            raise UserError(
+                "`baseline` must come with a reference to score both against, and without `score-reference`."
+            )
+        for name, path in (("input", self.input), ("reference", self.reference), ("baseline", self.baseline)):
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():
                 raise UserError(f"`output` must be another file than `{name}`, but both are {path}.")
 

@@ -2,8 +2,24 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 from nmt.errors import UserError
+
+
+class DecodingKeywords(TypedDict, total=False):
+    """The fields of `DecodingOptions`, for the types of functions that take them by name."""
+
+    beam: int
+    nbest: int
+    lenpen: float
+    unnormalized: bool
+    min_len: int
+    max_len_a: float
+    max_len_b: int
+    unkpen: float
+    temperature: float
+    no_repeat_ngram_size: int
 
 
 @dataclass(frozen=True)
