@@ -52,8 +52,7 @@ class GenerateOptions:
     @property
     def models(self) -> list[Path]:
         """The model folders that `model` names."""
-        whole = Path(self.model)
-        return [whole] if whole.exists() else [Path(part) for part in self.model.split(":")]
+        return _folders(self.model)
 
     def check(self) -> None:
         """Raise `UserError` for sizes below 1, and for an output that would overwrite what is being read."""
@@ -74,6 +73,60 @@ class GenerateOptions:
                 "`baseline` must come with a reference to score both against, and without `score-reference`."
             )
         for name, path in (("input", self.input), ("reference", self.reference), ("baseline", self.baseline)):
+            if path is not None and self.output is not None and path.resolve() == self.output.resolve():
+                raise UserError(f"`output` must be another file than `{name}`, but both are {path}.")
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Which translations to score, against what."""
+
+    hypothesis: Path
+    """The translations, a line each (.gz too)."""
+    reference: Path | None = None
+    """Reference translations, as many lines: BLEU, chrF and TER are printed."""
+    baseline: Path | None = None
+    """Translations by another system, as many lines: is the difference to them chance?"""
+    target_lang: str | None = None
+    """The language of the translations: zh, ja and ko have their own words for BLEU."""
+    model: str | None = None
+    """Instead of a reference: a model folder, or several, A:B. Each line's log-probability and number of tokens
+    (end of sentence included) are printed, and the perplexity."""
+    input: Path | None = None
+    """The source text, for the model."""
+    output: Path | None = None
+    """Where to write the log-probabilities; standard output if none is named."""
+    input_is_pieces: bool = False
+    """The source and the translations are split into pieces already, joined by blanks."""
+    max_tokens: int = 2048
+    """Largest batch: its sentences times the pieces of the longest one. It changes the speed alone."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    num_threads: int | None = None
+    """Threads for the CPU; all cores if it is left out."""
+
+    @property
+    def models(self) -> list[Path]:
+        """The model folders that `model` names."""
+        return _folders(self.model or "")
+
+    def check(self) -> None:
+        """Raise `UserError` unless there is a reference or a model to score by, and what goes with it."""
+        if (self.reference is None) == (self.model is None):
+            fault = "neither is given" if self.model is None else "both are given"
+            raise UserError(f"`reference` or `model` must be given, one of them, but {fault}.")
+        for name, other in (("baseline", "reference"), ("target_lang", "reference"), ("output", "model")):
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise UserError(f"`{name.replace('_', '-')}` must come with `{other}`, but there is none.")
+        if (self.model is None) != (self.input is None):
+            needed, given = ("input", "model") if self.input is None else ("model", "input")
+            raise UserError(f"`{needed}` must come with `{given}`, but there is none.")
+        for name in ("max_tokens", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"`{name.replace('_', '-')}` must be at least 1, but is {value}.")
+        for name in ("hypothesis", "input"):
+            path = getattr(self, name)
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():
                 raise UserError(f"`output` must be another file than `{name}`, but both are {path}.")
 
@@ -123,3 +176,9 @@ class ConvertOptions:
     """The source language, where neither the checkpoint nor names of data in `dict-dir` tell it."""
     target_lang: str | None = None
     """The target language, likewise."""
+
+
+def _folders(models: str) -> list[Path]:
+    """Return one folder, or several of A:B."""
+    whole = Path(models)
+    return [whole] if whole.exists() else [Path(part) for part in models.split(":")]
