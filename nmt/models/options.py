@@ -57,7 +57,7 @@ class TransformerOptions:
     """Dropout after the activation of the feed-forward blocks."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the layers in training and compute the rest anew in the backward pass: less memory,
-    a third more time."""
+    but up to a third more to compute."""
     max_source_positions: int = field(default=1024, metadata=FIXED)
     """Longest source in tokens, end of sentence included."""
     max_target_positions: int = field(default=1024, metadata=FIXED)
