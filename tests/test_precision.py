@@ -1,17 +1,19 @@
 """Updates in low precision: float32 parameters and sums, the loss scale of float16, any task."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
-from test_trainer import ALL, UNEVEN, PairTask, collate
+from test_trainer import ALL, SIZES, UNEVEN, PairTask, collate
 from torch import Tensor, nn
 from toy_task import PointExamples, Points, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, single
+from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions
 from nmt.precision import Precision
 from nmt.task import LossOutput
@@ -229,3 +231,46 @@ def test_a_gpu_updates_in_low_precision(precision: str) -> None:
             trainer.train_step([MicroBatch(collate(ALL), 1.0)])
     sums = trainer.metrics.sums("train", world)
     assert 0 < sums["loss"] / sums["num_targets"] < 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", *LOW])
+def test_activation_checkpointing_changes_no_bit_of_the_gradient(precision: str) -> None:
+    """Dropout is on: the masks of the second computation are those of the first."""
+    found = []
+    for activation_checkpointing in (False, True):
+
+        class DroppingTask(PairTask):
+            def build_model(self) -> nn.Module:
+                torch.manual_seed(3)
+                sizes = replace(
+                    SIZES,
+                    dropout=0.3,
+                    attention_dropout=0.2,
+                    activation_checkpointing=activation_checkpointing,  # noqa: B023
+                )
+                return Transformer(sizes, source_vocabulary_size=15, target_vocabulary_size=15, pad_id=1)
+
+        task = DroppingTask()
+        options = OptimizationOptions(precision=precision)
+        trainer = GradientTrainer(task, task.build_model(), options, world=CPU, seed=1)
+        trainer.train_step([MicroBatch(collate(ALL), 1.0)])
+        found.append(trainer.gradient)
+    assert [name for name in found[0] if not torch.equal(found[0][name], found[1][name])] == []
+
+
+def test_activation_checkpointing_keeps_the_inputs_of_layers_alone() -> None:
+    kept = []
+    for activation_checkpointing in (False, True):
+        sizes = replace(SIZES, activation_checkpointing=activation_checkpointing)
+        model = Transformer(sizes, source_vocabulary_size=15, target_vocabulary_size=15, pad_id=1)
+        num_elements = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal num_elements
+            num_elements += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            PairTask().compute_loss(model, collate(ALL))
+        kept.append(num_elements)
+    assert kept[1] < 0.6 * kept[0]

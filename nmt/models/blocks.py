@@ -5,10 +5,13 @@ Shapes: R rows, T length, D model, F feed-forward, V vocabulary.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from nmt.models.fused import Dropout, Linear, embed
 from nmt.models.options import TransformerOptions
@@ -47,6 +50,20 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(R, T, D) -> (R, T, D)."""
         return self.contract(self.dropout(self.activation(self.expand(x))))
+
+
+def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Call a layer of which only the inputs are kept; the backward pass computes the rest once more.
+
+    Dropout draws the same masks then. The weights must be the same too: those that stand in the layer now, which
+    may be copies in low precision that are gone by the time of the backward pass.
+    """
+    weights: dict[str, Tensor] = {name: parameter for name, parameter in layer.named_parameters()}  # noqa: C416
+
+    def call(*args: Any) -> Tensor:
+        return functional_call(layer, weights, args, kwargs)
+
+    return checkpoint(call, *args, use_reentrant=False)
 
 
 class Embedding(nn.Module):

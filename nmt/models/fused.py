@@ -43,10 +43,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with the products of oneDNN where they are faster."""
+    """`nn.Linear`, in training with the products of oneDNN where they are faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _is_for_onednn(x, self.weight):
+        if not (torch.is_grad_enabled() and _is_for_onednn(x, self.weight)):
             return F.linear(x, self.weight, self.bias)
         return cast(Callable[..., Tensor], _Linear.apply)(x, self.weight, self.bias)
 
@@ -109,7 +109,7 @@ def random_mask(x: Tensor, p: float) -> Tensor:
 
 def embed(token_ids: Tensor, weight: Tensor, *, pad_id: int) -> Tensor:
     """Look up rows of (V, D); on a CPU the gradient of a row is summed in float32, whatever the type."""
-    if token_ids.device.type != "cpu":
+    if not torch.is_grad_enabled() or token_ids.device.type != "cpu":
         return F.embedding(token_ids, weight, pad_id)
     return cast(Callable[..., Tensor], _Embed.apply)(token_ids, weight, pad_id)
 

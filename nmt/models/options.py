@@ -55,6 +55,9 @@ class TransformerOptions:
     """Dropout on attention weights."""
     activation_dropout: float = 0.0
     """Dropout after the activation of the feed-forward blocks."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the layers in training and compute the rest anew in the backward pass: less memory,
+    but up to a third more to compute."""
     max_source_positions: int = field(default=1024, metadata=FIXED)
     """Longest source in tokens, end of sentence included."""
     max_target_positions: int = field(default=1024, metadata=FIXED)

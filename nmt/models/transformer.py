@@ -4,14 +4,14 @@ Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length
 E head size, F feed-forward, V vocabulary. Sequences are padded on the right.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.models.attention import CrossAttention, SelfAttention
-from nmt.models.blocks import Embedding, FeedForward, Residual
+from nmt.models.blocks import Embedding, FeedForward, Residual, recomputed
 from nmt.models.decoder_state import DecoderState, LayerState, Memory
 from nmt.models.options import TransformerOptions
 
@@ -96,14 +96,16 @@ class Encoder(nn.Module):
             options=options,
         )
         self.layers = nn.ModuleList(EncoderLayer(options) for _ in range(options.encoder_layers))
+        self.activation_checkpointing = options.activation_checkpointing
         self.final_norm = nn.LayerNorm(dim) if options.encoder_normalize_before else nn.Identity()
 
     def forward(self, source: Tensor, padding_mask: Tensor) -> Tensor:
         """(B, S) int64 and its padding mask -> (B, S, D)."""
         attention_mask = ~padding_mask[:, None, None, :]  # (B, 1, 1, S)
         x = self.embedding(source)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, attention_mask)
+            x = recomputed(layer, x, attention_mask) if recompute else layer(x, attention_mask)
         return self.final_norm(x)
 
 
@@ -122,6 +124,7 @@ class Decoder(nn.Module):
             options=options,
         )
         self.layers = nn.ModuleList(DecoderLayer(options) for _ in range(options.decoder_layers))
+        self.activation_checkpointing = options.activation_checkpointing
         self.final_norm = nn.LayerNorm(dim) if options.decoder_normalize_before else nn.Identity()
 
     def project_memory(self, encoded: Tensor, padding_mask: Tensor) -> Memory:
@@ -136,9 +139,12 @@ class Decoder(nn.Module):
         # Memory and its mask have B sentences, x has their R = B*K rows: more queries, to CrossAttention.
         attention_mask = ~memory.padding_mask[:, None, None, :]  # (B, 1, 1, S)
         x = self.embedding(target_input, start=0 if state is None else state.length)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled() and state is None
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[i]
-            x = layer(x, memory.keys[i], memory.values[i], attention_mask=attention_mask, state=layer_state)
+            inputs = (x, memory.keys[i], memory.values[i])
+            context: dict[str, Any] = {"attention_mask": attention_mask, "state": layer_state}
+            x = recomputed(layer, *inputs, **context) if recompute else layer(*inputs, **context)
         return self.final_norm(x)
 
 
