@@ -3,6 +3,9 @@
 import json
 import os
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nmt.distributed import World, join_world, single
-from nmt.errors import UserError
+from nmt.distributed import World, join_world, meet, single
+from nmt.errors import LostRankError, UserError
 from nmt.metrics import Metrics
 
 SIZE = 2
@@ -92,6 +95,7 @@ def test_the_group_is_left_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> N
     values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     store = iter([(dist.HashStore(), 0, 2)])
     monkeypatch.setattr("nmt.distributed.rendezvous", lambda *_, **__: store)
+    monkeypatch.setattr("nmt.distributed.meet", lambda store, **_: store)
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     calls = []
@@ -100,6 +104,27 @@ def test_the_group_is_left_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyError), join_world("cpu"):
         raise KeyError
     assert calls == ["gloo", "destroyed"]
+
+
+def test_ranks_meet_although_lost_ones_have_left_their_traces() -> None:
+    """Three attempts in one store, with a rank that comes late and one that died after it was seen."""
+    store = dist.HashStore()
+    for attempt in range(3):
+        store.set("here 1", f"rank 1 of attempt {attempt}, which died at once")
+        with ThreadPoolExecutor(3) as pool:
+            found = [pool.submit(meet, store, rank=rank, size=3) for rank in (0, 2)]
+            time.sleep(0.1)
+            assert not any(future.done() for future in found)
+            found.append(pool.submit(meet, store, rank=1, size=3))
+            parts = [future.result() for future in found]
+        assert not parts[0].check(["address"]), "nothing of an earlier attempt is seen"
+        parts[0].set("address", str(attempt))
+        assert [part.get("address") for part in parts] == [str(attempt).encode()] * 3
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_without_end() -> None:
+    with pytest.raises(LostRankError, match="all 2 ranks must come within"):
+        meet(dist.HashStore(), rank=0, size=2, timeout=timedelta(seconds=0.1))
 
 
 def test_an_environment_without_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
