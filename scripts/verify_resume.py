@@ -5,11 +5,11 @@
     .venv/bin/python scripts/verify_resume.py --ranks 2 --updates 30 CONFIG.yaml [--option value ...]
 
 Makes some updates (12) of the configuration without a break. Then, for several updates, makes the same run again,
-ends it after that update (asked to stop, as SIGTERM asks; or killed) and takes it up. Compared, bit by bit, are the
-last checkpoint (weights, optimizer, schedule, metrics, early stopping, the place in the data) and metrics.jsonl;
-only times may differ. So that something happens in so few updates, it validates and saves every few of them, and
-`max-update` is their number; all else is the configuration's. `save-dir` is not touched: runs go to a temporary
-folder (set TMPDIR for another disk).
+ends it after that update (asked to stop, as SIGTERM asks; or killed) and takes it up. Compared, bit by bit, are
+the last checkpoint (weights, optimizer, schedule, metrics, early stopping, the place in the data) and
+metrics.jsonl; only times may differ. So that something happens in so few updates, it validates and saves every few
+of them, and `max-update` is their number; all else is the configuration's. `save-dir` is not touched: runs go to a
+temporary folder (set TMPDIR for another disk).
 
 On a GPU add `--deterministic`. Exit code: 0 if all are equal, 1 if one differs, 2 for what is wrong with the
 configuration.

@@ -76,6 +76,33 @@ def test_two_processes_add_up_and_exchange(tmp_path: Path) -> None:
         }
 
 
+def _run_ddp_rank(rank: int, port: int, folder: str) -> None:
+    """Make an update as a rank, and list the threads that are left when the world has been left."""
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": SIZE,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in values.items()}
+    with join_world("cpu"):
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model(torch.ones(1, 2)).sum().backward()
+        del model
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    Path(folder, f"{rank}.json").write_text(json.dumps(names))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed on Linux")
+def test_no_thread_of_gloo_outlives_the_world(tmp_path: Path) -> None:
+    """One that waits for Python's lock when the interpreter ends aborts the process."""
+    mp.spawn(_run_ddp_rank, args=(_free_port(), str(tmp_path)), nprocs=SIZE)
+    for rank in range(SIZE):
+        names = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert names and [name for name in names if "gloo" in name] == []
+
+
 def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
