@@ -198,6 +198,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, path, metadata={"format": f"nmt {FORMAT_VERSION}"})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # it lets nobody else read, whatever the umask
     except SafetensorError as error:  # it gives the number of the system's error in its text alone
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.EIO

@@ -5,11 +5,13 @@ A run on one device is a world of size 1; nothing outside this file asks whether
 
 import gc
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ import torch.distributed as dist
 # Default arguments in there name the group that exists when it is imported, and keep it: this must come first.
 import torch.distributed.nn.functional
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from nmt.errors import LostRankError, UserError
@@ -143,7 +146,7 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     if size == 1:
         yield single(chosen)
         return
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store = meet(next(rendezvous("env://", timeout=timeout))[0], rank=rank, size=size, timeout=timeout)
     signs = SignsOfLife(store, rank=rank, size=size, timeout=timeout.total_seconds())
     given: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
     if chosen.type == "cuda":
@@ -164,6 +167,34 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
         if error is None or not _is_of_connection(error):
             signs.end(error)
             _leave(with_error=error is not None)
+
+
+def meet(store: Store, *, rank: int, size: int, timeout: timedelta = TIMEOUT) -> PrefixStore:
+    """Wait for the other ranks; return a part of the store that only those share which are here now.
+
+    torchrun starts ranks again with the store of those that were lost, and what these have left there, such as the
+    addresses where they listened, must not be taken for true. So rank 0 proposes a list of the ranks that it sees,
+    and the list is good when each rank on it has found its own name, which no earlier process had.
+
+    Raises:
+        LostRankError: Some rank has not come in time.
+    """
+    mine = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+    store.set(f"here {rank}", mine)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check([f"here {other}" for other in range(size)]):
+            store.set("list", "|".join(store.get(f"here {other}").decode() for other in range(size)))
+        names = store.get("list").decode().split("|") if store.check(["list"]) else []
+        if len(names) == size and names[rank] == mine:
+            part = PrefixStore(blake2b("|".join(names).encode(), digest_size=8).hexdigest(), store)
+            part.set(f"found {rank}", "")
+            if rank == 0 and part.check([f"found {other}" for other in range(size)]):
+                part.set("complete", "")
+            if part.check(["complete"]):
+                return part
+        time.sleep(0.02)
+    raise LostRankError(f"all {size} ranks must come within {timeout}, but some have not. Start all of them.")
 
 
 def _is_of_connection(error: BaseException) -> bool:

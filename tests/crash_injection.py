@@ -35,7 +35,7 @@ CONFIG = TrainConfig(
     task="points",
     task_options=PointOptions(),
     save_dir=Path("run"),
-    batching=BatchingOptions(max_tokens=None, batch_size=100),
+    batching=BatchingOptions(max_tokens=None, batch_size=100, required_batch_size_multiple=1),
     optimization=OptimizationOptions(lr=0.02, warmup_updates=5, max_update=8),
     checkpoints=CheckpointOptions(
         save_interval_updates=2, validate_interval_updates=7, keep_last=2, keep_best=1
@@ -43,7 +43,6 @@ CONFIG = TrainConfig(
     device="cpu",
     log_interval=1,
 )
-RESUMED_FROM = 4  # a second series of kills begins with a checkpoint and half of another one
 
 
 @dataclass

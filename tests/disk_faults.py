@@ -26,6 +26,7 @@ _CHANGES = {
     "sendfile": True,
     "rename": False,
     "replace": False,
+    "chmod": False,
     "unlink": False,
     "remove": False,
     "rmdir": False,

@@ -3,6 +3,9 @@
 import json
 import os
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nmt.distributed import World, join_world, single
-from nmt.errors import UserError
+from nmt.distributed import World, join_world, meet, single
+from nmt.errors import LostRankError, UserError
 from nmt.metrics import Metrics
 
 SIZE = 2
@@ -73,6 +76,33 @@ def test_two_processes_add_up_and_exchange(tmp_path: Path) -> None:
         }
 
 
+def _run_ddp_rank(rank: int, port: int, folder: str) -> None:
+    """Make an update as a rank, and list the threads that are left when the world has been left."""
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": SIZE,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in values.items()}
+    with join_world("cpu"):
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model(torch.ones(1, 2)).sum().backward()
+        del model
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    Path(folder, f"{rank}.json").write_text(json.dumps(names))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed on Linux")
+def test_no_thread_of_gloo_outlives_the_world(tmp_path: Path) -> None:
+    """One that waits for Python's lock when the interpreter ends aborts the process."""
+    mp.spawn(_run_ddp_rank, args=(_free_port(), str(tmp_path)), nprocs=SIZE)
+    for rank in range(SIZE):
+        names = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert names and [name for name in names if "gloo" in name] == []
+
+
 def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -92,6 +122,7 @@ def test_the_group_is_left_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> N
     values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     store = iter([(dist.HashStore(), 0, 2)])
     monkeypatch.setattr("nmt.distributed.rendezvous", lambda *_, **__: store)
+    monkeypatch.setattr("nmt.distributed.meet", lambda store, **_: store)
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     calls = []
@@ -100,6 +131,27 @@ def test_the_group_is_left_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyError), join_world("cpu"):
         raise KeyError
     assert calls == ["gloo", "destroyed"]
+
+
+def test_ranks_meet_although_lost_ones_have_left_their_traces() -> None:
+    """Three attempts in one store, with a rank that comes late and one that died after it was seen."""
+    store = dist.HashStore()
+    for attempt in range(3):
+        store.set("here 1", f"rank 1 of attempt {attempt}, which died at once")
+        with ThreadPoolExecutor(3) as pool:
+            found = [pool.submit(meet, store, rank=rank, size=3) for rank in (0, 2)]
+            time.sleep(0.1)
+            assert not any(future.done() for future in found)
+            found.append(pool.submit(meet, store, rank=1, size=3))
+            parts = [future.result() for future in found]
+        assert not parts[0].check(["address"]), "nothing of an earlier attempt is seen"
+        parts[0].set("address", str(attempt))
+        assert [part.get("address") for part in parts] == [str(attempt).encode()] * 3
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_without_end() -> None:
+    with pytest.raises(LostRankError, match="all 2 ranks must come within"):
+        meet(dist.HashStore(), rank=0, size=2, timeout=timedelta(seconds=0.1))
 
 
 def test_an_environment_without_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
