@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from nmt.config import from_mapping, read_yaml, write_yaml
 from nmt.errors import UserError
 from nmt.new_folder import new_folder, remove_folder, remove_leftovers, sync
+from nmt.old_checkpoints import upgrade_state
 from nmt.options import TrainConfig
 from nmt.task import Task, load_task
 from nmt.weights import weights
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+_READABLE_VERSIONS = ("1", FORMAT_VERSION)
 
 _MODEL, _CONFIG = "model.safetensors", "config.yaml"
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
@@ -68,7 +70,9 @@ class CheckpointFolder:
             if not final.exists():
                 with new_folder(final) as temporary:
                     _save_tensors(optimizer, temporary / _OPTIMIZER)
-                    (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+                    (temporary / _STATE).write_text(
+                        json.dumps({"version": int(FORMAT_VERSION), **state}, indent=1), encoding="utf-8"
+                    )
                     _write_model(temporary, weights(model), config=config, task=task)
             self.link("last", update)
         except OSError as error:
@@ -106,7 +110,7 @@ class CheckpointFolder:
             raise UserError(
                 f"`{folder / _STATE}` must be complete JSON, but is cut short or damaged."
             ) from error
-        return optimizer, state
+        return optimizer, upgrade_state(state, num_optimizer_tensors=len(optimizer))
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -228,7 +232,7 @@ def _check_version(metadata: Mapping[str, str], path: Path) -> None:
             f"`{path}` must be of format version {FORMAT_VERSION}, but is of none: "
             "nmt-toolkit did not write it. Name a model folder of nmt-train or nmt-convert."
         )
-    if version == FORMAT_VERSION:
+    if version in _READABLE_VERSIONS:
         return
     is_newer = version.isdecimal() and int(version) > int(FORMAT_VERSION)
     what_to_do = (

@@ -46,6 +46,7 @@ LAYERS = {
     "nmt.precision": 1,
     "nmt.generation": 2,
     "nmt.cancellations": 2,
+    "nmt.old_checkpoints": 2,
     "nmt.checkpoint": 2,
     "nmt.tensorboard": 2,
     "nmt.validation": 2,

@@ -1,0 +1,35 @@
+"""Checkpoints of earlier format versions, brought up to date when they are read.
+
+Version 2 keeps more about a run than version 1: the time it has taken, averaged weights, cancelled updates, what
+a plateau has done to the learning rate. What version 1 did not have is as in a run that never used it.
+"""
+
+from typing import Any
+
+
+def upgrade_state(state: dict[str, Any], *, num_optimizer_tensors: int) -> dict[str, Any]:
+    """Return what `state.json` of an older version would be in the present one; a present one as it is.
+
+    Args:
+        state: As read.
+        num_optimizer_tensors: In the file beside it.
+    """
+    if state.get("version", 1) > 1:
+        return state
+    trainer, progress = state["trainer"], dict(state["progress"])
+    training_seconds = progress.pop("interval_seconds", 0.0)
+    return {
+        **state,
+        "trainer": {
+            "num_optimizer_tensors": num_optimizer_tensors,
+            "plateau": {},
+            "precision": {},
+            "lr": trainer["metrics"][0].get("epoch", {}).get("gauges", {}).get("lr", 0.0),
+            "lr_scale": 1.0,
+            "num_cancelled_in_a_row": 0,
+            **trainer,
+        },
+        "progress": progress,
+        "clock": {"training_seconds": training_seconds},
+        "split_above": None,
+    }
