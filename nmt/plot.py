@@ -47,6 +47,7 @@ _LABELS = {
 }
 _FROM_ZERO = ("lr", _SPEED)
 _LOGARITHMIC = ("ppl",)
+_DRAWN = ("train", "valid")
 _NO_METRICS = {"kind", "update", "epoch", "hours"}
 _FOLLOW_LOSS = {"nll", "ppl"}
 _BEST = "best "  # before the name of the metric that chooses the best checkpoint
@@ -136,7 +137,9 @@ def draw(runs: Sequence[RunRecords], *, x: XAxis = "update", metrics: Sequence[s
 
 
 def _choose_panels(runs: Sequence[RunRecords], metrics: Sequence[str]) -> list[str]:
-    recorded = dict.fromkeys(name for run in runs for record in run.records for name in record)
+    recorded = dict.fromkeys(
+        name for run in runs for record in run.records if record["kind"] in _DRAWN for name in record
+    )
     validated = dict.fromkeys(
         name for run in runs for record in run.records if record["kind"] == "valid" for name in record
     )
@@ -157,7 +160,7 @@ def _x_places(run: RunRecords, x: XAxis) -> Callable[[Record], float]:
     if x == "update":
         return lambda record: record["update"]
     if x == "hours":
-        if any("hours" not in record for record in run.records):
+        if any("hours" not in record for record in run.records if record["kind"] in _DRAWN):
             raise UserError(
                 f"`x` hours must have runs that recorded it, but {run.name} did not. Use --x update."
             )
