@@ -123,7 +123,8 @@ def draw(runs: Sequence[RunRecords], *, x: XAxis = "update", metrics: Sequence[s
     panels = _choose_panels(runs, metrics)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 2.9 * rows + 0.9), dpi=150)
+    height = 2.9 * rows + 0.8 + 0.11 * len(runs)  # the legend has about two runs a line
+    figure = Figure(figsize=(5.2 * columns, height), dpi=150)
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten().tolist()
     for ax in axes[len(panels) :]:
