@@ -1,5 +1,6 @@
 """What a run is going to be, told before its first update: model, data, work, memory and time."""
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator
             : max(1, len(middling) * batches.split_above // padded_size(examples.sizes, middling))
         ]
     batch = examples.collate([examples[index] for index in middling.tolist()])
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_other_products()) as counter:
         trainer.probe(batch)
     _wait(trainer.world.device)
     start = time.perf_counter()
@@ -112,6 +113,17 @@ def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator
     _wait(trainer.world.device)
     seconds = time.perf_counter() - start
     return counter.get_total_flops() / max(batch.num_targets, 1), seconds
+
+
+def _other_products() -> dict[Any, Any]:
+    """Return how many floating-point operations oneDNN's products take, which torch's counter does not know."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return {}
+
+    def linear(x_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return 2 * math.prod(out_shape) * int(x_shape[-1])
+
+    return {torch.ops.mkldnn._linear_pointwise: linear}
 
 
 def _wait(device: torch.device) -> None:

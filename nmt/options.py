@@ -74,6 +74,8 @@ class OptimizationOptions:
     """Stop after so many hours of training, validation and checkpoints, those before a resume included."""
     stop_min_lr: float | None = None
     """Stop when the learning rate has fallen to this."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What updates compute in; weights stay in float32. auto: bf16 on a GPU that has it, else fp32."""
     patience: int | None = None
     """Stop after this many validations in a row without a better `best-checkpoint-metric`."""
 
@@ -226,6 +228,10 @@ class TrainConfig(Generic[TaskOptionsT]):
     """Seed of everything random: initial weights, dropout, the order of the examples."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits every time (on a GPU slower; the CPU's do anyway)."""
+    rank_timeout: float = 30.0
+    """Minutes that a rank waits for the others before it takes one for lost."""
     log_interval: int = 100
     """Report after every so many updates."""
     dry_run: bool = False
@@ -237,6 +243,8 @@ class TrainConfig(Generic[TaskOptionsT]):
         """Raise `UserError` for values that make no sense."""
         if self.log_interval < 1:
             raise UserError(f"`log-interval` must be at least 1, but is {self.log_interval}.")
+        if not 0 < self.rank_timeout < math.inf:
+            raise UserError(f"`rank-timeout` must be above 0 and finite, but is {self.rank_timeout}.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"`seed` must be at least 0 and below 2**63, but is {self.seed}.")
 

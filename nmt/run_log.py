@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -85,8 +86,7 @@ class RunLog:
         if self._text is None:
             return
         tqdm.write(line, file=sys.stderr)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self._text.flush()
+        _append(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def report(self, kind: str, record: Mapping[str, Any]) -> None:
         """Write a record as a line for people and as a JSON line."""
@@ -94,8 +94,7 @@ class RunLog:
             return
         self.say(" | ".join([kind, *(f"{name} {_format(name, value)}" for name, value in record.items())]))
         numbers = {name: _json_value(value) for name, value in record.items()}
-        self._records.write(json.dumps({"kind": kind, **numbers}) + "\n")
-        self._records.flush()
+        _append(self._records, json.dumps({"kind": kind, **numbers}) + "\n")
         if self._events is not None:
             self._events.report(kind, record)
 
@@ -151,7 +150,24 @@ class RunLog:
             self._bar.close()
         for file in (self._records, self._text):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # what could not be written has been said
+                    file.close()
+
+
+def _append(file: TextIO, line: str) -> None:
+    """Write a line, all of it.
+
+    Raises:
+        UserError: It could not be written.
+    """
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        raise UserError(
+            f"`{file.name}` could not be written: {error.strerror}. Make room, "
+            "and the same command goes on from the last checkpoint."
+        ) from error
 
 
 def read_records(folder: Path) -> tuple[list[dict[str, Any]], int]:

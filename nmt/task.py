@@ -87,6 +87,12 @@ class Illustrations:
     """(H, W, 3) uint8."""
 
 
+def batch_sums(output: LossOutput, batch: Batch) -> dict[str, Tensor | float]:
+    """Return all that is additive about a batch: its loss, what the task sums, and its counts."""
+    counts = {"num_targets": batch.num_targets, "num_examples": batch.num_examples}
+    return {"loss": output.loss.detach(), **output.sums, **counts}
+
+
 class Task(Protocol[B]):
     """What is learned: the data, the model, the loss and the metrics."""
 

@@ -300,7 +300,14 @@ def train_rank(world: World, job: Job, num_batches: int, folder: str) -> None:
         ]
     else:
         updates = list(updates_of(job.config, examples, num_batches, world=world))
-    trainer = Trainer(task, model, job.config.optimization, world=world, seed=job.config.seed)
+    trainer = Trainer(
+        task,
+        model,
+        job.config.optimization,
+        world=world,
+        seed=job.config.seed,
+        updates_per_epoch=len(updates),
+    )
     gradients: list[Tensor] = []
     trainer.optimizer.register_step_pre_hook(
         lambda *_: gradients.append(flat([parameter.grad for parameter in model.parameters()], model))
@@ -310,7 +317,7 @@ def train_rank(world: World, job: Job, num_batches: int, folder: str) -> None:
             trainer.train_step(micro_batches)
     parameters = flat(list(model.parameters()), model)
     digests = world.gather(hashlib.sha256(parameters.numpy()).hexdigest())
-    fillers = sum(world.gather(sum(weight == 0 for update in updates for _, weight in update)))
+    fillers = sum(world.gather(sum(micro_batch.weight == 0 for update in updates for micro_batch in update)))
     if world.is_main:
         found = {"gradients": gradients, "parameters": parameters, "fillers": fillers}
         torch.save({**found, "ranks agree": len(set(digests)) == 1}, Path(folder) / "layout.pt")

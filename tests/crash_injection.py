@@ -1,10 +1,11 @@
-"""Kill a short run at every operation by which it changes the disk, and take it up again. A program for test_survival.
+"""Kill a short run at every operation by which it changes the disk, and take it up: a program for test_survival.
 
     python tests/crash_injection.py FOLDER        prints one JSON object
 
 One process imports everything and builds nothing; each run is a fork of it. First a run is left alone and its
-operations are counted. Then, for each operation, a run is killed right before it, or half-way through a write, in a
-folder of its own; the folder is looked at; and the run is taken up and must end like the one that was left alone.
+operations are counted. Then, for each operation, a run is killed right before it, or half-way through a write, or
+finds the disk full, in a folder of its own; the folder is looked at; and the run is taken up and must end like the
+one that was left alone.
 """
 
 import json
@@ -258,7 +259,7 @@ def content(path: Path) -> Any:
         return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
     if path.name == "state.json":
         state = json.loads(path.read_text())
-        del state["progress"]["interval_seconds"], state["records_size"]  # times have more or fewer digits
+        del state["clock"], state["records_size"]  # times have more or fewer digits
         return state
     return path.read_bytes()
 

@@ -1,8 +1,8 @@
-"""What happens to a process at one of the operations by which it changes the disk: it is killed, or the disk is full.
+"""What may happen to a process when it changes the disk: it is killed, or the disk is full.
 
-`DiskFaults.install` replaces, in a process that is forked for it, the functions through which Python changes files, and
-safetensors' writer, which writes where Python cannot see. Each call is an operation, numbered from 0. Only what goes to
-one folder counts.
+`DiskFaults.install` replaces, in a process that is forked for it, the functions through which Python changes
+files, and safetensors' writer, which writes where Python cannot see. Each call is an operation, numbered from 0.
+Only what goes to one folder counts.
 """
 
 import errno
@@ -41,7 +41,7 @@ class DiskFaults:
     """Counts the operations of this process, and strikes at one of them."""
 
     def __init__(self, folder: Path, fault: Fault = "none", at: int = -1) -> None:
-        self.folder = os.path.realpath(folder)
+        self.folder = folder.resolve()
         self.fault = fault
         self.at = at
         self.seen: list[str] = []  # "name path" of each operation
@@ -78,10 +78,10 @@ class DiskFaults:
     def _counts(self, path: Any) -> bool:
         if isinstance(path, int):
             try:
-                path = os.readlink(f"/proc/self/fd/{path}")
+                path = Path(f"/proc/self/fd/{path}").readlink()
             except OSError:
                 return True  # not Linux: it may well be
-        return os.path.realpath(os.path.dirname(os.path.abspath(os.fsdecode(path)))).startswith(self.folder)
+        return Path(os.fsdecode(path)).parent.resolve().is_relative_to(self.folder)
 
     def _watched(self, name: str, original: Callable[..., Any], *, needs_room: bool) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +91,7 @@ class DiskFaults:
             # Of `symlink` the second argument is the place; of a name relative to a folder it is that folder.
             place = args[1] if name == "symlink" else args[0]
             self.strike(name, place if folder is None else folder, needs_room=needs_room)
-            # What a killed process has written is not lost but with the machine, so that nothing need be waited for.
+            # What a killed process has written is not lost but with the machine: there is nothing to wait for.
             return None if name in ("fsync", "fdatasync") else original(*args, **kwargs)
 
         return watched
@@ -123,12 +123,12 @@ class DiskFaults:
     def _save_tensors(self, tensors: Any, filename: Any, metadata: Any = None) -> None:
         def half() -> None:
             self._serialize_file(tensors, filename, metadata)
-            self._originals["truncate"](filename, os.path.getsize(filename) // 2)
+            self._originals["truncate"](filename, Path(filename).stat().st_size // 2)
 
         try:
             self.strike("write tensors", filename, needs_room=True, half=half)
         except OSError as error:  # it does not say so by an OSError
-            raise SafetensorError(f"I/O error: {error}") from None
+            raise SafetensorError(f"I/O error: {error.strerror} (os error {error.errno})") from None
         self._serialize_file(tensors, filename, metadata)
 
 

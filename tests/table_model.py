@@ -52,7 +52,7 @@ class TableModel(nn.Module):
     def start_state(self) -> TableState:
         return TableState()
 
-    def decode(self, target_input: Tensor, memory: TableMemory, state: TableState) -> Tensor:
+    def features(self, target_input: Tensor, memory: TableMemory, state: TableState) -> Tensor:
         tokens = [tuple(row) for row in target_input.tolist()]
         before = state.prefixes or [()] * len(tokens)
         state.prefixes = [prefix + new for prefix, new in zip(before, tokens, strict=True)]
@@ -64,6 +64,9 @@ class TableModel(nn.Module):
             for row, prefix in enumerate(state.prefixes)
         ]
         return torch.tensor(rows, dtype=self.weight.dtype).log()[:, None]  # (R, V) -> (R, 1, V)
+
+    def project(self, features: Tensor) -> Tensor:
+        return features.clone()
 
 
 def from_table(table: Mapping[tuple[int, ...], Mapping[int, float]]) -> NextProbabilities:

@@ -3,24 +3,25 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from random import Random
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_transformer import VOCABULARY_SIZE, random_transformer
 from torch import Tensor
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.generation import generator as generator_module
-from nmt.generation.beam_search import Beam, Candidates, Hypothesis
+from nmt.generation.beam_search import Beam, Candidates, Continuations, Hypothesis
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
-from nmt.generation.select import select_best
-from nmt.models.options import TransformerOptions
+from nmt.generation.select import best_tokens, rank
+from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
 
-VOCABULARY_SIZE = 14
 TIE = 1e-5  # totals that are nearer than this may change places in float32
 
 SENTENCES = st.lists(
@@ -37,62 +38,64 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-def random_transformer(seed: int, dtype: torch.dtype) -> Transformer:
-    """Make an untrained model whose weights are scaled up, so that its outputs are far from uniform."""
-    torch.manual_seed(seed)
-    options = TransformerOptions(
-        encoder_layers=1 + seed % 2,
-        decoder_layers=1 + seed // 2 % 2,
-        encoder_embed_dim=16,
-        decoder_embed_dim=16,
-        encoder_ffn_embed_dim=24,
-        decoder_ffn_embed_dim=24,
-        encoder_attention_heads=2,
-        decoder_attention_heads=4,
-        encoder_normalize_before=bool(seed // 4 % 2),
-        decoder_normalize_before=bool(seed // 4 % 2),
-        encoder_learned_pos=bool(seed // 8 % 2),
-        decoder_learned_pos=bool(seed // 8 % 2),
-        max_source_positions=32,
-        max_target_positions=32,
-    )
-    model = Transformer(
-        options,
-        source_vocabulary_size=VOCABULARY_SIZE,
-        target_vocabulary_size=VOCABULARY_SIZE,
-        pad_id=PAD_ID,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3.0)
-    return model.to(dtype).eval()
+def make_generator(models: list[Transformer], beam: int, *, sampling: bool = False) -> Generator:
+    """Make a generator whose models are the fast ones; `test_inference.py` compares them with the plain ones."""
+    options = DecodingOptions(beam=beam, nbest=beam, max_len_a=1.0, max_len_b=4, sampling=sampling)
+    fast = [InferenceTransformer(model) for model in models]
+    return Generator(fast, options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
 
 
-def make_generator(models: list[Transformer], beam: int) -> Generator:
-    options = DecodingOptions(beam=beam, nbest=beam, max_len_a=1.0, max_len_b=4)
-    return Generator(models, options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
-
-
-def translate(generator: Generator, sentences: list[list[int]]) -> list[list[Hypothesis]]:
+def translate(
+    generator: Generator, sentences: list[list[int]], lines: list[int] | None = None
+) -> list[list[Hypothesis]]:
     longest = max(map(len, sentences))
     rows = [[*sentence, EOS_ID] + [PAD_ID] * (longest - len(sentence)) for sentence in sentences]
-    return generator.generate(torch.tensor(rows))
+    numbers = None if lines is None else torch.tensor(lines)
+    return generator.generate(torch.tensor(rows), lines=numbers)
+
+
+def translate_in_batches(
+    generator: Generator, sentences: list[list[int]], seed: int
+) -> list[list[Hypothesis]]:
+    """Translate in a random order and in batches of random sizes; return results in the order of sentences."""
+    random = Random(seed)
+    order = random.sample(range(len(sentences)), len(sentences))
+    results: dict[int, list[Hypothesis]] = {}
+    while order:
+        size = random.choice((1, 7, 40, 150))
+        batch, order = order[:size], order[size:]
+        found = translate(generator, [sentences[i] for i in batch], lines=batch)
+        results.update(zip(batch, found, strict=True))
+    return [results[i] for i in range(len(sentences))]
+
+
+def tokens_of(results: list[list[Hypothesis]]) -> list[list[list[int]]]:
+    return [[hypothesis.tokens for hypothesis in nbest] for nbest in results]
 
 
 @contextmanager
 def recorded_gaps() -> Iterator[list[float]]:
-    """Record the distances between neighbours in rank, at each step."""
+    """Record the distances between neighbours in rank, at each step: within hypotheses, and between all."""
     gaps: list[float] = []
 
-    def select_and_record(beam: Beam, log_probs: Tensor) -> Candidates:
-        totals = (beam.scores[:, :, None] + log_probs).flatten(1)
-        ranked = totals.topk(min(totals.size(1), 2 * beam.scores.size(1) + 1), dim=1).values
-        ranked = ranked[ranked.isfinite()]
-        gaps.extend((ranked[:-1] - ranked[1:]).tolist())
-        return select_best(beam, log_probs)
+    def record(values: Tensor, count: int) -> None:
+        ranked = values.topk(min(values.size(1), count), dim=1).values
+        distances = ranked[:, :-1] - ranked[:, 1:]
+        gaps.extend(distances[distances.isfinite()].tolist())
 
-    with mock.patch.object(generator_module, "select_best", select_and_record):
+    def best_tokens_and_record(scores: Tensor, width: int) -> Tensor:
+        record(scores, width + 1)
+        return best_tokens(scores, width)
+
+    def rank_and_record(beam: Beam, continuations: Continuations) -> Candidates:
+        totals = beam.scores[:, :, None] + continuations.token_scores
+        record(totals.flatten(1), 2 * beam.scores.size(1) + 1)
+        return rank(beam, continuations)
+
+    with (
+        mock.patch.object(generator_module, "best_tokens", best_tokens_and_record),
+        mock.patch.object(generator_module, "rank", rank_and_record),
+    ):
         yield gaps
 
 
@@ -134,6 +137,25 @@ def test_float32_translations_are_the_same_but_for_ties(
         (alone,) = translate(generator, [sentence])
         if [x.tokens for x in hypotheses] != [x.tokens for x in alone]:
             assert has_tie(exact, sentence), (hypotheses, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_thousand_sentences_for_each_of_ten_models(seed: int, sampling: bool) -> None:
+    # 10,000 sentences in two random orders and batchings: equal in float64, and in float32 but for ties.
+    random = Random(seed)
+    sentences = [random.choices(range(UNK_ID, VOCABULARY_SIZE), k=random.randint(1, 12)) for _ in range(1000)]
+    exact = make_generator([random_transformer(seed, torch.float64)], 3, sampling=sampling)
+    one, other = (translate_in_batches(exact, sentences, seed=order) for order in (1, 2))
+    assert tokens_of(one) == tokens_of(other)
+
+    rounded = make_generator([random_transformer(seed, torch.float32)], 3, sampling=sampling)
+    one, other = (translate_in_batches(rounded, sentences, seed=order) for order in (1, 2))
+    differing = [i for i, (a, b) in enumerate(zip(tokens_of(one), tokens_of(other), strict=True)) if a != b]
+    assert len(differing) <= 5  # of 1,000
+    if not sampling:  # a number that falls on the edge between two tokens is the tie of sampling
+        assert all(has_tie(exact, sentences[i]) for i in differing)
 
 
 @settings(max_examples=15, deadline=None)

@@ -13,7 +13,7 @@ from table_model import BOS, EOS, PAD, UNK, A, B, NextProbabilities, TableModel,
 from nmt.generation.beam_search import Candidates, Hypothesis, best, extend, keep, start
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
-from nmt.generation.select import select_best
+from nmt.generation.select import best_tokens, num_candidates, rank, score_tokens
 
 # With 2 beams:
 # step 0: a .6, b .4                                                   both go on
@@ -282,9 +282,11 @@ def test_selection_equals_sorting_with_ties(
     log_probs = torch.tensor(numbers, dtype=torch.float64).view(1, beam_size, vocabulary_size)
     beam, _ = start(torch.tensor([1]), beam_size=beam_size, dtype=torch.float64)
     beam = replace(beam, scores=torch.zeros_like(beam.scores))
-    chosen = select_best(beam, log_probs)
+    scores = log_probs[0]
+    tokens = best_tokens(scores, num_candidates(beam_size))
+    chosen = rank(beam, score_tokens(scores, torch.zeros(beam_size, 1), tokens, beam_size=beam_size))
     places = (chosen.parents * vocabulary_size + chosen.tokens)[0].tolist()
-    expected = sorted(range(size), key=lambda place: (-numbers[place], place))[: 2 * beam_size]
+    expected = sorted(range(size), key=lambda place: (-numbers[place], place))[: num_candidates(beam_size)]
     assert [numbers[place] for place in places] == [numbers[place] for place in expected]
     assert places == sorted(places, key=lambda place: (-numbers[place], place))
     last = numbers[expected[-1]]

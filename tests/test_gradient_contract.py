@@ -126,7 +126,9 @@ def updates_of(world: World, update_freq: int) -> list[list[MicroBatch]]:
 
 def train(updates: list[list[MicroBatch]], world: World) -> dict[str, Any]:
     """Make the updates; return each one's gradient, norm and parameters, and the sums over all."""
-    trainer = Trainer(PairTask(), PairTask().build_model(), OPTIMIZATION, world=world, seed=1)
+    trainer = Trainer(
+        PairTask(), PairTask().build_model(), OPTIMIZATION, world=world, seed=1, updates_per_epoch=1
+    )
     seen: dict[str, Any] = {"gradients": [], "norms": [], "parameters": []}
     # What the optimizer is given: clipped, as the reference's is.
     trainer.optimizer.register_step_pre_hook(

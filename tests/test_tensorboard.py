@@ -17,6 +17,7 @@ from nmt.checkpoint import CheckpointFolder
 from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.run_log import RunLog
+from nmt.signals import StopRequest
 from nmt.train_loop import Run, train
 
 pytestmark = pytest.mark.usefixtures("points_plugin")
@@ -116,7 +117,7 @@ def test_rank_0_alone_writes_what_rank_0_illustrates(tmp_path: Path) -> None:
 
 
 def _train_on_rank(world: World, folder: Path) -> None:
-    run = Run(config(folder, tensorboard=True, optimization={"max_update": 20}), world)
+    run = Run(config(folder, tensorboard=True, optimization={"max_update": 20}), world, StopRequest())
     calls = []
     illustrate = run.task.illustrate
     run.task.illustrate = lambda *args: calls.append(args) or illustrate(*args)  # type: ignore[method-assign]

@@ -60,7 +60,12 @@ def generate(options: GenerateOptions) -> None:
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     with join_world(options.device) as world:
-        translator = Translator.load(options.models, world.device, input_is_pieces=options.input_is_pieces)
+        translator = Translator.load(
+            options.models,
+            world.device,
+            input_is_pieces=options.input_is_pieces,
+            precision=options.precision,
+        )
     target_ids = None
     if references is not None and _needs_ids_of_references(options):
         target_ids = translator.encode_references(references)

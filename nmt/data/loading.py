@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nmt.errors import UserError
+from nmt.signals import shielded_from_signals
 
 if TYPE_CHECKING:
     from nmt.task import Examples
@@ -74,7 +75,9 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
     Raises:
         UserError: An example cannot be read, as its task says; in a worker process or in this one.
     """
-    for batch in loader:
+    with shielded_from_signals():  # the first time it starts the workers
+        batches = iter(loader)
+    for batch in batches:
         if isinstance(batch, _Refusal):
             raise UserError(batch.text)
         yield batch

@@ -1,6 +1,10 @@
 """What stands between a model's logits and the choice of candidates, in the order in which it happens.
 
-Shapes: B sentences, K beam size, R = B*K rows, V vocabulary.
+Scores are kept apart from their normaliser: log-probability = score - normaliser, where a row of V scores has
+one normaliser. So the logits of a single model are never passed over only to subtract a number from each.
+What the rules of `adjust` take away from a token is not given to others: they leave the normaliser as it is.
+
+Shapes: B sentences, K beam size, R = B*K rows, V vocabulary, t tokens so far.
 """
 
 import math
@@ -13,76 +17,109 @@ from nmt.generation.beam_search import Beam
 from nmt.generation.options import DecodingOptions
 
 
-def log_probabilities(logits: Sequence[Tensor], *, temperature: float) -> Tensor:
-    """Return the log of the mean, over models, of softmax(logits / temperature).
+def combine(logits: Sequence[Tensor], options: DecodingOptions) -> tuple[Tensor, Tensor]:
+    """Turn the logits of one model, or of several that vote, into scores and their normalisers.
+
+    Several are joined by the weighted mean of their probabilities, or of their log-probabilities, which is
+    normalised again (Sockeye calls these linear and log-linear).
 
     Args:
         logits: (R, V) of each model, any float type; overwritten.
-        temperature: Above 0.
+        options: The temperature, and how models are joined.
 
     Returns:
-        (R, V), float64 if the logits are, else float32.
+        (R, V) scores and (R, 1) normalisers, float64 if the logits are, else float32.
     """
-    each = []
-    for x in logits:
-        x = x if x.dtype == torch.float64 else x.float()
-        if temperature != 1.0:
-            x /= temperature
-        each.append(torch.log_softmax(x, dim=-1, out=x))
+    each = [x if x.dtype == torch.float64 else x.float() for x in logits]
+    if options.temperature != 1.0:
+        for x in each:
+            x /= options.temperature
     if len(each) == 1:
-        return each[0]
-    return torch.stack(each).logsumexp(dim=0) - math.log(len(each))
+        return each[0], _log_normalizer(each[0])
+    weights = options.ensemble_weights or (1.0,) * len(each)
+    shares = [weight / sum(weights) for weight in weights]
+    log_probs = [torch.log_softmax(x, dim=1, out=x) for x in each]
+    if options.ensemble_by == "log-probabilities":
+        scores = torch.stack([x.mul_(share) for share, x in zip(shares, log_probs, strict=True)]).sum(dim=0)
+        return scores, _log_normalizer(scores)
+    weighted = [x.add_(math.log(share)) for share, x in zip(shares, log_probs, strict=True)]
+    scores = torch.stack(weighted).logsumexp(dim=0)
+    return scores, torch.zeros_like(scores[:, :1])
 
 
-def adjust(
-    log_probs: Tensor,
+def _log_normalizer(scores: Tensor) -> Tensor:
+    """Return log(sum(exp(scores))) of each row: (R, V) -> (R, 1).
+
+    As max - log(largest probability), because `softmax` passes over a row less often than `logsumexp`.
+    """
+    return scores.amax(dim=1, keepdim=True) - scores.softmax(dim=1).amax(dim=1, keepdim=True).log_()
+
+
+def penalize_repetition_(logits: Tensor, tokens: Tensor, *, penalty: float) -> None:
+    """Make the tokens that a hypothesis has already less likely, in place (CTRL; Keskar et al., 2019).
+
+    A positive logit is divided by the penalty. A negative one is multiplied by it, as in the authors' code and
+    all that followed: dividing it, as the paper's formula says, would make it more likely.
+
+    Args:
+        logits: (R, V).
+        tokens: (R, t) int64.
+        penalty: Above 1 to discourage, below 1 to encourage.
+    """
+    chosen = logits.gather(1, tokens)
+    logits.scatter_(1, tokens, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def adjust_(
+    scores: Tensor,
     beam: Beam,
     *,
     options: DecodingOptions,
     pad_id: int,
     eos_id: int,
     unk_id: int,
+    first_limit: int = 0,
     forced: Tensor | None = None,
-) -> Tensor:
-    """Apply limits and penalties; what they take away is not given to other tokens.
+) -> None:
+    """Apply limits and penalties, in place.
 
     Args:
-        log_probs: (B, K, V); overwritten.
+        scores: (B, K, V).
         beam: The hypotheses so far.
         options: The penalties and the shortest length.
         pad_id: Never chosen.
         eos_id: Forbidden before the shortest length, the only choice at the sentence's limit.
         unk_id: Penalised.
+        first_limit: No sentence has a lower limit; before that step none is looked for.
         forced: (B,) int64, the only choice for the sentence below its limit, with the model's score; `pad_id`
             where the choice is free.
-
-    Returns:
-        (B, K, V) without NaN.
     """
-    log_probs = log_probs.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    log_probs[:, :, pad_id] = -torch.inf
-    log_probs[:, :, unk_id] -= options.unkpen
-    scores = log_probs if forced is None else log_probs.clone()
+    scores[:, :, pad_id] = -torch.inf
+    if options.unkpen != 0.0:
+        scores[:, :, unk_id] -= options.unkpen
+    eos_scores = scores[:, :, eos_id].clone()
     at_limit = (beam.limits <= beam.step)[:, None]  # (B, 1)
-    eos = log_probs[:, :, eos_id].clone()
-    if beam.step < options.min_len:
-        eos.masked_fill_(~at_limit, -torch.inf)
-    log_probs.masked_fill_(at_limit[:, :, None], -torch.inf)
-    log_probs[:, :, eos_id] = eos
-    if options.no_repeat_ngram_size > 0:
-        forbid_repeats_(log_probs, beam.tokens, size=options.no_repeat_ngram_size)
     if forced is not None:
-        forced = torch.where(at_limit.squeeze(1), pad_id, forced)[:, None, None]  # (B, 1, 1)
-        tokens = torch.arange(log_probs.size(2), device=forced.device)
-        log_probs = torch.where(forced == pad_id, log_probs, scores.masked_fill(tokens != forced, -torch.inf))
-    return log_probs
+        is_forced = ((forced != pad_id)[:, None] & ~at_limit)[:, :, None]  # (B, 1, 1)
+        forced = forced[:, None, None].expand(-1, scores.size(1), 1)  # (B, K, 1)
+        forced_scores = scores.gather(2, forced)
+    if beam.step < options.min_len:
+        scores[:, :, eos_id] = -torch.inf
+    if options.no_repeat_ngram_size > 0:
+        forbid_repeats_(scores, beam.tokens, size=options.no_repeat_ngram_size)
+    if beam.step >= first_limit:
+        scores.masked_fill_(at_limit[:, :, None], -torch.inf)
+        scores[:, :, eos_id] = torch.where(at_limit, eos_scores, scores[:, :, eos_id])
+    if forced is not None:
+        scores.masked_fill_(is_forced, -torch.inf)
+        scores.scatter_(2, forced, torch.where(is_forced, forced_scores, scores.gather(2, forced)))
 
 
-def forbid_repeats_(log_probs: Tensor, tokens: Tensor, *, size: int) -> None:
+def forbid_repeats_(scores: Tensor, tokens: Tensor, *, size: int) -> None:
     """Forbid, in place, the tokens that would complete an n-gram which the hypothesis has already.
 
     Args:
-        log_probs: (B, K, V).
+        scores: (B, K, V).
         tokens: (B, K, t), without the token that starts the decoder.
         size: n, at least 1.
     """
@@ -91,5 +128,5 @@ def forbid_repeats_(log_probs: Tensor, tokens: Tensor, *, size: int) -> None:
     ngrams = tokens.unfold(2, size, 1)  # (B, K, t) -> (B, K, t-n+1, n)
     last = tokens[:, :, tokens.size(2) - size + 1 :]  # (B, K, n-1)
     is_repeat = (ngrams[..., :-1] == last[:, :, None]).all(dim=3)  # (B, K, t-n+1)
-    penalty = torch.zeros_like(is_repeat, dtype=log_probs.dtype).masked_fill_(is_repeat, -torch.inf)
-    log_probs.scatter_add_(2, ngrams[..., -1], penalty)
+    penalty = torch.zeros_like(is_repeat, dtype=scores.dtype).masked_fill_(is_repeat, -torch.inf)
+    scores.scatter_add_(2, ngrams[..., -1], penalty)

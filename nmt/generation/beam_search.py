@@ -16,8 +16,11 @@ are finished; those that end it and rank lower are dropped; the best K others go
 because each of the K hypotheses has one way to end. A sentence is done when it has K finished hypotheses or
 has reached its length limit. Nothing compares finished hypotheses with those that still grow.
 
-Shapes: B sentences in the batch now, N sentences in it at the start, K beam size, R = B*K rows, C = 2K
-candidates, t tokens so far, L longest limit. The hypotheses of a sentence are adjacent rows: row = b*K + k.
+With K = 1 one candidate is enough: if it ends the sentence, the sentence is done, and if not, it goes on.
+
+Shapes: B sentences in the batch now, N sentences in it at the start, K beam size, R = B*K rows, C candidates
+(2K, or 1 where K is 1), W continuations of a hypothesis, t tokens so far, L longest limit. The hypotheses of a
+sentence are adjacent rows: row = b*K + k.
 """
 
 from dataclasses import dataclass, replace
@@ -33,6 +36,14 @@ class Hypothesis:
     tokens: list[int]  # without eos
     score: float  # natural log: sum(token_scores) / length**lenpen, where the length counts eos
     token_scores: list[float]  # one per token, and the last one for eos
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What may follow each hypothesis."""
+
+    token_scores: Tensor  # (B, K, W) log-probabilities; -inf for what must not follow
+    tokens: Tensor  # (B, K, W) int64
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ def extend(
     return extended, (first_rows + chosen.parents).flatten()
 
 
-def copy_first(beam: Beam, log_probs: Tensor, *, where: Tensor) -> tuple[Beam, Tensor]:
+def copy_first(beam: Beam, continuations: Continuations, *, where: Tensor) -> tuple[Beam, Continuations]:
     """Let the first hypothesis of the sentences `where` (B,) take all places of the beam.
 
     For a forced prefix that ends the sentence, where fairseq returns K times the same translation. Such a
@@ -151,31 +162,38 @@ def copy_first(beam: Beam, log_probs: Tensor, *, where: Tensor) -> tuple[Beam, T
 
     Args:
         beam: The hypotheses so far.
-        log_probs: (B, K, V), of what follows them; those of the first are copied with it.
+        continuations: What may follow them; those of the first are copied with it.
         where: (B,) bool.
     """
     chosen = where[:, None]  # (B, 1)
+
+    def first(values: Tensor) -> Tensor:
+        return torch.where(chosen[:, :, None], values[:, :1], values)  # (B, K, ...)
+
     copied = replace(
         beam,
-        tokens=torch.where(chosen[:, :, None], beam.tokens[:, :1], beam.tokens),
-        token_scores=torch.where(chosen[:, :, None], beam.token_scores[:, :1], beam.token_scores),
+        tokens=first(beam.tokens),
+        token_scores=first(beam.token_scores),
         scores=torch.where(chosen, beam.scores[:, :1], beam.scores),
     )
-    return copied, torch.where(chosen[:, :, None], log_probs[:, :1], log_probs)
+    return copied, Continuations(first(continuations.token_scores), first(continuations.tokens))
+
+
+def take(beam: Beam, sentences: Tensor | slice) -> Beam:
+    """Return the beam of some of its sentences."""
+    return Beam(
+        tokens=beam.tokens[sentences],
+        token_scores=beam.token_scores[sentences],
+        scores=beam.scores[sentences],
+        sentences=beam.sentences[sentences],
+        limits=beam.limits[sentences],
+        is_done=beam.is_done[sentences],
+    )
 
 
 def keep(beam: Beam, rows: Tensor, *, live: Tensor) -> tuple[Beam, Tensor]:
     """Let the other sentences go: return the beam and the rows of those at the places `live` (B',)."""
-    beam_size = beam.scores.size(1)
-    kept = Beam(
-        tokens=beam.tokens[live],
-        token_scores=beam.token_scores[live],
-        scores=beam.scores[live],
-        sentences=beam.sentences[live],
-        limits=beam.limits[live],
-        is_done=beam.is_done[live],
-    )
-    return kept, rows.view(-1, beam_size)[live].flatten()
+    return take(beam, live), rows.view(-1, beam.scores.size(1))[live].flatten()
 
 
 def best(finished: Finished, *, nbest: int) -> list[list[Hypothesis]]:

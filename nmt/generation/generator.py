@@ -1,22 +1,40 @@
 """One or several models and a search: padded sources in, hypotheses out.
 
-Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, V vocabulary.
+Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, D model, V vocabulary,
+W continuations of a hypothesis.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nmt.generation.adjust import adjust, log_probabilities
-from nmt.generation.beam_search import Beam, Hypothesis, best, copy_first, extend, keep, start
+from nmt.generation.adjust import adjust_, combine, penalize_repetition_
+from nmt.generation.beam_search import (
+    Beam,
+    Continuations,
+    Hypothesis,
+    best,
+    copy_first,
+    extend,
+    keep,
+    start,
+    take,
+)
 from nmt.generation.options import DecodingOptions
-from nmt.generation.select import select_best
+from nmt.generation.random import start_streams, uniform
+from nmt.generation.select import best_tokens, num_candidates, rank, sample_tokens, score_tokens
+
+# Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
+_ROWS_AT_ONCE = {"cpu": 128}
+_ROWS_AT_ONCE_ELSEWHERE = 2048
+_DONE_SHARE = 4  # done sentences leave the batch when they are at least one in so many
 
 
 class TranslationModel(Protocol):
-    """What the generator asks of a model; `nmt.models.transformer.Transformer` has it."""
+    """What the generator asks of a model; `Transformer` and `InferenceTransformer` have it."""
 
     training: bool
     max_target_positions: int
@@ -30,14 +48,17 @@ class TranslationModel(Protocol):
     def start_state(self) -> Any:
         """Return a state of empty prefixes. It has `reorder_`: new row i goes on from old row `rows[i]`."""
 
-    def decode(self, target_input: Tensor, memory: Any, state: Any) -> Tensor:
-        """Take new tokens (R, T) into the state and return logits (R, T, V), which the caller may overwrite."""
+    def features(self, target_input: Tensor, memory: Any, state: Any) -> Tensor:
+        """Take new tokens (R, T) into the state and return hidden states (R, T, D)."""
+
+    def project(self, features: Tensor) -> Tensor:
+        """(..., D) -> (..., V) logits, which the caller may overwrite."""
 
 
 class Generator:
     """Translate batches of token ids. A sentence's result does not depend on its neighbours in the batch.
 
-    Several models vote by the mean of their probabilities; they share source and target vocabularies.
+    Several models vote; they share source and target vocabularies.
     """
 
     def __init__(
@@ -50,6 +71,7 @@ class Generator:
         unk_id: int,
     ) -> None:
         options.check()
+        options.check_models(len(models))
         self.models = models
         self.options = options
         self.pad_id = pad_id
@@ -57,13 +79,17 @@ class Generator:
         self.unk_id = unk_id
 
     @torch.inference_mode()
-    def generate(self, source: Tensor, prefixes: Tensor | None = None) -> list[list[Hypothesis]]:
-        """Search for the translations of a batch.
+    def generate(
+        self, source: Tensor, prefixes: Tensor | None = None, *, lines: Tensor | None = None
+    ) -> list[list[Hypothesis]]:
+        """Search for the translations of a batch, or draw them.
 
         Args:
             source: (B, S) int64 on the models' device, each sentence ending in eos and padded on the right.
             prefixes: (B, P) int64, the tokens that translations begin with, padded on the right. One that ends
                 in eos is the whole translation, and fills all places of the beam.
+            lines: (B,) int64, the number of each sentence, which with the seed determines what is drawn for it;
+                its place in the batch if left out.
 
         Returns:
             For each sentence its `nbest` best hypotheses, best first.
@@ -71,36 +97,30 @@ class Generator:
         assert not any(model.training for model in self.models), "call model.eval() before decoding"
         if source.size(0) == 0:
             return []
-        lenpen = 0.0 if self.options.unnormalized else self.options.lenpen
+        options = self.options
         memories = [model.encode(source) for model in self.models]
-        states = [model.start_state() for model in self.models]
-        beam, finished = start(
-            self._limits(source), beam_size=self.options.beam, dtype=_score_dtype(self.models)
+        limits = self._limits(source)
+        if not options.sampling:
+            return self._search(memories, limits, prefixes)
+        # Translations are drawn independently: each is a sentence with a beam of one.
+        places = torch.arange(source.size(0), device=source.device)
+        streams = start_streams(
+            1 if options.seed is None else options.seed, places if lines is None else lines, options.beam
         )
-        last_tokens = torch.full_like(beam.scores, self.eos_id, dtype=torch.int64)  # fairseq starts from eos
-        while True:
-            log_probs = self._score_tokens(last_tokens, memories, states)
-            forced = None
-            if prefixes is not None and beam.step < prefixes.size(1):
-                forced = prefixes[beam.sentences, beam.step]
-            log_probs = self._adjust(log_probs, beam, forced)
-            if forced is not None:
-                beam, log_probs = copy_first(beam, log_probs, where=forced == self.eos_id)
-            candidates = select_best(beam, log_probs)
-            beam, rows = extend(beam, candidates, finished, eos_id=self.eos_id, lenpen=lenpen)
-            live = (~beam.is_done).nonzero().squeeze(1)  # the one read from the device in a step
-            if live.numel() == 0:
-                return best(finished, nbest=self.options.nbest)
-            if live.numel() < beam.is_done.numel():
-                beam, rows = keep(beam, rows, live=live)
-                memories = [memory.select(live) for memory in memories]
-            for state in states:
-                state.reorder_(rows)
-            last_tokens = beam.tokens[:, :, -1]
+        each = places.repeat_interleave(options.beam)  # (B*K,)
+        drawn = self._search(
+            [memory.select(each) for memory in memories],
+            limits[each],
+            None if prefixes is None else prefixes[each],
+            streams,
+        )
+        together = [drawn[i : i + options.beam] for i in range(0, len(drawn), options.beam)]
+        ranked = [sorted((x for (x,) in samples), key=lambda x: -x.score) for samples in together]
+        return [samples[: options.nbest] for samples in ranked]
 
     @torch.inference_mode()
     def score(self, source: Tensor, target_input: Tensor, target: Tensor) -> list[list[Hypothesis]]:
-        """Score given translations, which no option changes.
+        """Score given translations, which no option changes but those of ensembles.
 
         Args:
             source: (B, S) int64, as for `generate`.
@@ -112,11 +132,11 @@ class Generator:
         """
         assert not any(model.training for model in self.models), "call model.eval() before decoding"
         logits = [
-            model.decode(target_input, model.encode(source), None).flatten(0, 1)  # (B, T, V) -> (B*T, V)
+            model.project(model.features(target_input, model.encode(source), None).flatten(0, 1))  # (B*T, V)
             for model in self.models
         ]
-        log_probs = log_probabilities(logits, temperature=1.0)
-        scores = log_probs.gather(1, target.view(-1, 1)).view_as(target)  # (B*T, V) -> (B, T)
+        scores, normalizers = combine(logits, replace(self.options, temperature=1.0))
+        scores = (scores.gather(1, target.view(-1, 1)) - normalizers).view_as(target)  # (B*T, V) -> (B, T)
         lengths = (target != self.pad_id).sum(dim=1)  # (B,)
         means = scores.masked_fill(target == self.pad_id, 0.0).sum(dim=1) / lengths
         return [
@@ -126,25 +146,92 @@ class Generator:
             )
         ]
 
-    def _score_tokens(self, last_tokens: Tensor, memories: Sequence[Any], states: Sequence[Any]) -> Tensor:
-        """Return the log-probabilities (B, K, V) of what follows the last tokens (B, K)."""
-        target_input = last_tokens.reshape(-1, 1)  # (B, K) -> (R, 1)
-        logits = [
-            model.decode(target_input, memory, state)[:, -1]  # (R, 1, V) -> (R, V)
-            for model, memory, state in zip(self.models, memories, states, strict=True)
-        ]
-        log_probs = log_probabilities(logits, temperature=self.options.temperature)
-        return log_probs.view(*last_tokens.shape, -1)  # (R, V) -> (B, K, V)
+    def _search(
+        self, memories: list[Any], limits: Tensor, prefixes: Tensor | None, streams: Tensor | None = None
+    ) -> list[list[Hypothesis]]:
+        """Search for the best translations; with streams of random numbers (B,), draw one for each sentence."""
+        options = self.options
+        beam_size = 1 if options.sampling else options.beam
+        lenpen = 0.0 if options.unnormalized else options.lenpen
+        first_limit = int(limits.min())
+        states = [model.start_state() for model in self.models]
+        beam, finished = start(limits, beam_size=beam_size, dtype=_score_dtype(self.models))
+        last_tokens = torch.full_like(beam.scores, self.eos_id, dtype=torch.int64)  # fairseq starts from eos
+        while True:
+            features = [
+                model.features(last_tokens.reshape(-1, 1), memory, state)[:, -1]  # (R, 1, D) -> (R, D)
+                for model, memory, state in zip(self.models, memories, states, strict=True)
+            ]
+            forced = None
+            if prefixes is not None and beam.step < prefixes.size(1):
+                forced = prefixes[beam.sentences, beam.step]
+            numbers = None if streams is None else uniform(streams[beam.sentences], beam.step)
+            continuations = self._continue(beam, features, forced, numbers, first_limit=first_limit)
+            if forced is not None:
+                beam, continuations = copy_first(beam, continuations, where=forced == self.eos_id)
+            beam, rows = extend(beam, rank(beam, continuations), finished, eos_id=self.eos_id, lenpen=lenpen)
+            num_done = int(beam.is_done.sum())  # the one read from the device in a step
+            num_sentences = beam.is_done.numel()
+            if num_done == num_sentences:
+                return best(finished, nbest=min(options.nbest, beam_size))
+            if num_done * _DONE_SHARE >= num_sentences:
+                live = (~beam.is_done).nonzero().squeeze(1)
+                beam, rows = keep(beam, rows, live=live)
+                memories = [memory.select(live) for memory in memories]
+            for state in states:
+                state.reorder_(rows)
+            last_tokens = beam.tokens[:, :, -1]
 
-    def _adjust(self, log_probs: Tensor, beam: Beam, forced: Tensor | None) -> Tensor:
-        return adjust(
-            log_probs,
-            beam,
-            options=self.options,
-            pad_id=self.pad_id,
-            eos_id=self.eos_id,
-            unk_id=self.unk_id,
-            forced=forced,
+    def _continue(
+        self,
+        beam: Beam,
+        features: Sequence[Tensor],
+        forced: Tensor | None,
+        numbers: Tensor | None,
+        *,
+        first_limit: int,
+    ) -> Continuations:
+        """Return what may follow each hypothesis: its best continuations, or one that is drawn.
+
+        Args:
+            beam: The hypotheses so far.
+            features: (R, D) of each model.
+            forced: (B,) int64, see `adjust_`.
+            numbers: (R,) random numbers to draw with.
+            first_limit: See `adjust_`.
+        """
+        num_sentences, beam_size = beam.scores.shape
+        rows_at_once = _ROWS_AT_ONCE.get(features[0].device.type, _ROWS_AT_ONCE_ELSEWHERE)
+        at_once = max(1, rows_at_once // beam_size)  # sentences
+        parts = []
+        for first in range(0, num_sentences, at_once):
+            part = slice(first, first + at_once)
+            rows = slice(first * beam_size, (first + at_once) * beam_size)
+            hypotheses = take(beam, part)
+            logits = [model.project(x[rows]) for model, x in zip(self.models, features, strict=True)]
+            if self.options.repetition_penalty != 1.0:
+                for x in logits:
+                    penalize_repetition_(
+                        x, hypotheses.tokens.flatten(0, 1), penalty=self.options.repetition_penalty
+                    )
+            scores, normalizers = combine(logits, self.options)
+            adjust_(
+                scores.unflatten(0, (-1, beam_size)),
+                hypotheses,
+                options=self.options,
+                pad_id=self.pad_id,
+                eos_id=self.eos_id,
+                unk_id=self.unk_id,
+                first_limit=first_limit,
+                forced=None if forced is None else forced[part],
+            )
+            if numbers is None:
+                tokens = best_tokens(scores, num_candidates(beam_size))
+            else:
+                tokens = sample_tokens(scores, numbers[rows], self.options)
+            parts.append(score_tokens(scores, normalizers, tokens, beam_size=beam_size))
+        return Continuations(
+            torch.cat([part.token_scores for part in parts]), torch.cat([part.tokens for part in parts])
         )
 
     def _limits(self, source: Tensor) -> Tensor:

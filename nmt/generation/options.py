@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from nmt.errors import UserError
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How translations are searched for. Names and meanings are fairseq's."""
+    """How translations are searched for, or drawn. Names and meanings are fairseq's where it has them."""
 
     beam: int = 5
-    """Number of hypotheses that are kept for a sentence at each step; 1 is greedy search."""
+    """Number of hypotheses that are kept for a sentence at each step; 1 is greedy search. With `sampling`, the
+    number of translations that are drawn for it, each by itself."""
     nbest: int = 1
     """Number of hypotheses that are returned for a sentence, best first."""
     lenpen: float = 1.0
@@ -30,6 +32,21 @@ class DecodingOptions:
     """Divides the logits: above 1 flattens the distribution, below 1 sharpens it."""
     no_repeat_ngram_size: int = 0
     """No run of this many tokens comes twice in a translation; 0 for no such rule."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of the tokens that a translation has already, where they are positive, and multiplies
+    negative ones (as in CTRL): above 1 discourages repetition."""
+    sampling: bool = False
+    """Draw each token at random, with the model's probabilities, instead of searching for the best."""
+    sampling_topk: int | None = None
+    """Draw among this many of the most probable tokens."""
+    sampling_topp: float | None = None
+    """Draw among the fewest tokens that together have this probability."""
+    seed: int | None = None
+    """Seed of `sampling`, 1 if left out: the same seed and line give the same translations in any batch."""
+    ensemble_by: Literal["probabilities", "log-probabilities"] = "probabilities"
+    """What is averaged over several models; log-probabilities are normalised again."""
+    ensemble_weights: tuple[float, ...] = ()
+    """The weight of each of several models, in their order; equal if left out. Their sum makes no difference."""
 
     def check(self) -> None:
         """Raise a `UserError` for the first value that makes no sense."""
@@ -49,6 +66,35 @@ class DecodingOptions:
         _require(in_range, "temperature", "above 0", self.temperature)
         size = self.no_repeat_ngram_size
         _require(size >= 0, "no-repeat-ngram-size", "at least 0", size)
+        is_penalty = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
+        _require(is_penalty, "repetition-penalty", "above 0", self.repetition_penalty)
+        for name in ("sampling_topk", "sampling_topp", "seed"):
+            if getattr(self, name) is not None and not self.sampling:
+                flag = name.replace("_", "-")
+                raise UserError(f"`{flag}` must come with `sampling`. Add --sampling or leave it out.")
+        if self.sampling_topk is not None:
+            _require(self.sampling_topk >= 1, "sampling-topk", "at least 1", self.sampling_topk)
+            _require(
+                self.sampling_topp is None, "sampling-topp", "left out with sampling-topk", self.sampling_topp
+            )
+        if self.sampling_topp is not None:
+            in_range = 0 < self.sampling_topp <= 1
+            _require(in_range, "sampling-topp", "above 0 and at most 1", self.sampling_topp)
+        if self.seed is not None:
+            _require(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1", self.seed)
+        are_weights = all(math.isfinite(weight) and weight > 0 for weight in self.ensemble_weights)
+        _require(are_weights, "ensemble-weights", "numbers above 0", self.ensemble_weights)
+
+    def check_models(self, num_models: int) -> None:
+        """Raise a `UserError` where the options of ensembles do not suit this many models."""
+        if num_models == 1 and (self.ensemble_weights or self.ensemble_by != "probabilities"):
+            name = "ensemble-weights" if self.ensemble_weights else "ensemble-by"
+            raise UserError(f"`{name}` must come with several models, but there is one. Name them A:B.")
+        if self.ensemble_weights and len(self.ensemble_weights) != num_models:
+            raise UserError(
+                f"`ensemble-weights` must be {num_models} numbers, one for each model, but they are "
+                f"{len(self.ensemble_weights)}."
+            )
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

@@ -70,7 +70,11 @@ class Transformer(nn.Module):
         Returns:
             (R, T, V) logits.
         """
-        return F.linear(self.features(target_input, memory, state), self.output_weight)
+        return self.project(self.features(target_input, memory, state))
+
+    def project(self, features: Tensor) -> Tensor:
+        """(..., D) -> (..., V): hidden states to logits."""
+        return F.linear(features, self.output_weight)
 
     def start_state(self) -> DecoderState:
         """Return the state of rows of which nothing has been decoded."""

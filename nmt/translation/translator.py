@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from nmt.data.segmenter import PieceSegmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.errors import UserError
 from nmt.generation.beam_search import Hypothesis
-from nmt.generation.generator import Generator
+from nmt.generation.generator import Generator, TranslationModel
 from nmt.generation.options import DecodingOptions
+from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
 from nmt.translation.task import TranslationTask
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Translator:
         *,
         device: torch.device | str,
         input_is_pieces: bool = False,
+        precision: Precision = "fp32",
     ) -> None:
         """Take models that are on `device` and in evaluation mode, and the task that they were made for.
 
@@ -69,8 +73,11 @@ class Translator:
             task: Their vocabularies, and how text becomes pieces.
             device: Where they are.
             input_is_pieces: Sources and references are split into pieces already, joined by blanks.
+            precision: Of the weights that search; "fp32" leaves them as they are.
         """
         self.models = models
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        self.fast_models = [InferenceTransformer(model, dtype) for model in models]
         self.task = task
         self.device = torch.device(device)
         self.source_segmenter = (
@@ -87,6 +94,7 @@ class Translator:
         device: torch.device | str = "cpu",
         *,
         input_is_pieces: bool = False,
+        precision: Precision = "fp32",
     ) -> Translator:
         """Load a model folder, or several whose probabilities are averaged.
 
@@ -105,7 +113,7 @@ class Translator:
                     f"`{other_path}` must have the vocabularies of `{paths[0]}` to translate with it, "
                     "but has others. Take models that were trained on one data directory."
                 )
-        return cls(models, tasks[0], device=device, input_is_pieces=input_is_pieces)
+        return cls(models, tasks[0], device=device, input_is_pieces=input_is_pieces, precision=precision)
 
     def translate(self, lines: Sequence[str], **decoding: Any) -> list[str]:
         """Return the best translation of each line; that of a blank line is empty.
@@ -137,7 +145,7 @@ class Translator:
         Yields:
             One translation for each line, in the order of the lines.
         """
-        generator = self._generator(options)
+        generator = self._generator(options, self.fast_models)
 
         def search(sources: list[NDArray[Any]], starts: list[NDArray[Any]]) -> list[list[Hypothesis]]:
             return generator.generate(
@@ -166,7 +174,7 @@ class Translator:
         Yields:
             For each line its reference as the only hypothesis, in the order of the lines.
         """
-        generator = self._generator(DecodingOptions())
+        generator = self._generator(DecodingOptions(), self.models)
 
         def score(sources: list[NDArray[Any]], targets: list[NDArray[Any]]) -> list[list[Hypothesis]]:
             batch = collate_pairs(list(zip(sources, targets, strict=True))).to(self.device)
@@ -193,8 +201,8 @@ class Translator:
                 )
         return references
 
-    def _generator(self, options: DecodingOptions) -> Generator:
-        return Generator(self.models, options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
+    def _generator(self, options: DecodingOptions, models: Sequence[TranslationModel]) -> Generator:
+        return Generator(models, options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
 
     def _in_buffers(
         self,

@@ -1,0 +1,310 @@
+"""The Transformer for inference alone: the same results, sooner. `Transformer` is its plain twin.
+
+What makes it faster, in a decoder that takes one position at a time:
+
+- The past stays where it was written. The K hypotheses of a sentence share one table of keys and values, to which
+  each step adds K columns, and a mask says which columns are a hypothesis's own past. Where hypotheses branch and
+  die, rows of the mask are copied instead of keys and values; attention is one product for all K of them.
+- Columns from which no hypothesis descends are dropped when the table is full, before it grows.
+- A sentence that leaves the batch is cut out of one tensor, which holds the past of all layers.
+- Weights and hidden states may be bfloat16.
+
+Shapes: B sentences, K beam size, R = B*K rows, S source length, N columns of the past, L layers, D model, H heads,
+E head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmt.models.attention import split_heads
+from nmt.models.blocks import Residual
+from nmt.models.decoder_state import Memory
+from nmt.models.transformer import DecoderLayer, Transformer
+
+_Map = Callable[[Tensor], Tensor]
+
+_FIRST_CAPACITY = 16  # positions
+_PACKED_FOR = 128  # rows; products of other numbers of rows use the same packing
+
+
+class InferenceTransformer:
+    """Encode sources, then decode position by position, with a trained model's weights as they are now."""
+
+    training = False
+
+    def __init__(self, model: Transformer, dtype: torch.dtype | None = None) -> None:
+        """Take over the weights of a model in evaluation mode, which is not changed.
+
+        Args:
+            model: The model.
+            dtype: Of weights and hidden states; the model's own if it is left out.
+        """
+        assert not model.training
+        self.plain = model
+        self.pad_id = model.pad_id
+        self.max_source_positions = model.max_source_positions
+        self.max_target_positions = model.max_target_positions
+        self.dtype = dtype or model.output_weight.dtype
+        self.encoder = copy.deepcopy(
+            model.encoder, memo={id(weight): weight for weight in model.parameters()}
+        )
+        _replace_products_(self.encoder, self.dtype)
+        self.embedding = model.decoder.embedding
+        self.layers = [_Layer(cast(DecoderLayer, layer), self.dtype) for layer in model.decoder.layers]
+        self.final_norm = _norm(model.decoder.final_norm, self.dtype)
+        self.project = linear_map(model.output_weight, None, self.dtype)  # (..., D) -> (..., V)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the weights of the model."""
+        return self.plain.parameters()
+
+    def encode(self, source: Tensor) -> Memory:
+        """Encode sources (B, S); see `Transformer.encode`."""
+        padding_mask = source == self.pad_id
+        encoded = self.encoder(source, padding_mask)
+        projected = [layer.project_memory(encoded) for layer in self.layers]
+        return Memory([keys for keys, _ in projected], [values for _, values in projected], padding_mask)
+
+    def start_state(self) -> BeamState:
+        """Return the state of rows of which nothing has been decoded."""
+        return BeamState(len(self.layers))
+
+    def features(self, target_input: Tensor, memory: Memory, state: BeamState) -> Tensor:
+        """Take one new token a row into the state.
+
+        Args:
+            target_input: (R, 1) int64; the K rows of a sentence lie side by side.
+            memory: The encoded sources of B sentences.
+            state: What has been decoded before.
+
+        Returns:
+            (R, 1, D), the last hidden states.
+        """
+        beam_size = target_input.size(0) // memory.padding_mask.size(0)
+        past, past_mask = state.add_columns(memory.keys[0], beam_size)
+        source_mask = _additive(memory.padding_mask, memory.keys[0].dtype)[:, None, None]  # (B, 1, 1, S)
+        x = self.embedding(target_input, start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
+        for i, layer in enumerate(self.layers):
+            x = layer.attend_to_past(x, past[i], past_mask)
+            x = layer.attend_to_source(x, memory.keys[i], memory.values[i], source_mask)
+            x = layer.feed_forward(x)
+        return self.final_norm(x)[:, None]
+
+
+class BeamState:
+    """What the decoder remembers of K hypotheses for each of B sentences.
+
+    Attributes:
+        length: Number of positions that have been decoded.
+        num_columns: Number of columns that are filled; the K of the newest position stand last.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.length = 0
+        self._num_layers = num_layers
+        self.num_columns = 0
+        self._past = torch.empty(0)  # (L, 2, B, H, capacity, E): keys and values of each layer
+        self._mask = torch.empty(0)  # (B, K, capacity): 0 where a column belongs to the hypothesis, else -inf
+
+    def reorder_(self, rows: Tensor) -> None:
+        """Let new row i go on from old row `rows[i]`, (R',) int64; the rows of a sentence stay together."""
+        num_sentences, beam_size, capacity = self._mask.shape
+        self._mask = self._mask.flatten(0, 1)[rows].view(-1, beam_size, capacity)
+        if rows.numel() < num_sentences * beam_size:
+            sentences = rows.view(-1, beam_size)[:, 0] // beam_size
+            filled = self._past[:, :, sentences, :, : self.num_columns]
+            self._past = self._past[:, :, : sentences.numel()]  # the same memory
+            self._past[:, :, :, :, : self.num_columns] = filled
+
+    def add_columns(self, like: Tensor, beam_size: int) -> tuple[Tensor, Tensor | None]:
+        """Make columns for a new position, and return all: the newest K are to be filled.
+
+        Args:
+            like: (B, H, S, E), the keys of a layer's memory: the past has their sizes and their type.
+            beam_size: K.
+
+        Returns:
+            (L, 2, B, H, N, E) keys and values, and the mask (B, 1, K, N), None where K is 1.
+        """
+        num_sentences, num_heads, _, head_size = like.shape
+        if self.length == 0:
+            capacity = _FIRST_CAPACITY * beam_size
+            self._past = like.new_empty((self._num_layers, 2, num_sentences, num_heads, capacity, head_size))
+            self._mask = like.new_full((num_sentences, beam_size, capacity), -torch.inf)
+        elif self.num_columns + beam_size > self._mask.size(2):
+            self._make_room(beam_size)
+        first, self.num_columns = self.num_columns, self.num_columns + beam_size
+        self.length += 1
+        mask = self._mask[:, :, : self.num_columns]
+        mask[:, :, first:].diagonal(dim1=1, dim2=2).zero_()
+        past = self._past[:, :, :, :, : self.num_columns]
+        return past, mask[:, None] if beam_size > 1 else None
+
+    def _make_room(self, beam_size: int) -> None:
+        """Drop the columns that belong to no hypothesis; double the capacity if half of it is still filled."""
+        mask = self._mask[:, :, : self.num_columns]
+        is_alive = (mask == 0).any(dim=1)  # (B, N)
+        width = int(is_alive.sum(dim=1).max())
+        # The columns alive come first, in their order. A sentence that has fewer keeps some that are masked.
+        order = is_alive.byte().argsort(dim=1, descending=True, stable=True)[:, :width]  # (B, width)
+        capacity = self._mask.size(2)
+        if 2 * width > capacity:
+            capacity *= 2
+        old_past = self._past
+        *sizes, _, head_size = old_past.shape
+        self._past = old_past.new_empty((*sizes, capacity, head_size))
+        places = order[:, None, :, None].expand(-1, sizes[3], -1, head_size)  # (B, H, width, E)
+        for layer in range(self._num_layers):
+            for side in range(2):
+                self._past[layer, side, :, :, :width] = old_past[layer, side].gather(2, places)
+        self._mask = mask.new_full((*mask.shape[:2], capacity), -torch.inf)
+        self._mask[:, :, :width] = mask.gather(2, order[:, None].expand(-1, beam_size, -1))
+        self.num_columns = width
+
+
+class _Layer:
+    """A decoder layer for one new position a row."""
+
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.num_heads = layer.cross_attention.num_heads
+        self.qkv = linear_map(layer.self_attention.qkv_proj.weight, layer.self_attention.qkv_proj.bias, dtype)
+        self.past_out = linear_map(
+            layer.self_attention.out_proj.weight, layer.self_attention.out_proj.bias, dtype
+        )
+        self.keys_and_values = linear_map(
+            layer.cross_attention.kv_proj.weight, layer.cross_attention.kv_proj.bias, dtype
+        )
+        self.query = linear_map(layer.cross_attention.q_proj.weight, layer.cross_attention.q_proj.bias, dtype)
+        self.source_out = linear_map(
+            layer.cross_attention.out_proj.weight, layer.cross_attention.out_proj.bias, dtype
+        )
+        self.expand = linear_map(layer.feed_forward.expand.weight, layer.feed_forward.expand.bias, dtype)
+        self.contract = linear_map(
+            layer.feed_forward.contract.weight, layer.feed_forward.contract.bias, dtype
+        )
+        self.activation = layer.feed_forward.activation
+        self.around_past = _residual(layer.around_self_attention, dtype)
+        self.around_source = _residual(layer.around_cross_attention, dtype)
+        self.around_feed_forward = _residual(layer.around_feed_forward, dtype)
+
+    def project_memory(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Project the encoder's output (B, S, D) to keys and values, (B, H, S, E) each.
+
+        They are float32 where they would be bfloat16 on a CPU, which takes longer for small products of these.
+        """
+        projected = split_heads(self.keys_and_values(encoded.to(self.dtype)), 2 * self.num_heads)
+        if projected.dtype == torch.bfloat16 and projected.device.type == "cpu":
+            projected = projected.float()
+        keys, values = projected.chunk(2, dim=1)
+        return keys.contiguous(), values.contiguous()
+
+    def attend_to_past(self, x: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
+        """(R, D) -> (R, D). The last K columns of the past (2, B, H, N, E) are filled."""
+
+        def block(y: Tensor) -> Tensor:
+            _, num_sentences, num_heads, _, head_size = past.shape
+            # (R, 3D) -> (3, B, H, K, E)
+            qkv = self.qkv(y).view(num_sentences, -1, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
+            past[:, :, :, -qkv.size(3) :] = qkv[1:]
+            return self.past_out(_attend(qkv[0], past[0], past[1], mask))
+
+        return self.around_past(x, block)
+
+    def attend_to_source(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """(R, D) -> (R, D). Keys and values are (B, H, S, E), the mask (B, 1, 1, S)."""
+
+        def block(y: Tensor) -> Tensor:
+            num_sentences, num_heads, _, head_size = keys.shape
+            query = self.query(y).view(num_sentences, -1, num_heads, head_size).transpose(1, 2)
+            return self.source_out(_attend(query, keys, values, mask))
+
+        return self.around_source(x, block)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """(R, D) -> (R, D)."""
+        return self.around_feed_forward(x, lambda y: self.contract(self.activation(self.expand(y))))
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend with queries (B, H, K, E) to keys and values (B, H, N, E), whose type may be another.
+
+    Plain products: for a handful of queries they are faster on a CPU than the fused attention.
+
+    Returns:
+        (R, D), of the queries' type.
+    """
+    scores = (query.to(keys.dtype) * query.size(3) ** -0.5) @ keys.transpose(2, 3)  # (B, H, K, N)
+    if mask is not None:
+        scores += mask
+    heads = scores.softmax(dim=3) @ values  # (B, H, K, E)
+    return heads.transpose(1, 2).to(query.dtype).flatten(2).flatten(0, 1)
+
+
+def linear_map(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Map:
+    """Return the map x -> x W^T + b for weights (out, in).
+
+    On a CPU oneDNN's packed products are used, where this build of PyTorch has them: PyTorch's own in float32 are
+    MKL's, which on processors that are not Intel's reach half of their rate, and products of few rows gain most.
+    """
+    weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+    can_pack = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if (
+        can_pack
+        and dtype in (torch.float32, torch.bfloat16)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
+        product = torch.ops.mkldnn._linear_pointwise
+        return lambda x: cast(Tensor, product(x, packed, bias, "none", [], ""))
+    return lambda x: F.linear(x, weight, bias)
+
+
+class _Product(nn.Module):
+    """A linear map that computes in another type than it takes and returns."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.product = linear_map(linear.weight, linear.bias, dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.product(x.to(self.dtype)).to(x.dtype)
+
+
+def _replace_products_(module: nn.Module, dtype: torch.dtype) -> None:
+    """Put `_Product`s in the places of a module's linear maps."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, _Product(child, dtype))
+        else:
+            _replace_products_(child, dtype)
+
+
+def _norm(norm: nn.Module, dtype: torch.dtype) -> _Map:
+    """Return layer normalisation, or what stands in its place, in another type."""
+    if not isinstance(norm, nn.LayerNorm):
+        return norm
+    weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
+    return lambda x: F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _residual(residual: Residual, dtype: torch.dtype) -> Callable[[Tensor, _Map], Tensor]:
+    """Return the connection around a block without its dropout; see `Residual`."""
+    norm = _norm(residual.norm, dtype)
+    if residual.pre_norm:
+        return lambda x, block: x + block(norm(x))
+    return lambda x, block: norm(block(x).add_(x))
+
+
+def _additive(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return -inf at padding and else 0: as attention takes masks, so that it need not convert them."""
+    return torch.zeros_like(padding_mask, dtype=dtype).masked_fill_(padding_mask, -torch.inf)

@@ -1,0 +1,116 @@
+"""The fast Transformer against its plain twin."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_transformer import VOCABULARY_SIZE, random_transformer
+
+from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
+from nmt.generation.beam_search import Hypothesis
+from nmt.generation.generator import Generator, TranslationModel
+from nmt.generation.options import DecodingOptions
+from nmt.models.inference import InferenceTransformer
+from nmt.models.options import TransformerOptions
+from nmt.models.transformer import Transformer
+
+SENTENCES = st.lists(
+    st.lists(st.integers(UNK_ID, VOCABULARY_SIZE - 1), min_size=1, max_size=9), min_size=1, max_size=12
+)
+
+
+def search(model: TranslationModel, sentences: list[list[int]], beam: int) -> list[list[Hypothesis]]:
+    options = DecodingOptions(beam=beam, nbest=beam, max_len_a=0, max_len_b=30)
+    generator = Generator([model], options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
+    return generator.generate(padded(sentences))
+
+
+def padded(sentences: list[list[int]]) -> torch.Tensor:
+    longest = max(map(len, sentences))
+    return torch.tensor([[*x, EOS_ID] + [PAD_ID] * (longest - len(x)) for x in sentences])
+
+
+def seldom_ending(seed: int, dtype: torch.dtype) -> Transformer:
+    """Make a random model that goes on for long, so that the table of the past is full more than once."""
+    model = random_transformer(seed, dtype)
+    with torch.no_grad():
+        model.output_weight[EOS_ID] *= 0.1
+    return model
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), sentences=SENTENCES, beam=st.integers(1, 5))
+def test_finds_what_the_plain_model_finds(seed: int, sentences: list[list[int]], beam: int) -> None:
+    model = seldom_ending(seed, torch.float64)
+    found = search(InferenceTransformer(model), sentences, beam)
+    expected = search(model, sentences, beam)
+    assert [[x.tokens for x in nbest] for nbest in found] == [[x.tokens for x in nbest] for nbest in expected]
+    for nbest, nbest_expected in zip(found, expected, strict=True):
+        assert [x.score for x in nbest] == pytest.approx([x.score for x in nbest_expected], abs=1e-10)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("activation_fn", ["relu", "gelu"])
+@pytest.mark.parametrize("layernorm_embedding", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.15)]
+)
+def test_computes_the_same_logits_in_each_type(
+    pre_norm: bool, activation_fn: str, layernorm_embedding: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    options = TransformerOptions(
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_embed_dim=32,
+        decoder_embed_dim=48,
+        encoder_ffn_embed_dim=64,
+        decoder_ffn_embed_dim=64,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+    )
+    options = replace(
+        options,
+        encoder_normalize_before=pre_norm,
+        decoder_normalize_before=pre_norm,
+        activation_fn=activation_fn,
+        layernorm_embedding=layernorm_embedding,
+    )
+    torch.manual_seed(0)
+    sizes = {"source_vocabulary_size": 20, "target_vocabulary_size": 30, "pad_id": PAD_ID}
+    plain = Transformer(options, **sizes).eval()
+    exact = Transformer(options, **sizes).double().eval()
+    exact.load_state_dict(plain.state_dict())
+    fast = InferenceTransformer(exact if dtype == torch.float64 else plain, dtype)
+    source = padded([[5, 6, 7], [8], [9, 10, 11, 12]])
+    target_input = torch.randint(3, 30, (6, 20))
+    with torch.inference_mode():
+        expected = exact.decode(target_input, exact.encode(source))
+        memory, state = fast.encode(source), fast.start_state()
+        steps = [fast.project(fast.features(x, memory, state)) for x in target_input.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1).double(), expected, atol=tolerance, rtol=0)
+
+
+def test_the_models_own_weights_stay_as_they_are() -> None:
+    model = random_transformer(3, torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    search(InferenceTransformer(model, torch.bfloat16), [[5, 6]], 2)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_columns_without_descendants_make_room() -> None:
+    # Hypotheses that all go on from the first one: of each older position one column is alive, so that 31
+    # positions of 4 hypotheses fit into room for 64 columns.
+    model = InferenceTransformer(random_transformer(0, torch.float64))
+    with torch.inference_mode():
+        memory, state = model.encode(padded([[5, 6], [7]])), model.start_state()
+        sizes = []
+        for _ in range(31):
+            model.features(torch.full((8, 1), 5), memory, state)
+            state.reorder_(torch.tensor([0, 0, 0, 0, 4, 4, 4, 4]))
+            sizes.append(state.num_columns)
+    assert max(sizes) <= 16 * 4
+    assert state.length == 31
