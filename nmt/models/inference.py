@@ -200,10 +200,10 @@ class _Layer:
 
         They are float32 where they would be bfloat16 on a CPU, which takes longer for small products of these.
         """
-        projected = split_heads(self.keys_and_values(encoded.to(self.dtype)), 2 * self.num_heads)
+        projected = self.keys_and_values(encoded.to(self.dtype))
         if projected.dtype == torch.bfloat16 and projected.device.type == "cpu":
             projected = projected.float()
-        keys, values = projected.chunk(2, dim=1)
+        keys, values = split_heads(projected, 2, self.num_heads)
         return keys.contiguous(), values.contiguous()
 
     def attend_to_past(self, x: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
