@@ -47,6 +47,7 @@ _LABELS = {
 }
 _FROM_ZERO = ("lr", _SPEED)
 _LOGARITHMIC = ("ppl",)
+_DRAWN = ("train", "valid")
 _NO_METRICS = {"kind", "update", "epoch", "hours"}
 _FOLLOW_LOSS = {"nll", "ppl"}
 _BEST = "best "  # before the name of the metric that chooses the best checkpoint
@@ -122,7 +123,8 @@ def draw(runs: Sequence[RunRecords], *, x: XAxis = "update", metrics: Sequence[s
     panels = _choose_panels(runs, metrics)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 2.9 * rows + 0.9), dpi=150)
+    height = 2.9 * rows + 0.8 + 0.11 * len(runs)  # the legend has about two runs a line
+    figure = Figure(figsize=(5.2 * columns, height), dpi=150)
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten().tolist()
     for ax in axes[len(panels) :]:
@@ -136,7 +138,9 @@ def draw(runs: Sequence[RunRecords], *, x: XAxis = "update", metrics: Sequence[s
 
 
 def _choose_panels(runs: Sequence[RunRecords], metrics: Sequence[str]) -> list[str]:
-    recorded = dict.fromkeys(name for run in runs for record in run.records for name in record)
+    recorded = dict.fromkeys(
+        name for run in runs for record in run.records if record["kind"] in _DRAWN for name in record
+    )
     validated = dict.fromkeys(
         name for run in runs for record in run.records if record["kind"] == "valid" for name in record
     )
@@ -157,7 +161,7 @@ def _x_places(run: RunRecords, x: XAxis) -> Callable[[Record], float]:
     if x == "update":
         return lambda record: record["update"]
     if x == "hours":
-        if any("hours" not in record for record in run.records):
+        if any("hours" not in record for record in run.records if record["kind"] in _DRAWN):
             raise UserError(
                 f"`x` hours must have runs that recorded it, but {run.name} did not. Use --x update."
             )

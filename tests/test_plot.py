@@ -94,7 +94,9 @@ def test_epochs_are_told_by_updates_between_their_ends_and_after_the_last() -> N
 
 
 def test_hours_are_those_recorded() -> None:
-    assert curves(panels(draw([RUN], x="hours"))["BLEU"])[1][0] == [0.2, 0.4, 0.6]
+    back = {"kind": "back", "update": 40, "epoch": 1, "lr scale": 0.5, "bad updates": 10}
+    figure = draw([RunRecords("went back", [*RECORDS, back])], x="hours")
+    assert curves(panels(figure)["BLEU"])[1][0] == [0.2, 0.4, 0.6]
 
 
 def test_an_axis_that_a_run_has_not_recorded_is_refused() -> None:

@@ -1,7 +1,14 @@
 """Reading what a run has recorded, whatever state its file is in."""
 
+import fcntl
 import json
 import math
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from contextlib import closing
 from pathlib import Path
 
@@ -51,3 +58,33 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"must be the folder of a run, but has no metrics\.jsonl"):
             read_records(folder)
+
+
+SHOW_PROGRESS = """
+import sys
+from pathlib import Path
+from nmt.run_log import RunLog
+log = RunLog(Path(sys.argv[1]), is_writer=True)
+log.open()
+for update in range(5, 11):
+    log.progress(update, epoch=1, total=10)
+log.close()
+"""
+
+
+def test_a_terminal_shows_a_bar_that_begins_where_the_run_was_taken_up(tmp_path: Path) -> None:
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    environment = {**os.environ, "TQDM_MININTERVAL": "0"}
+    command = [sys.executable, "-c", SHOW_PROGRESS, str(tmp_path)]
+    subprocess.run(command, stderr=terminal, env=environment, check=True)
+    shown = os.read(ours, 100_000).decode()
+    for file in (ours, terminal):
+        os.close(file)
+    assert "4/10" in shown and "0/10" not in shown.replace("10/10", "") and "10/10" in shown
+    assert "epoch 1" in shown
+
+
+def test_what_is_no_terminal_shows_no_bar(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHOW_PROGRESS, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, check=True).stderr == b""

@@ -27,7 +27,7 @@ class TranslationOptions:
     label_smoothing: float = 0.1
     """Probability that is spread over the other classes of the vocabulary."""
     r_drop: float = 0.0
-    """Weight of the divergence between two passes with different dropout; 0 for one pass. Halves the speed."""
+    """R-Drop: weight of the divergence between two passes with different dropout; 0 for one pass."""
     word_dropout: float = 0.0
     """Probability with which training replaces a token that encoder or decoder reads by the unknown one."""
     eval_bleu: bool = True
