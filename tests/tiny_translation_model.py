@@ -1,8 +1,10 @@
 """A model folder of a small untrained Transformer, for tests of what surrounds the model."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,10 +39,15 @@ def write_tiny_model(folder: Path) -> Path:
     return _write(folder, model, task)
 
 
-def write_learned_model(folder: Path, pairs: Mapping[str, str]) -> Path:
-    """Write a model folder of a model that has learned some sentences and their translations by heart."""
+def write_learned_model(
+    folder: Path, pairs: Mapping[str, str], variant: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a model folder of a model that has learned some sentences and their translations by heart.
+
+    `variant` changes fields of its `TransformerOptions`.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    task = _make_task(folder, [*pairs, *pairs.values()] * 10)
+    task = _make_task(folder, [*pairs, *pairs.values()] * 10, variant)
     torch.manual_seed(1)
     model = task.build_model()
     sources, targets = (
@@ -57,7 +64,9 @@ def write_learned_model(folder: Path, pairs: Mapping[str, str]) -> Path:
     return _write(folder, model, task)
 
 
-def _make_task(folder: Path, sentences: Sequence[str]) -> TranslationTask:
+def _make_task(
+    folder: Path, sentences: Sequence[str], variant: Mapping[str, Any] | None = None
+) -> TranslationTask:
     """Make vocabularies of the sentences in a folder beside the model's, and the task of a small model."""
     assets = folder.parent / f"{folder.name}-assets"
     assets.mkdir()
@@ -79,6 +88,7 @@ def _make_task(folder: Path, sentences: Sequence[str]) -> TranslationTask:
         max_source_positions=MAX_POSITIONS,
         max_target_positions=MAX_POSITIONS,
     )
+    model_options = dataclasses.replace(model_options, **(variant or {}))
     return TranslationOptions(data=assets, model=model_options).build(assets)
 
 

@@ -1,13 +1,19 @@
-"""nmt-convert: a model folder from a model of another toolkit."""
+"""nmt-convert: a model folder from a model of another toolkit, or the other way round."""
 
+import itertools
 import sys
 from collections.abc import Sequence
 
 from nmt.cli.command import run_command
-from nmt.cli.options import ConvertOptions
-from nmt.config import parse_command
+from nmt.cli.options import ExportOptions, ImportOptions
+from nmt.cli.text_files import check_parallel, read_text
+from nmt.config import list_options, parse_command, peek
+from nmt.errors import UserError
 
 PROG = "nmt-convert"
+_EXIT_DISAGREEMENT = 1
+_IMPORT_FORM = "--from fairseq CHECKPOINT --dict-dir DIR --to MODEL_DIR"
+_EXPORT_FORM = "MODEL_DIR --to ctranslate2 DIR"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,27 +21,93 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
 
     def body() -> None:
-        options = parse_command(
-            ConvertOptions, arguments, prog=PROG, description="Convert a model of fairseq to a model folder."
-        )
-        from nmt.interop.fairseq import convert_checkpoint
-
-        done = convert_checkpoint(
-            options.checkpoint,
-            options.dict_dir,
-            options.to,
-            source_lang=options.source_lang,
-            target_lang=options.target_lang,
-        )
-        if done.is_guessed:
-            print(
-                f"{PROG}: warning: nothing tells which language is the source; taken for it is {done.source_lang} "
-                "(say it with --source-lang)",
-                file=sys.stderr,
-            )
-        print(f"{options.to}: {done.source_lang} to {done.target_lang}, {done.num_parameters:,} weights")
+        if _is_import(arguments):
+            import_model(parse_command(ImportOptions, arguments, prog=PROG, description=_description()))
+        else:
+            export_model(parse_command(ExportOptions, arguments, prog=PROG, description=_description()))
 
     run_command(PROG, body)
+
+
+def import_model(options: ImportOptions) -> None:
+    """Convert a checkpoint of fairseq to a model folder."""
+    from nmt.interop.fairseq import convert_checkpoint
+
+    done = convert_checkpoint(
+        options.checkpoint,
+        options.dict_dir,
+        options.to,
+        source_lang=options.source_lang,
+        target_lang=options.target_lang,
+    )
+    if done.is_guessed:
+        print(
+            f"{PROG}: warning: nothing tells which language is the source; taken for it is {done.source_lang} "
+            "(say it with --source-lang)",
+            file=sys.stderr,
+        )
+    print(f"{options.to}: {done.source_lang} to {done.target_lang}, {done.num_parameters:,} weights")
+
+
+def export_model(options: ExportOptions) -> None:
+    """Convert a model folder for CTranslate2, and let both translate a sample.
+
+    Raises:
+        SystemExit: With code 1 if they do not translate alike; nothing is written then.
+    """
+    if options.sample is not None:
+        check_parallel(options.sample)
+
+    from nmt.interop.ctranslate2 import DisagreementError, export, random_sentences
+    from nmt.translation.translator import Translator
+
+    translator = Translator.load(options.model)
+    if options.sample is None:
+        sample = random_sentences(translator, options.sample_size)
+    else:
+        sample = list(itertools.islice(read_text(options.sample), options.sample_size))
+    _, folder = options.to
+    try:
+        exact, quantized = export(translator, folder, sample, quantization=options.quantization)
+    except DisagreementError as error:
+        print(f"{PROG}: CTranslate2 does not translate like the model: {error}", file=sys.stderr)
+        raise SystemExit(_EXIT_DISAGREEMENT) from None
+    print(f"{folder}: CTranslate2 translates like the model")
+    print(f"float32: {exact}")
+    if quantized is not None:
+        print(f"{options.quantization}: {quantized}")
+
+
+def _is_import(arguments: Sequence[str]) -> bool:
+    """Return the direction.
+
+    Raises:
+        UserError: It is not clear, or an option belongs to the other one.
+    """
+    toolkit = peek(arguments, "--to")
+    is_import = any(argument.partition("=")[0] == "--from" for argument in arguments)
+    if "--help" in arguments or "-h" in arguments:
+        return is_import
+    if not is_import and toolkit != "ctranslate2":
+        raise UserError(
+            f"`nmt-convert` must be told the direction: `{PROG} {_IMPORT_FORM}` or `{PROG} {_EXPORT_FORM}`."
+        )
+    own, other = (ImportOptions, ExportOptions) if is_import else (ExportOptions, ImportOptions)
+    foreign = {option.flag for option in list_options(other)} - {option.flag for option in list_options(own)}
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in foreign:
+            form = _EXPORT_FORM if is_import else _IMPORT_FORM
+            raise UserError(f"`{flag}` must be left out here: it belongs to `{PROG} {form}`.")
+    return is_import
+
+
+def _description() -> str:
+    return (
+        f"Convert a model of fairseq to a model folder:\n  {PROG} {_IMPORT_FORM}\n"
+        f"or a model folder for CTranslate2:\n  {PROG} {_EXPORT_FORM}\n"
+        "`--from fairseq --help` shows the options of the first, `--help` those of the second."
+    )
 
 
 if __name__ == "__main__":

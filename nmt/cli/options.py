@@ -163,8 +163,8 @@ class AverageOptions:
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
-    """Which model of which toolkit to convert, and where to write the result."""
+class ImportOptions:
+    """nmt-convert --from: which model of which toolkit to convert, and where to write the result."""
 
     checkpoint: tyro.conf.Positional[Path]
     """The file of the model, such as checkpoint_best.pt. Nothing in it is executed."""
@@ -201,6 +201,30 @@ class PlotOptions:
             )
         if self.output.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(f"`output` must end in .png, .pdf or .svg, but is {self.output}.")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """nmt-convert --to TOOLKIT: which model folder to convert for which toolkit."""
+
+    model: tyro.conf.Positional[Path]
+    """The model folder, such as RUN/checkpoints/best."""
+    to: Annotated[tuple[Literal["ctranslate2"], Path], tyro.conf.arg(metavar="ctranslate2 DIR")]
+    """The toolkit that is to read it, and the folder to write, which must not exist."""
+    quantization: Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"] | None = (
+        None
+    )
+    """How the weights are stored; float32 if it is left out."""
+    sample: Path | None = None
+    """Source text, a sentence a line, of which both translate the first lines to be compared; if it is left out,
+    sentences of pieces drawn at random."""
+    sample_size: int = 200
+    """How many lines of it."""
+
+    def check(self) -> None:
+        """Raise `UserError` for a sample without lines."""
+        if self.sample_size < 1:
+            raise UserError(f"`sample-size` must be at least 1, but is {self.sample_size}.")
 
 
 def _folders(models: str) -> list[Path]:

@@ -226,16 +226,21 @@ class Translator:
         Yields:
             For each line its reference as the only hypothesis, in the order of the lines.
         """
-        generator = self._generator(DecodingOptions(), self.models)
-
-        def score(sources: list[NDArray[Any]], targets: list[NDArray[Any]]) -> list[list[Hypothesis]]:
-            batch = collate_pairs(list(zip(sources, targets, strict=True))).to(self.device)
-            return generator.score(batch.source, batch.target_input, batch.target)
-
         assert too_long != "split"
         endless = itertools.chain(references, itertools.repeat(_END))  # for lines that have none
-        work = _Work(score, BatchRunner(batching or Batching()), too_long, 1.0, on_progress or _ignore)
+        work = _Work(
+            self.score_ids, BatchRunner(batching or Batching()), too_long, 1.0, on_progress or _ignore
+        )
         return self._in_buffers(lines, endless, work)
+
+    def score_ids(
+        self, sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]
+    ) -> list[list[Hypothesis]]:
+        """Score translations of one batch as ids, eos at the end of each side; one hypothesis for each."""
+        batch = collate_pairs(list(zip(sources, targets, strict=True))).to(self.device)
+        return self._generator(DecodingOptions(), self.models).score(
+            batch.source, batch.target_input, batch.target
+        )
 
     def encode_reference(self, line: str, *, number: int) -> NDArray[Any]:
         """Return the ids of target text, eos at the end; `number` serves to name the line of an error.

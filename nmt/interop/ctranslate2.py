@@ -1,0 +1,339 @@
+"""Our Transformer as a model of CTranslate2, and the proof that it computes the same.
+
+The weights go into CTranslate2's own specification classes, and its own converter writes the folder. Conventions
+that differ are few: it calls the padding token `<blank>`, and its tables of positions begin with the first one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nmt.data.vocabulary import EOS_ID, UNK_ID, Vocabulary
+from nmt.errors import UserError
+from nmt.generation.options import DecodingOptions
+from nmt.models.attention import CrossAttention, SelfAttention
+from nmt.models.blocks import Embedding, FeedForward
+from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
+from nmt.new_folder import new_folder
+from nmt.translation.translator import Translation, Translator
+
+Quantization = Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"]
+
+_PAD = "<blank>"
+_BEAM = 5
+_LONGEST = 200  # tokens of a translation, in the comparison
+_TOLERANCE = 1e-3  # of scores, and of what counts as a tie
+_TIES_PER_THOUSAND = 2
+_QUANTIZED_TOLERANCE = 0.1  # of the mean difference of scores: beyond it the model is broken, not coarse
+_EXAMPLES = 5
+_LONGEST_RANDOM = 25  # pieces of a random sentence
+
+
+class DisagreementError(Exception):
+    """The two models do not translate alike; the text says where."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What came out when both translated a sample."""
+
+    num_sentences: int
+    num_equal: int
+    num_ties: int  # other translations, but of scores within the tolerance by our model
+    largest_difference: float  # of the scores of equal translations that ended by themselves
+    mean_difference: float
+    faults: list[str]  # sentences that differ beyond a tie
+
+    def is_exact(self) -> bool:
+        """Whether the two models are the same, rounding aside."""
+        most_ties = -(-self.num_sentences * _TIES_PER_THOUSAND // 1000)
+        return not self.faults and self.num_ties <= most_ties and self.largest_difference <= _TOLERANCE
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_equal:,} of {self.num_sentences:,} translations equal, {self.num_ties:,} ties, "
+            f"{len(self.faults):,} others; scores differ by {self.largest_difference:.1e} at most, "
+            f"{self.mean_difference:.1e} on average"
+        )
+
+
+def export(
+    translator: Translator, output: Path, sample: Sequence[str], *, quantization: Quantization | None
+) -> tuple[Agreement, Agreement | None]:
+    """Write a CTranslate2 folder, and translate a sample with both models.
+
+    Args:
+        translator: One model, on the CPU.
+        output: The folder to write; it must not exist. It appears if the two agree.
+        sample: Lines to translate.
+        quantization: How CTranslate2 is to store the weights; None for float32.
+
+    Returns:
+        How well CTranslate2 agrees in float32, and with the quantisation if there is one.
+
+    Raises:
+        UserError: CTranslate2 is missing or cannot hold the model, or the sample is blank.
+        DisagreementError: The two do not translate alike. Nothing is written then.
+    """
+    if output.exists():
+        raise UserError(f"{output} must not exist, but does. Name another folder, or remove it.")
+    if not any(line.strip() for line in sample):
+        raise UserError("`sample` must have lines to translate, but is blank.")
+    engine = _import()
+    spec = make_spec(translator)
+    with tempfile.TemporaryDirectory() as scratch, new_folder(output) as folder:
+        plain = Path(scratch) / "float32"
+        _write(spec, plain, None)
+        exact = compare(translator, engine.Translator(str(plain), compute_type="float32"), sample)
+        if not exact.is_exact():
+            raise DisagreementError("\n".join([str(exact), *exact.faults[:_EXAMPLES]]))
+        quantized = None
+        if quantization is not None:
+            written = Path(scratch) / "quantized"
+            _write(make_spec(translator), written, quantization)
+            quantized = compare(translator, engine.Translator(str(written)), sample)
+            if quantized.mean_difference > _QUANTIZED_TOLERANCE:
+                raise DisagreementError(f"in {quantization}: {quantized}")
+        shutil.copytree(
+            plain if quantization is None else Path(scratch) / "quantized", folder, dirs_exist_ok=True
+        )
+        translator.task.save_assets(folder)
+    return exact, quantized
+
+
+def compare(translator: Translator, other: Any, sample: Sequence[str]) -> Agreement:
+    """Translate a sample with both, by beam search.
+
+    Args:
+        translator: Ours.
+        other: A `ctranslate2.Translator` of the same vocabularies.
+        sample: Lines; those that are blank or too long for the model are passed over.
+    """
+    # No shortest length: CTranslate2 takes the forbidden end out before the softmax, we (and fairseq) after it.
+    options = DecodingOptions(beam=_BEAM, min_len=0, max_len_a=0.0, max_len_b=_longest_target(translator))
+    ours = [x for x in translator.translate_lines(sample, options, too_long="truncate") if x.hypotheses]
+    source, target = translator.task.source_vocabulary.tokens, translator.task.target_vocabulary.tokens
+    theirs = other.translate_batch(
+        [[_name(source[i]) for i in x.source_ids] for x in ours],
+        beam_size=_BEAM,
+        min_decoding_length=0,
+        max_decoding_length=_longest_target(translator),
+        max_batch_size=16,
+        return_scores=True,
+    )
+    ids = {_name(token): index for index, token in enumerate(target)}
+    differences, faults, num_ties = [], [], 0
+    for x, result in zip(ours, theirs, strict=True):
+        best = x.hypotheses[0]
+        found = [ids[token] for token in result.hypotheses[0]]
+        if len(best.tokens) >= _longest_target(translator):
+            continue  # cut off at the limit, where the two count the end differently
+        if found == best.tokens:
+            differences.append(abs(best.score - result.scores[0]))
+        elif abs(_score(translator, x, found) - best.score) <= _TOLERANCE:
+            num_ties += 1
+        else:
+            other_text = translator.task.target_segmenter.decode([found])[0]
+            faults.append(
+                f"{x.source!r}: ours {x.text!r} ({best.score:.4f}), CTranslate2's {other_text!r} "
+                f"({result.scores[0]:.4f})"
+            )
+    return Agreement(
+        num_sentences=len(differences) + num_ties + len(faults),
+        num_equal=len(differences),
+        num_ties=num_ties,
+        largest_difference=max(differences, default=0.0),
+        mean_difference=float(np.mean(differences)) if differences else 0.0,
+        faults=faults,
+    )
+
+
+def random_sentences(translator: Translator, count: int) -> list[str]:
+    """Return sentences of pieces, drawn as often as they came in the training text where that is known."""
+    generator = np.random.default_rng(1)
+    vocabulary = translator.task.source_vocabulary
+    weights = np.array(vocabulary.counts, dtype=np.float64)
+    if not weights.any():
+        weights[UNK_ID + 1 :] = 1.0
+    longest = min(_LONGEST_RANDOM, translator.longest_source // 2)
+    drawn = [
+        generator.choice(len(weights), size=generator.integers(1, longest + 1), p=weights / weights.sum())
+        for _ in range(count)
+    ]
+    return translator.task.source_segmenter.decode(drawn)
+
+
+def make_spec(translator: Translator) -> Any:
+    """Return CTranslate2's specification of a model, filled with its weights.
+
+    Raises:
+        UserError: CTranslate2 is missing, or cannot hold the model.
+    """
+    _import()
+    from ctranslate2.specs import transformer_spec
+
+    if len(translator.models) > 1:
+        raise UserError(f"The model must be one for CTranslate2, but are {len(translator.models)} that vote.")
+    model, task = translator.models[0], translator.task
+    encoder = _fill_encoder(model.encoder)
+    spec = transformer_spec.TransformerSpec(encoder, _fill_decoder(model))
+    spec.register_source_vocabulary(_names(task.source_vocabulary, task.source_lang))
+    spec.register_target_vocabulary(_names(task.target_vocabulary, task.target_lang))
+    spec.config.decoder_start_token = spec.config.eos_token  # fairseq's convention
+    spec.config.add_source_eos = True
+    return spec
+
+
+def _fill_encoder(encoder: Encoder) -> Any:
+    from ctranslate2.specs import transformer_spec
+
+    layers = [cast(EncoderLayer, layer) for layer in encoder.layers]
+    spec = transformer_spec.TransformerEncoderSpec(
+        len(layers), layers[0].self_attention.num_heads, **_variant(layers[0], encoder.embedding)
+    )
+    _fill_input(spec, spec.embeddings[0], encoder.embedding)
+    if layers[0].around_attention.pre_norm:
+        _fill_norm(spec.layer_norm, encoder.final_norm)
+    for filled, layer in zip(spec.layer, layers, strict=True):
+        _fill_self_attention(filled.self_attention, layer.self_attention)
+        _fill_norm(filled.self_attention.layer_norm, layer.around_attention.norm)
+        _fill_feed_forward(filled.ffn, layer.feed_forward)
+        _fill_norm(filled.ffn.layer_norm, layer.around_feed_forward.norm)
+    return spec
+
+
+def _fill_decoder(model: Transformer) -> Any:
+    from ctranslate2.specs import transformer_spec
+
+    decoder: Decoder = model.decoder
+    layers = [cast(DecoderLayer, layer) for layer in decoder.layers]
+    spec = transformer_spec.TransformerDecoderSpec(
+        len(layers), layers[0].self_attention.num_heads, **_variant(layers[0], decoder.embedding)
+    )
+    _fill_input(spec, spec.embeddings, decoder.embedding)
+    spec.projection.weight = _array(model.output_weight)
+    if layers[0].around_self_attention.pre_norm:
+        _fill_norm(spec.layer_norm, decoder.final_norm)
+    for filled, layer in zip(spec.layer, layers, strict=True):
+        _fill_self_attention(filled.self_attention, layer.self_attention)
+        _fill_norm(filled.self_attention.layer_norm, layer.around_self_attention.norm)
+        _fill_cross_attention(filled.attention, layer.cross_attention)
+        _fill_norm(filled.attention.layer_norm, layer.around_cross_attention.norm)
+        _fill_feed_forward(filled.ffn, layer.feed_forward)
+        _fill_norm(filled.ffn.layer_norm, layer.around_feed_forward.norm)
+    return spec
+
+
+def _variant(layer: EncoderLayer | DecoderLayer, embedding: Embedding) -> dict[str, Any]:
+    """Name the variants of a stack in CTranslate2's words."""
+    from ctranslate2.specs.common_spec import Activation
+
+    is_relu = layer.feed_forward.activation is torch.nn.functional.relu
+    return {
+        "pre_norm": layer.around_feed_forward.pre_norm,
+        "activation": Activation.RELU if is_relu else Activation.GELU,
+        "layernorm_embedding": isinstance(embedding.norm, nn.LayerNorm),
+    }
+
+
+def _fill_input(spec: Any, embeddings: Any, embedding: Embedding) -> None:
+    embeddings.weight = _array(embedding.tokens.weight)
+    spec.scale_embeddings = embedding.scale
+    spec.position_encodings.encodings = _array(embedding.positions[embedding.first_position :])
+    if isinstance(embedding.norm, nn.LayerNorm):
+        _fill_norm(spec.layernorm_embedding, embedding.norm)
+
+
+def _fill_self_attention(spec: Any, attention: SelfAttention) -> None:
+    _fill_linear(spec.linear[0], attention.qkv_proj)
+    _fill_linear(spec.linear[1], attention.out_proj)
+
+
+def _fill_cross_attention(spec: Any, attention: CrossAttention) -> None:
+    _fill_linear(spec.linear[0], attention.q_proj)
+    _fill_linear(spec.linear[1], attention.kv_proj)
+    _fill_linear(spec.linear[2], attention.out_proj)
+
+
+def _fill_feed_forward(spec: Any, feed_forward: FeedForward) -> None:
+    _fill_linear(spec.linear_0, feed_forward.expand)
+    _fill_linear(spec.linear_1, feed_forward.contract)
+
+
+def _fill_linear(spec: Any, linear: nn.Linear) -> None:
+    spec.weight, spec.bias = _array(linear.weight), _array(linear.bias)
+
+
+def _fill_norm(spec: Any, norm: nn.Module) -> None:
+    assert isinstance(norm, nn.LayerNorm)
+    spec.gamma, spec.beta = _array(norm.weight), _array(norm.bias)
+
+
+def _array(weight: Tensor) -> NDArray[np.float32]:
+    # A copy, because quantising works in place.
+    return np.array(weight.detach().float().cpu().numpy(), dtype=np.float32, order="C", copy=True)
+
+
+def _names(vocabulary: Vocabulary, lang: str) -> list[str]:
+    """Return the tokens under CTranslate2's names.
+
+    Raises:
+        UserError: Two ids have one token, which CTranslate2 cannot tell apart.
+    """
+    names = [_name(token) for token in vocabulary.tokens]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(
+            f"A vocabulary must have each token once for CTranslate2, but that of {lang} has `{twice}` twice."
+        )
+    return names
+
+
+def _name(token: str) -> str:
+    return _PAD if token == "<pad>" else token
+
+
+def _longest_target(translator: Translator) -> int:
+    return min(_LONGEST, translator.models[0].max_target_positions - 1)
+
+
+def _score(translator: Translator, translation: Translation, tokens: Sequence[int]) -> float:
+    """Return what our model thinks of CTranslate2's translation."""
+    ((scored,),) = translator.score_ids(
+        [np.append(translation.source_ids, EOS_ID)], [np.array([*tokens, EOS_ID])]
+    )
+    return scored.score
+
+
+def _write(spec: Any, folder: Path, quantization: str | None) -> None:
+    from ctranslate2.converters.converter import Converter
+
+    class Filled(Converter):
+        def _load(self) -> Any:
+            return spec
+
+    try:
+        Filled().convert(str(folder), quantization=quantization)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"CTranslate2 cannot hold this model: {error}") from error
+
+
+def _import() -> Any:
+    try:
+        import ctranslate2
+    except ImportError:
+        raise UserError(
+            "CTranslate2 must be installed to convert to it, but is missing. "
+            'Run pip install "ctranslate2>=4.4".'
+        ) from None
+    return ctranslate2

@@ -1,0 +1,229 @@
+"""Our models in CTranslate2: the same translations and scores, for all variants; and how it is asked for."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_translation_model import write_learned_model, write_tiny_model
+
+from nmt.cli.convert import main
+from nmt.translation.translator import Translator
+
+ctranslate2 = pytest.importorskip("ctranslate2")
+from nmt.interop import ctranslate2 as exporter  # noqa: E402
+
+ORACLE = os.environ.get("NMT_FAIRSEQ_ORACLE")
+PAIRS = {
+    "A dog runs.": "Ein Hund läuft.",
+    "Two dogs run.": "Zwei Hunde laufen.",
+    "A cat sees two dogs.": "Eine Katze sieht zwei Hunde.",
+    "Dogs see a cat.": "Hunde sehen eine Katze.",
+}
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "plain": {},
+    "pre-norm": {"encoder_normalize_before": True, "decoder_normalize_before": True},
+    "pre-norm of the encoder alone": {"encoder_normalize_before": True},
+    "gelu": {"activation_fn": "gelu"},
+    "learned positions": {"encoder_learned_pos": True, "decoder_learned_pos": True},
+    "normalised embeddings": {"layernorm_embedding": True},
+    "no embedding scale": {"no_scale_embedding": True},
+    "all shared": {"share_all_embeddings": True},
+    "target shared": {"share_decoder_input_output_embed": True},
+    "other depths": {"encoder_layers": 2, "decoder_layers": 3},
+    "other heads": {"encoder_attention_heads": 4},
+    "other widths": {"encoder_embed_dim": 24, "encoder_ffn_embed_dim": 40},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_learned_model(tmp_path_factory.mktemp("run") / "model", PAIRS)
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> Path:
+    path = tmp_path / "sample.en"
+    path.write_text("\n".join([*PAIRS, "", "A cat runs."]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
+def test_every_variant_translates_and_scores_alike(
+    variant: Mapping[str, Any], tmp_path: Path, sample: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_learned_model(tmp_path / "model", PAIRS, variant)
+    main([str(folder), "--to", "ctranslate2", str(tmp_path / "ct2"), "--sample", str(sample)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'ct2'}: CTranslate2 translates like the model"
+    assert second.startswith("float32: 5 of 5 translations equal, 0 ties, 0 others; ")
+
+
+def test_the_folder_is_all_that_ctranslate2_needs(model: Path, tmp_path: Path, sample: Path) -> None:
+    main([str(model), "--to", "ctranslate2", str(tmp_path / "ct2"), "--sample", str(sample)])
+    names = {path.name for path in (tmp_path / "ct2").iterdir()}
+    assert {"model.bin", "config.json", "sentencepiece.model"} <= names
+    engine = ctranslate2.Translator(str(tmp_path / "ct2"))
+    segmenter = Translator.load(model).task.source_segmenter
+    tokens = segmenter.pieces(segmenter.encode(["A dog runs."])[0])  # type: ignore[union-attr]
+    (result,) = engine.translate_batch([tokens], beam_size=5)
+    assert "".join(result.hypotheses[0]).replace("▁", " ").strip() == "Ein Hund läuft."
+
+
+def test_quantising_is_compared_and_leaves_the_model_as_it_is(
+    model: Path, tmp_path: Path, sample: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--to", "ctranslate2", str(tmp_path / "ct2"), "--sample", str(sample)]
+    main([str(model), *arguments, "--quantization", "int8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("float32: 5 of 5 translations equal")
+    assert re.match(r"int8: 5 of 5 translations equal, .* [1-9]\.\de-0\d on average", lines[2])
+    # CTranslate2 quantises arrays in place: they must not be the model's own.
+    translator = Translator.load(model)
+    before = [parameter.clone() for parameter in translator.models[0].parameters()]
+    exporter._write(exporter.make_spec(translator), tmp_path / "again", "int8")
+    assert all(
+        torch.equal(old, new) for old, new in zip(before, translator.models[0].parameters(), strict=True)
+    )
+
+
+def test_a_difference_is_said_with_exit_code_1_and_nothing_is_written(
+    model: Path,
+    tmp_path: Path,
+    sample: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = exporter.make_spec
+
+    def wrong(translator: Translator) -> Any:
+        spec = plain(translator)
+        spec.decoder.projection.weight = spec.decoder.projection.weight[::-1].copy()
+        return spec
+
+    monkeypatch.setattr(exporter, "make_spec", wrong)
+    with pytest.raises(SystemExit) as error:
+        main([str(model), "--to", "ctranslate2", str(tmp_path / "ct2"), "--sample", str(sample)])
+    captured = capsys.readouterr()
+    assert error.value.code == 1
+    assert captured.out == ""
+    assert "CTranslate2 does not translate like the model: 0 of 5 translations equal" in captured.err
+    assert "ours 'Ein Hund läuft.'" in captured.err
+    assert not (tmp_path / "ct2").exists()
+
+
+def test_scores_that_differ_are_a_difference(model: Path, tmp_path: Path) -> None:
+    translator = Translator.load(model)
+    spec = exporter.make_spec(translator)
+    spec.decoder.projection.weight *= 1.01  # the same order of tokens, other probabilities
+    exporter._write(spec, tmp_path / "ct2", None)
+    agreement = exporter.compare(translator, ctranslate2.Translator(str(tmp_path / "ct2")), list(PAIRS))
+    assert agreement.num_equal == 4
+    assert not agreement.is_exact()
+
+
+@pytest.mark.parametrize(
+    ("num_sentences", "num_ties", "is_exact"), [(200, 1, True), (200, 2, False), (1000, 2, True)]
+)
+def test_two_ties_in_a_thousand_are_let_pass(num_sentences: int, num_ties: int, is_exact: bool) -> None:
+    agreement = exporter.Agreement(num_sentences, num_sentences - num_ties, num_ties, 0.0, 0.0, [])
+    assert agreement.is_exact() == is_exact
+
+
+def test_random_sentences_do_where_there_is_no_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    main([str(model), "--to", "ctranslate2", str(tmp_path / "ct2"), "--sample-size", "30"])
+    equal = re.search(r"float32: (\d+) of (\d+) translations equal", capsys.readouterr().out)
+    assert equal is not None
+    assert equal[1] == equal[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ORACLE, reason="NMT_FAIRSEQ_ORACLE does not name the folder of fairseq's answers")
+def test_a_trained_model_goes_from_fairseq_to_ctranslate2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ORACLE is not None
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    main(["--from", "fairseq", f"{ORACLE}/checkpoint.pt", "--dict-dir", ORACLE, "--to", str(ours)])
+    capsys.readouterr()
+    main([str(ours), "--to", "ctranslate2", str(theirs), "--sample", f"{ORACLE}/test.en"])
+    assert "float32: 200 of 200 translations equal, 0 ties, 0 others" in capsys.readouterr().out
+
+
+Convert = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Convert:
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as error:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert (error.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
+        return captured.err
+
+    return run
+
+
+def test_options_of_the_other_direction_are_refused_by_name(fails: Convert) -> None:
+    assert "`--dict-dir` must be left out here: it belongs to `nmt-convert --from fairseq" in fails(
+        "model", "--to", "ctranslate2", "out", "--dict-dir", "x"
+    )
+    assert "`--quantization` must be left out here: it belongs to `nmt-convert MODEL_DIR" in fails(
+        "--from", "fairseq", "x.pt", "--dict-dir", "x", "--to", "out", "--quantization", "int8"
+    )
+
+
+def test_a_direction_must_be_given(fails: Convert) -> None:
+    error = fails("model", "--to", "out")
+    assert (
+        "must be told the direction: `nmt-convert --from fairseq CHECKPOINT --dict-dir DIR --to MODEL_DIR`"
+        in error
+    )
+    assert "or `nmt-convert MODEL_DIR --to ctranslate2 DIR`" in error
+
+
+def test_what_is_there_is_not_overwritten(fails: Convert, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "ct2").mkdir()
+    assert "must not exist, but does" in fails(model, "--to", "ctranslate2", tmp_path / "ct2")
+
+
+def test_a_missing_package_is_named(
+    fails: Convert, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    error = fails(model, "--to", "ctranslate2", tmp_path / "ct2")
+    assert (
+        'CTranslate2 must be installed to convert to it, but is missing. Run pip install "ctranslate2'
+        in error
+    )
+
+
+def test_a_token_that_has_two_ids_is_refused(model: Path) -> None:
+    translator = Translator.load(model)
+    vocabulary = translator.task.target_vocabulary
+    last = len(vocabulary) - 1
+    tokens = [*vocabulary.tokens[4:-1], vocabulary.tokens[5]]
+    translator.task.target_vocabulary = type(vocabulary)(tokens, overwriting={last})
+    with pytest.raises(Exception, match="must have each token once for CTranslate2, but that of de has"):
+        exporter.make_spec(translator)
+
+
+def test_models_that_vote_are_refused(model: Path) -> None:
+    with pytest.raises(Exception, match="must be one for CTranslate2, but are 2 that vote"):
+        exporter.make_spec(Translator.load([model, model]))
