@@ -1,27 +1,33 @@
 """Train translation models from raw text, and translate with them.
 
     import nmt
-    best = nmt.train(config)                            # what nmt-train does; config is an nmt.options.TrainConfig
-    nmt.Translator.load(best).translate(["A dog runs."])
+    config = nmt.train_config(data="DATA", save_dir="RUN", max_update=10_000)  # the options of nmt-train
+    result = nmt.train(config)                                                 # what nmt-train does
+    nmt.Translator.load(result.best).translate(["A dog runs."])
 
-Both names are looked up when they are first used, so that `import nmt` does not load torch.
+The names are looked up when they are first used, so that `import nmt` does not load torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Translator", "train"]
+__all__ = ["TrainingResult", "Translator", "train", "train_config"]
 
 if TYPE_CHECKING:
-    from nmt.train_loop import train
+    from nmt.options import train_config
+    from nmt.train_loop import TrainingResult, train
     from nmt.translation.translator import Translator
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        from nmt.train_loop import train
+    if name == "train_config":
+        from nmt.options import train_config
 
-        return train
+        return train_config
+    if name in ("TrainingResult", "train"):
+        from nmt import train_loop
+
+        return getattr(train_loop, name)
     if name == "Translator":
         from nmt.translation.translator import Translator
 

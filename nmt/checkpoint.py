@@ -7,7 +7,9 @@
 A folder is complete if its final name exists. Nothing in it is a pickle.
 """
 
+import errno
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -56,14 +58,26 @@ class CheckpointFolder:
         optimizer: Mapping[str, Tensor],
         state: Mapping[str, Any],
     ) -> Path:
-        """Write a checkpoint and let `last` point at it; one of the same update that exists is kept."""
+        """Write a checkpoint and let `last` point at it; one of the same update that exists is kept.
+
+        Raises:
+            UserError: It could not be written; those that are there stay as they are.
+        """
         final = self.at(update)
-        if not final.exists():
-            with new_folder(final) as temporary:
-                _save_tensors(optimizer, temporary / _OPTIMIZER)
-                (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-                _write_model(temporary, weights(model), config=config, task=task)
-        self.link("last", update)
+        try:
+            if not final.exists():
+                with new_folder(final) as temporary:
+                    _save_tensors(optimizer, temporary / _OPTIMIZER)
+                    (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+                    _write_model(temporary, weights(model), config=config, task=task)
+            self.link("last", update)
+        except OSError as error:
+            there = self.updates()
+            kept = f"the checkpoint of update {there[-1]}" if there else "the beginning"
+            raise UserError(
+                f"`{final}` could not be written: {error.strerror}. Earlier checkpoints are as they were: "
+                f"make room, and the same command goes on from {kept}."
+            ) from error
         return final
 
     def link(self, name: str, update: int) -> None:
@@ -183,9 +197,11 @@ def _write_model(
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, path, metadata={"format": "nmt", "format_version": FORMAT_VERSION})
-    except SafetensorError as error:  # it does not say so by an OSError
-        raise UserError(f"`{path}` could not be written: {error}. Is the disk full?") from error
+        save_file(contiguous, path, metadata={"format": f"nmt {FORMAT_VERSION}"})
+    except SafetensorError as error:  # it gives the number of the system's error in its text alone
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error), str(path)) from error
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -193,17 +209,36 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        version = metadata.get("format_version", "none")
-        if metadata.get("format") != "nmt" or version != FORMAT_VERSION:
-            raise UserError(
-                f"`{path}` must be of format version {FORMAT_VERSION}, but is of {version}. "
-                "Use the release of nmt-toolkit that wrote it."
-            )
+        _check_version(metadata, path)
         return load_file(path)
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
             f"`{path}` must be a complete safetensors file, but is cut short or damaged: {error}."
         ) from error
+
+
+def _check_version(metadata: Mapping[str, str], path: Path) -> None:
+    """Raise `UserError` if a file has another format version than this release reads, and say what to do."""
+    name, _, version = metadata.get("format", "").partition(" ")
+    # One entry, since safetensors writes several in an order that changes from run to run. There have been two.
+    version = version or metadata.get("format_version", "")
+    if name != "nmt":
+        raise UserError(
+            f"`{path}` must be of format version {FORMAT_VERSION}, but is of none: "
+            "nmt-toolkit did not write it. Name a model folder of nmt-train or nmt-convert."
+        )
+    if version == FORMAT_VERSION:
+        return
+    is_newer = version.isdecimal() and int(version) > int(FORMAT_VERSION)
+    what_to_do = (
+        "A newer release of nmt-toolkit wrote it: install that one."
+        if is_newer
+        else "An older release of nmt-toolkit wrote it: use that one, "
+        "or train again with this one on the same data."
+    )
+    raise UserError(
+        f"`{path}` must be of format version {FORMAT_VERSION}, but is of {version or 'none'}. {what_to_do}"
+    )
 
 
 def _existing(path: Path) -> Path:

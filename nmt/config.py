@@ -62,7 +62,13 @@ class Option:
         return "--" + self.key
 
 
-def from_mapping(type_: type[T], mapping: Mapping[str, Any], *, where: str) -> T:
+def from_mapping(
+    type_: type[T],
+    mapping: Mapping[str, Any],
+    *,
+    where: str,
+    how_to_give: str = "Add the line `{key}: VALUE`.",
+) -> T:
     """Make options from a flat mapping, such as one read from a YAML file.
 
     Args:
@@ -70,6 +76,7 @@ def from_mapping(type_: type[T], mapping: Mapping[str, Any], *, where: str) -> T
         mapping: hyphened or underscored keys; values are text, lists of text or None, as `read_yaml` gives
             them, or of the field's type already.
         where: where the mapping comes from, for error texts: the path of the file.
+        how_to_give: how a `key` that is missing is given there, or a field of this `name`.
 
     Raises:
         UserError: for an unknown key, a value of another type, or a key that is missing.
@@ -77,9 +84,10 @@ def from_mapping(type_: type[T], mapping: Mapping[str, Any], *, where: str) -> T
     options = list_options(type_)
     given = _convert_mapping(options, mapping, where)
     values = _defaults(options, given) | given
-    missing = [option.key for option in options if values[option.name] is _MISSING]
+    missing = [option for option in options if values[option.name] is _MISSING]
     if missing:
-        raise UserError(f"{where}: `{missing[0]}` must be given. Add the line `{missing[0]}: VALUE`.")
+        key, name = missing[0].key, missing[0].name
+        raise UserError(f"{where}: `{key}` must be given. {how_to_give.format(key=key, name=name)}")
     instance = _build(type_, values)
     try:
         check_options(instance)

@@ -3,6 +3,7 @@
 A run on one device is a world of size 1; nothing outside this file asks whether there is a process group.
 """
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -13,9 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from nmt.errors import UserError
+# Default arguments in there name the group that exists when it is imported, and keep it: this must come first.
+import torch.distributed.nn.functional
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from nmt.errors import LostRankError, UserError
+from nmt.signs_of_life import SignsOfLife, lost_rank_line
 
 T = TypeVar("T")
 
@@ -75,6 +81,31 @@ class World:
             self.sum_(torch.zeros(1, device=self.device)).item()
 
 
+class LateNumber:
+    """A number that is computed on the device, and read when the next one comes: the host need not wait for it.
+
+    On the CPU, where there is nothing to wait for, it is read at once.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing to read."""
+        self._waiting: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def exchange(self, number: Tensor) -> float:
+        """Hand in a scalar, and return the one before it (on the CPU: this one), or 0."""
+        if number.device.type != "cuda":
+            return number.item()
+        before, event = self._waiting, torch.cuda.Event()
+        copy = torch.empty((), dtype=number.dtype, pin_memory=True)
+        copy.copy_(number, non_blocking=True)
+        event.record()
+        self._waiting = copy, event
+        if before is None:
+            return 0.0
+        before[1].synchronize()  # long reached: an update lies in between
+        return before[0].item()
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -86,15 +117,17 @@ def single(device: torch.device) -> World:
 
 
 @contextmanager
-def join_world(device: str) -> Iterator[World]:
+def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """Join the ranks that torchrun started, or be the only one, and leave them at the end.
 
     Args:
         device: "auto" (CUDA if there is one, else the CPU), "cpu", "cuda" or "mps" (an Apple GPU, for a single
             process; not chosen by itself, since nothing has been measured on one). With CUDA, rank r of a
             machine takes the r-th GPU.
+        timeout: How long a rank waits for another one.
 
     Raises:
+        LostRankError: Another rank has ended, or does not answer.
         UserError: for a device that is unknown or not there, or an environment that torchrun did not make.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -110,17 +143,50 @@ def join_world(device: str) -> Iterator[World]:
     if size == 1:
         yield single(chosen)
         return
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    signs = SignsOfLife(store, rank=rank, size=size, timeout=timeout.total_seconds())
+    given: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
     if chosen.type == "cuda":
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=chosen)
+        # NCCL ends the process with pages of its own when it has waited too long; `signs` is to be before it.
+        dist.init_process_group("nccl", **given, timeout=timeout + timedelta(minutes=1), device_id=chosen)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", **given, timeout=timeout)
+    signs.start()
+    error: BaseException | None = None
     try:
         yield World(rank=rank, size=size, device=chosen)
+    except BaseException as raised:
+        error = raised
+        if _is_of_connection(raised):
+            raise LostRankError(lost_rank_line(signs.verdict())) from raised
+        raise
     finally:
-        dist.destroy_process_group()
-        # DDP keeps Gloo's threads alive. One that is still waiting for Python's lock, to let its last tensor go,
-        # would abort the process when the interpreter ends; while this thread sleeps, it gets the lock.
-        time.sleep(0.1)
+        if error is None or not _is_of_connection(error):
+            signs.end(error)
+            _leave(with_error=error is not None)
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    """Say whether an exception means that ranks could not exchange something. Gloo has no type of its own."""
+    is_named = isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset by peer")
+    )
+    return isinstance(error, dist.DistError) or is_named
+
+
+def _leave(*, with_error: bool) -> None:
+    """Leave the process group, and let its threads end.
+
+    A thread of Gloo that still waits for Python's lock when the interpreter ends would abort the process. The
+    threads end with the group, which lives as long as something names it: DDP, for one, but the caller has let
+    that go.
+    """
+    gc.collect()
+    dist.destroy_process_group()
+    if with_error:
+        time.sleep(
+            0.1
+        )  # the exception's frames may name it; while this thread sleeps, the others get the lock
 
 
 def _choose_device(name: str, *, size: int, local_rank: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that are shown as one line."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,12 @@ class UserError(ValueError):
     The commands show it as one line, without a traceback, and exit with code 2. Its text says what is
     wrong, where, and what to do: "`name` must be <rule>, but is <value>. <What to do>."
     """
+
+
+class LostRankError(UserError):
+    """Another rank of the run has ended or does not answer; starting the run again takes it up.
+
+    The commands end with `exit_code` at once, without waiting for the other ranks.
+    """
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: what failed may succeed when it is tried again

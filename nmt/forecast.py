@@ -1,5 +1,6 @@
 """What a run is going to be, told before its first update: model, data, work, memory and time."""
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -35,20 +36,22 @@ def forecast(
     world, options = trainer.world, config.optimization
     per_epoch = batches.updates_per_epoch
     total_updates = num_updates(options, updates_per_epoch=per_epoch)
-    targets = sum_of_sizes(train_examples)[-1]
     device = f"{world.size} x {world.device.type}"
     flop, seconds = _measure(trainer, train_examples, batches)
     seconds *= config.batching.update_freq
     rows = [("model", f"{sum(parameter_counts(trainer.model).values()):,} parameters")]
     rows += [("", f"{count:>13,} {part}") for part, count in parameter_counts(trainer.model).items()]
-    sizes = " / ".join(f"{size:,}" for size in sum_of_sizes(train_examples))
+    sums = sum_of_sizes(train_examples)
+    sizes = " / ".join(f"{size:,}" for size in sums)
+    # Where each example has the size 1, as images have, there is nothing to add.
+    in_size = "" if sums == [len(train_examples)] else f" of {sizes} in size"
     rows += [
         (
             "data",
-            f"{len(train_examples):,} training examples of {sizes} in size, "
+            f"{len(train_examples):,} training examples{in_size}, "
             f"{len(valid_examples):,} validation examples",
         ),
-        ("updates", f"{per_epoch:,} an epoch, of about {targets / per_epoch:,.0f} targets on {device}"),
+        ("updates", f"{per_epoch:,} an epoch, of about {sums[-1] / per_epoch:,.0f} targets on {device}"),
         ("work", f"{_scaled(flop)}FLOP a target in matrix products"),
         ("memory", f"{peak_memory(world.device) / 2**20:,.0f} MiB at most, after the largest batch"),
     ]
@@ -102,7 +105,7 @@ def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator
             : max(1, len(middling) * batches.split_above // padded_size(examples.sizes, middling))
         ]
     batch = examples.collate([examples[index] for index in middling.tolist()])
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_other_products()) as counter:
         trainer.probe(batch)
     _wait(trainer.world.device)
     start = time.perf_counter()
@@ -110,6 +113,17 @@ def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator
     _wait(trainer.world.device)
     seconds = time.perf_counter() - start
     return counter.get_total_flops() / max(batch.num_targets, 1), seconds
+
+
+def _other_products() -> dict[Any, Any]:
+    """Return how many floating-point operations oneDNN's products take, which torch's counter does not know."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return {}
+
+    def linear(x_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return 2 * math.prod(out_shape) * int(x_shape[-1])
+
+    return {torch.ops.mkldnn._linear_pointwise: linear}
 
 
 def _wait(device: torch.device) -> None:

@@ -7,10 +7,12 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
+from nmt.config import from_mapping
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
+from nmt.task import load_task
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class OptimizationOptions:
     """Stop after so many hours of training, validation and checkpoints, those before a resume included."""
     stop_min_lr: float | None = None
     """Stop when the learning rate has fallen to this."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What updates compute in; weights stay in float32. auto: bf16 on a GPU that has it, else fp32."""
     patience: int | None = None
     """Stop after this many validations in a row without a better `best-checkpoint-metric`."""
 
@@ -224,17 +228,51 @@ class TrainConfig(Generic[TaskOptionsT]):
     """Seed of everything random: initial weights, dropout, the order of the examples."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits every time (on a GPU slower; the CPU's do anyway)."""
+    rank_timeout: float = 30.0
+    """Minutes that a rank waits for the others before it takes one for lost."""
     log_interval: int = 100
     """Report after every so many updates."""
     dry_run: bool = False
     """Print what the run is going to be (model, data, work, memory, time) and stop; nothing is written."""
+    tensorboard: bool = False
+    """Write all reports, and examples after each validation, into `save-dir`/tensorboard too."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""
         if self.log_interval < 1:
             raise UserError(f"`log-interval` must be at least 1, but is {self.log_interval}.")
+        if not 0 < self.rank_timeout < math.inf:
+            raise UserError(f"`rank-timeout` must be above 0 and finite, but is {self.rank_timeout}.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"`seed` must be at least 0 and below 2**63, but is {self.seed}.")
+
+
+def train_config(*, task: str = "translation", **options: Any) -> TrainConfig[Any]:
+    """Make the configuration of a training run from the options of nmt-train, under their names as flags.
+
+    >>> config = train_config(data="DATA", save_dir="RUN", arch="transformer_tiny", max_update=1000)
+    >>> config.optimization.max_update, config.task_options.model.encoder_layers
+    (1000, 4)
+    >>> train_config(data="DATA", save_dir="RUN", max_updates=1000)
+    Traceback (most recent call last):
+    nmt.errors.UserError: train_config: `max_updates` is not a known key. Perhaps you meant `max-update`?
+
+    Args:
+        task: what is learned: the name of a task, which decides what options there are.
+        options: values, or text as in a YAML file; paths may be text.
+
+    Raises:
+        UserError: for an unknown option or task, a value of another type, and values that make no sense together.
+    """
+    task_options = load_task(task)
+    return from_mapping(
+        TrainConfig[task_options],  # type: ignore[valid-type]
+        {"task": task, **options},
+        where="train_config",
+        how_to_give="Give {name}=VALUE.",
+    )
 
 
 def _flag(name: str) -> str:

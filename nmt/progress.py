@@ -15,15 +15,11 @@ class Progress:
     Attributes:
         values: The value of `best-checkpoint-metric` after each update that was validated.
         num_without_better: Validations since the best one.
-        interval_seconds: Time spent in training since the last report.
-        seconds: Time spent on the run, until the last checkpoint.
         kept: Updates whose checkpoints are kept for good.
     """
 
     values: dict[int, float] = field(default_factory=dict)
     num_without_better: int = 0
-    interval_seconds: float = 0.0
-    seconds: float = 0.0
     kept: list[int] = field(default_factory=list)
 
     def note(self, update: int, value: float, *, better: Direction) -> None:

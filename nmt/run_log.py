@@ -1,4 +1,4 @@
-"""What a run says: plain lines (stderr and train.log), JSON lines (metrics.jsonl), a progress bar.
+"""What a run says: plain lines (stderr and train.log), JSON lines (metrics.jsonl), TensorBoard's, a progress bar.
 
 Only rank 0 writes; on other ranks everything here does nothing.
 """
@@ -10,24 +10,49 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 from nmt.errors import UserError
+from nmt.task import Illustrations
+
+if TYPE_CHECKING:
+    from nmt.tensorboard import EventWriter
+
+TIMES = frozenset({"targets/s", "hours"})
+"""The names in records that differ between runs that are otherwise equal."""
+
+_RECORDS = "metrics.jsonl"
+_IS_NOTEBOOK = issubclass(tqdm, tqdm_notebook)  # of the two kinds tqdm has chosen the one for notebooks
 
 
 class RunLog:
     """The log files of a run folder, and its progress bar on a terminal."""
 
-    def __init__(self, folder: Path, *, is_writer: bool) -> None:
-        """Name the folder of a run; only rank 0 is a writer."""
+    def __init__(self, folder: Path, *, is_writer: bool, tensorboard: bool = False) -> None:
+        """Name the folder of a run; only rank 0 is a writer.
+
+        Raises:
+            UserError: TensorBoard is wanted but not installed; on every rank.
+        """
+        if tensorboard and find_spec("tensorboard") is None:
+            raise UserError(
+                "`tensorboard` must have the package of that name, which is not installed. "
+                "Run pip install tensorboard, or leave the option out."
+            )
+        self._wants_events = tensorboard
+        self._events: EventWriter | None = None
         self._folder = folder
-        self._records_path = folder / "metrics.jsonl"
+        self._records_path = folder / _RECORDS
         self._is_writer = is_writer
         self._text: TextIO | None = None
         self._records: TextIO | None = None
+        self._shows_bar = False
         self._bar: tqdm[Any] | None = None
 
     def open(self) -> None:
@@ -50,16 +75,18 @@ class RunLog:
         except OSError:
             pass  # a file system without locks
         self._records = self._records_path.open("a", encoding="utf-8")
-        if sys.stderr.isatty():
-            self._bar = tqdm(unit=" updates", dynamic_ncols=True, smoothing=0.05, leave=False)
+        if self._wants_events:
+            from nmt.tensorboard import EventWriter
+
+            self._events = EventWriter(self._folder / "tensorboard")
+        self._shows_bar = sys.stderr.isatty() or _IS_NOTEBOOK
 
     def say(self, line: str) -> None:
         """Write a line for people."""
         if self._text is None:
             return
         tqdm.write(line, file=sys.stderr)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self._text.flush()
+        _append(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def report(self, kind: str, record: Mapping[str, Any]) -> None:
         """Write a record as a line for people and as a JSON line."""
@@ -67,15 +94,28 @@ class RunLog:
             return
         self.say(" | ".join([kind, *(f"{name} {_format(name, value)}" for name, value in record.items())]))
         numbers = {name: _json_value(value) for name, value in record.items()}
-        self._records.write(json.dumps({"kind": kind, **numbers}) + "\n")
-        self._records.flush()
+        _append(self._records, json.dumps({"kind": kind, **numbers}) + "\n")
+        if self._events is not None:
+            self._events.report(kind, record)
+
+    def illustrate(self, update: int, illustrations: Illustrations) -> None:
+        """Show texts and images where something shows them."""
+        if self._events is not None:
+            self._events.illustrate(update, illustrations)
 
     def progress(self, update: int, *, epoch: int, total: int | None) -> None:
         """Move the bar to an update, of `total` if that is known."""
-        if self._bar is None:
+        if not self._shows_bar:
             return
-        if self._bar.n == 0:  # a resumed run: the time that is left is estimated from the updates made here
-            self._bar.initial = self._bar.n = update - 1
+        if self._bar is None:  # a resumed run: the time that is left is estimated from the updates made here
+            self._bar = tqdm(
+                total=total,
+                initial=update - 1,
+                unit=" updates",
+                dynamic_ncols=True,
+                smoothing=0.05,
+                leave=False,
+            )
         self._bar.total = total
         self._bar.set_description(f"epoch {epoch}", refresh=False)
         self._bar.update(update - self._bar.n)
@@ -84,22 +124,82 @@ class RunLog:
         """Return the size of metrics.jsonl in bytes, for `cut_records`; all of it is on the disk then."""
         if self._records is None:
             return 0
+        if self._events is not None:
+            self._events.flush()
         self._records.flush()
         os.fsync(self._records.fileno())
         return self._records_path.stat().st_size
 
-    def cut_records(self, size: int) -> None:
-        """Cut metrics.jsonl back to the size it had at the checkpoint that the run goes on from."""
+    def cut_records(self, size: int, *, update: int) -> None:
+        """Take back what was reported after a checkpoint, which the run goes on from.
+
+        Args:
+            size: The size that metrics.jsonl had at the checkpoint.
+            update: The update of the checkpoint; 0 to begin anew.
+        """
         if self._records is not None and self._records_path.stat().st_size > size:
             os.truncate(self._records_path, size)
+        if self._events is not None:
+            self._events.go_on_after(update)
 
     def close(self) -> None:
         """Close the files and the bar."""
+        if self._events is not None:
+            self._events.close()
         if self._bar is not None:
             self._bar.close()
         for file in (self._records, self._text):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # what could not be written has been said
+                    file.close()
+
+
+def _append(file: TextIO, line: str) -> None:
+    """Write a line, all of it.
+
+    Raises:
+        UserError: It could not be written.
+    """
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        raise UserError(
+            f"`{file.name}` could not be written: {error.strerror}. Make room, "
+            "and the same command goes on from the last checkpoint."
+        ) from error
+
+
+def read_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read what a run has recorded; it may be going on: a last line that is not whole yet is left out.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The records, oldest first, each with "kind" ("train", "valid" or "epoch") and "update"; and the number of
+        lines that are damaged, and left out too.
+
+    Raises:
+        UserError: It is no folder of a run.
+    """
+    try:
+        lines = (folder / _RECORDS).read_bytes().split(b"\n")[:-1]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"`{folder}` must be the folder of a run, but has no {_RECORDS}. Name the `save-dir` of nmt-train."
+        ) from None
+    records = [record for line in lines if (record := _parse(line)) is not None]
+    return records, len(lines) - len(records)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    is_whole = isinstance(record, dict) and isinstance(record.get("update"), int) and "kind" in record
+    return record if is_whole else None
 
 
 def _json_value(value: Any) -> Any:

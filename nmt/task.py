@@ -8,7 +8,7 @@ since the command line looks up the options.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
@@ -77,6 +77,22 @@ class LossOutput:
     """Additive quantities only, such as "nll" or "correct": scalars, or numbers."""
 
 
+@dataclass(frozen=True)
+class Illustrations:
+    """What a task shows of a model besides numbers, each under its name."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Markdown."""
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """(H, W, 3) uint8."""
+
+
+def batch_sums(output: LossOutput, batch: Batch) -> dict[str, Tensor | float]:
+    """Return all that is additive about a batch: its loss, what the task sums, and its counts."""
+    counts = {"num_targets": batch.num_targets, "num_examples": batch.num_examples}
+    return {"loss": output.loss.detach(), **output.sums, **counts}
+
+
 class Task(Protocol[B]):
     """What is learned: the data, the model, the loss and the metrics."""
 
@@ -98,6 +114,13 @@ class Task(Protocol[B]):
 
     def evaluate(self, model: nn.Module, examples: Examples[B], world: World, /) -> dict[str, float]:
         """Compute metrics that are no ratio of sums, such as BLEU; the same on every rank; may be empty."""
+
+    def illustrate(self, model: nn.Module, examples: Examples[B], world: World, /) -> Illustrations:
+        """Show what the model makes of some examples, the same ones each time.
+
+        Every rank calls it after a validation, with the model in evaluation mode, if something shows it
+        (TensorBoard); what rank 0 returns is shown.
+        """
 
     def save_assets(self, folder: Path, /) -> None:
         """Write what the model needs besides its parameters, such as vocabularies."""

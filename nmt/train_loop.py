@@ -1,8 +1,8 @@
 """The story of a run: epochs, updates, reports, validation, checkpoints, and when to stop."""
 
-import time
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,51 +10,74 @@ import torch
 
 from nmt.checkpoint import CheckpointFolder, load_weights
 from nmt.config import check_options, write_yaml
-from nmt.data.batch_iterator import BatchIterator, ordered_batches
+from nmt.data.batch_iterator import BatchIterator, OrderedBatches
+from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
-from nmt.forecast import duration, forecast
+from nmt.forecast import forecast
 from nmt.memory import find_split
 from nmt.options import TrainConfig
 from nmt.preparation import left_out, refuse_other_run, with_max_tokens
 from nmt.progress import Direction, Progress
-from nmt.run_log import RunLog
+from nmt.reports import Clock, Reports
+from nmt.run_log import RunLog, read_records
+from nmt.signals import StopRequest
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
 
 _LOWEST_LR_SCALE = 2.0**-5  # of five times back the last one has failed
-_FIRST_UPDATES = 10  # until the speed is steady, and then as many to measure it by
-_NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 
 
-def train(config: TrainConfig[Any]) -> Path:
+@dataclass(frozen=True)
+class TrainingResult:
+    """What has come of a run."""
+
+    best: Path
+    """The folder of the best checkpoint, or the last one if none was validated: a model, ready to use."""
+    history: list[dict[str, Any]]
+    """What the run has reported, oldest first, also before it was resumed: the records of metrics.jsonl. Each has
+    its "kind" ("train" since the last report, "epoch", "valid"), its "update", and what was measured."""
+    stopped_because: str
+    """The limit that was reached."""
+
+
+def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> TrainingResult:
     """Train until a limit of the configuration is reached, going on from the last checkpoint if there is one.
 
-    Under torchrun every rank calls this.
+    Under torchrun every rank calls this, and every rank gets the result.
 
-    Returns:
-        The folder of the best checkpoint.
+    Args:
+        config: Everything that determines the run.
+        stop: A way to end the run early: at the request of any rank all of them finish an update and save.
 
     Raises:
+        LostRankError: Another rank has ended, or does not answer.
         UserError: The configuration, the data or the checkpoint to go on from do not fit.
     """
     check_options(config)
-    with join_world(config.device) as world, closing(Run(config, world)) as run:
+    timeout = timedelta(minutes=config.rank_timeout)
+    with (
+        deterministic_algorithms(config.deterministic),
+        join_world(config.device, timeout=timeout) as world,
+        closing(Run(config, world, stop or StopRequest())) as run,
+    ):
         if config.dry_run:
             lines = run.describe()
             if world.is_main:
                 print("\n".join(lines))
-            return run.checkpoints.path / "best"
+            return TrainingResult(run.checkpoints.path / "best", [], "dry-run")
         return run.train()
 
 
 class Run:
     """The parts of a run; `train` is its story."""
 
-    def __init__(self, config: TrainConfig[Any], world: World) -> None:
+    def __init__(self, config: TrainConfig[Any], world: World, stop: StopRequest) -> None:
         """Open the data and build the model; nothing is written yet."""
         self.config = config
         self.world = world
+        self.stop = stop
+        self.is_stopping = False  # what the ranks have agreed on; `stop` is what this one knows
         self.task: Task[Any] = config.task_options.build(None)
         self.metric = config.checkpoints.best_checkpoint_metric
         if self.metric not in self.task.metrics:
@@ -79,6 +102,13 @@ class Run:
             world_size=world.size,
             pin_memory=world.device.type == "cuda",
         )
+        self.valid_batches = OrderedBatches(
+            self.valid_examples,
+            config.batching,
+            rank=world.rank,
+            world_size=world.size,
+            pin_memory=world.device.type == "cuda",
+        )
         self.trainer = Trainer(
             self.task,
             model,
@@ -87,26 +117,27 @@ class Run:
             seed=config.seed,
             updates_per_epoch=self.batches.updates_per_epoch,
         )
-        self.log = RunLog(config.save_dir, is_writer=world.is_main)
+        self.log = RunLog(config.save_dir, is_writer=world.is_main, tensorboard=config.tensorboard)
+        self.reports = Reports(self.log, self.trainer, self.batches, config.optimization)
         self.progress = Progress()
         # Epoch of the last update. That of `batches` moves on when its iteration ends; one that is taken up after
         # an epoch's last update yields nothing more, and then moves on.
         self.epoch = self.batches.epoch
-        self.clock = time.monotonic()
-        self.start = time.monotonic()
+        self.clock = Clock()
         self.is_out_of_time = False
-        self.num_updates_here = 0  # made by this process
 
-    def train(self) -> Path:
-        """Go from where the run stands to its end; return the folder of the best checkpoint."""
+    def train(self) -> TrainingResult:
+        """Go from where the run stands to its end."""
         self.log.open()
         self._resume_or_start()
-        while not (reason := self._reason_to_stop()):
+        while not (reason := self._reason_to_stop()) and not self.is_stopping:
             self._train_epoch()
+        if reason is None:
+            return self._end_early()
         if self.trainer.update not in self.progress.values:
             self._validate_and_save()
         self.log.say(f"finished: {reason}")
-        return self.checkpoints.path / "best"
+        return self._result(reason)
 
     def describe(self) -> list[str]:
         """Return the lines that tell what the run is going to be; changes nothing."""
@@ -125,36 +156,41 @@ class Run:
     def close(self) -> None:
         """End the processes that read batches ahead, and close the log."""
         self.batches.close()
+        self.valid_batches.close()
+        self.trainer.close()
         self.log.close()
 
     def _train_epoch(self) -> None:
         """Make the updates that are left of this epoch, or fewer if the run ends within it."""
         options, metrics = self.config.checkpoints, self.trainer.metrics
         self.epoch = self.batches.epoch
-        self.clock = time.monotonic()
+        self.clock.start_training()
         for micro_batches in self.batches:
             # "train" is what has been seen since the last report, "epoch" since the epoch began.
             with metrics.scope("epoch"), metrics.scope("train"):
-                self.trainer.train_step(micro_batches, epoch=self.epoch)
-            self._count_time()
-            self._show_progress()
-            self._tell_time_left()
-            self._report_cancelled()
+                self.trainer.train_step(
+                    micro_batches, epoch=self.epoch, wants_stop=self.stop.reason is not None
+                )
+            self._note_stop()
+            self.clock.count_training()
+            self.reports.update(epoch=self.epoch, clock=self.clock)
             if self.trainer.cancellations.known_in_a_row() >= self.config.optimization.max_bad_updates:
                 self._go_back()
                 return
             update = self.trainer.update
             if update % self.config.log_interval == 0:
                 self._report("train")
+            if self.is_stopping and self._reason_to_stop() is None:
+                return  # what else is due now is made up for when the run is taken up
             if _is_due(update, options.validate_interval_updates):
                 self._validate_and_save()
             elif (
                 _is_due(update, options.save_interval_updates) or _is_due(update, options.keep_every_updates)
             ) and not self._will_validate():
                 self._save()
-            if self._reason_to_stop():
+            if self._reason_to_stop() or self.is_stopping:
                 return  # at the end of an epoch too: it is reported if the run is resumed with a later end
-            self.clock = time.monotonic()  # reports, validation and checkpoints are no time of training
+            self.clock.start_training()
         self._report("epoch")
         if _is_due(self.epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
             self._validate_and_save()
@@ -190,21 +226,17 @@ class Run:
 
     def _validate_and_save(self) -> None:
         """Measure the validation set, note the value that decides which checkpoint is best, and save."""
-        share = ordered_batches(
-            self.valid_examples,
-            self.config.batching,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            pin_memory=self.world.device.type == "cuda",
-        )
         # Rank 0 decides for all: a difference in the last bit must not stop one rank and not another.
-        results = self.world.broadcast(self.trainer.validate(self.valid_examples, share))
+        results = self.world.broadcast(self.trainer.validate(self.valid_examples, self.valid_batches))
         self.progress.note(self.trainer.update, results[self.metric], better=self.better)
         if self.config.optimization.lr_scheduler == "plateau":
             self.trainer.plateau.note(results[self.metric], self.config.optimization, better=self.better)
         best = self.progress.values[self.progress.ranking(self.better)[0]]
         position = {"update": self.trainer.update, "epoch": self.epoch}
-        self.log.report("valid", {**position, **results, f"best {self.metric}": best})
+        best_so_far = {f"best {self.metric}": best, "hours": self.clock.hours}
+        self.log.report("valid", {**position, **results, **best_so_far})
+        if self.config.tensorboard:
+            self.log.illustrate(self.trainer.update, self.trainer.illustrate(self.valid_examples))
         self._save()
 
     def _save(self) -> None:
@@ -214,7 +246,7 @@ class Run:
             self.progress.kept.append(self.trainer.update)
         with self.trainer.evaluated_weights():
             optimizer, trainer_state = self.trainer.state_dict()
-            self._report_cancelled()  # what has just been learned belongs to the updates before this checkpoint
+            self.reports.cancelled()  # what has just been learned belongs to the updates before this checkpoint
             if self.world.is_main:
                 self.checkpoints.save(
                     self.trainer.update,
@@ -226,12 +258,41 @@ class Run:
                         "trainer": trainer_state,
                         "batches": self.batches.state_dict(),
                         "split_above": self.batches.split_above,
-                        "progress": asdict(replace(self.progress, seconds=self._seconds())),
+                        "progress": asdict(self.progress),
+                        "clock": asdict(replace(self.clock, seconds_before=self.clock.seconds)),
                         "records_size": self.log.records_size(),
                     },
                 )
                 self._link_best_and_prune()
-        self.world.barrier()
+        self._agree_to_stop()  # which is a barrier, too
+
+    def _end_early(self) -> TrainingResult:
+        """Save where the run stands, after a request to stop."""
+        update = self.trainer.update
+        if update and update not in self.world.broadcast(self.checkpoints.updates()):
+            self._save()
+        reasons = self.world.gather(self.stop.reason)
+        named = next((reason for reason in reasons if reason is not None), "a request")
+        done = f"after update {update}, which is saved" if update else "before the first update"
+        self.log.say(f"stopped: {named} {done}; the same command goes on from there")
+        return self._result(named)
+
+    def _result(self, reason: str) -> TrainingResult:
+        path = self.checkpoints.path
+        history = read_records(self.config.save_dir)[0] if self.world.is_main else []
+        # A run that was ended before its first validation has no best one.
+        best = path / "best" if (path / "best").exists() else path / "last"
+        return TrainingResult(best, self.world.broadcast(history), reason)
+
+    def _note_stop(self) -> None:
+        """Take in what the update has told about the ranks' wishes: all take in the same."""
+        is_single = self.world.size == 1
+        self.is_stopping = self.stop.reason is not None if is_single else self.trainer.num_wanting_stop > 0
+
+    def _agree_to_stop(self) -> None:
+        """Ask all ranks whether one of them wants to stop, and wait for their answers."""
+        wishes = torch.tensor([float(self.stop.reason is not None)], device=self.world.device)
+        self.is_stopping = self.world.sum_(wishes).item() > 0
 
     def _is_kept_for_good(self) -> bool:
         options, update = self.config.checkpoints, self.trainer.update
@@ -254,12 +315,21 @@ class Run:
         saved = self.world.broadcast(self.checkpoints.updates())
         if saved:
             self._resume(saved[-1])
+            if self._misses_validation():
+                self._validate_and_save()
         else:
-            self.log.cut_records(0)
+            self.log.cut_records(0, update=0)
         for line in self.describe():
             self.log.say(line)
         if self.world.is_main:
             write_yaml(self.config, self.config.save_dir / "config.yaml")
+        self._agree_to_stop()
+
+    def _misses_validation(self) -> bool:
+        """Return whether the run was stopped right before a validation within an epoch."""
+        update = self.trainer.update
+        is_due = _is_due(update, self.config.checkpoints.validate_interval_updates)
+        return is_due and update not in self.progress.values
 
     def _resume(self, update: int) -> None:
         folder = self.checkpoints.at(update)
@@ -280,8 +350,9 @@ class Run:
         self.batches.load_state_dict(state["batches"])
         self.batches.split_above = state["split_above"]
         self.progress = Progress.from_json(state["progress"])
+        self.clock = Clock(**state["clock"])
         self.epoch = self.batches.epoch
-        self.log.cut_records(state["records_size"])
+        self.log.cut_records(state["records_size"], update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()
 
@@ -300,84 +371,25 @@ class Run:
             raise UserError(f"{fault}, before the first checkpoint. {remedy}")
         if lr_scale < _LOWEST_LR_SCALE:
             raise UserError(f"{fault}, with {self.trainer.lr_scale:g} of the learning rate too. {remedy}")
-        seconds = self._seconds()
+        seconds = self.clock.seconds
         self._load(saved[-1])
-        self.progress.seconds, self.start = seconds, time.monotonic()
+        self.clock.seconds_before = seconds  # what was in vain was spent all the same
         self.trainer.lr_scale = lr_scale
         self.log.report(
             "back",
             {"update": self.trainer.update, "epoch": self.epoch, "lr scale": lr_scale, "bad updates": limit},
         )
 
-    def _report_cancelled(self) -> None:
-        """Log the updates that are newly known to have been cancelled."""
-        for cancelled in self.trainer.cancellations.take():
-            shown = " ".join(map(str, cancelled.examples[:_NUM_SHOWN]))
-            more = f" and {left:,} more" if (left := len(cancelled.examples) - _NUM_SHOWN) > 0 else ""
-            self.log.say(
-                f"update {cancelled.update} cancelled: the gradient is not finite; training examples {shown}{more}"
-            )
-
     def _report(self, scope: str) -> None:
-        """Log what a scope has seen, then empty it."""
-        metrics = self.trainer.metrics
-        sums = metrics.sums(scope, self.world)
-        record: dict[str, Any] = {"update": self.trainer.update, "epoch": self.epoch}
-        if sums["num_targets"]:  # none where every update was cancelled
-            record.update(self.task.summarize(sums))
-        if scope == "train":
-            self._count_time()  # reading the sums has waited for the device
-            record["targets/s"] = sums["num_targets"] / max(self.progress.interval_seconds, 1e-9)
-            record.update(metrics.gauges(scope))
-            self.progress.interval_seconds = 0.0
-        if sums["num_cancelled"]:
-            record["cancelled updates"] = round(sums["num_cancelled"])
-        self.log.report(scope, record)
-        metrics.reset(scope)
+        """Log what a scope has seen, and empty it."""
+        self.reports.scope(scope, epoch=self.epoch, clock=self.clock)
         self._check_time()
-
-    def _seconds(self) -> float:
-        """Return the time spent on the run, on this rank's clock."""
-        return self.progress.seconds + time.monotonic() - self.start
 
     def _check_time(self) -> None:
         """Find out whether the time is up; rank 0's clock counts for all."""
         hours = self.config.optimization.stop_time_hours
         if hours is not None:
-            self.is_out_of_time = self.world.broadcast(self._seconds()) >= hours * 3600
-
-    def _count_time(self) -> None:
-        """Count what has passed since the clock was last read as time of training."""
-        now = time.monotonic()
-        self.progress.interval_seconds += now - self.clock
-        self.clock = now
-
-    def _show_progress(self) -> None:
-        """Move the progress bar, towards an estimate of the update at which the run will end."""
-        self.log.progress(self.trainer.update, epoch=self.epoch, total=self._last_update())
-
-    def _last_update(self) -> int | None:
-        """Estimate the update at which the run will end."""
-        options = self.config.optimization
-        ends = [] if options.max_update is None else [options.max_update]
-        if options.max_epoch is not None:
-            share = self.batches.examples_consumed / self.batches.num_examples
-            epochs_done = self.batches.epoch - 1 + share
-            ends.append(round(self.trainer.update * options.max_epoch / max(epochs_done, 1e-9)))
-        return min(ends, default=None)
-
-    def _tell_time_left(self) -> None:
-        """Say once, after some updates of this process, how long the rest will take."""
-        self.num_updates_here += 1
-        if self.num_updates_here == _FIRST_UPDATES:
-            self.first_clock = self.clock
-        last_update = self._last_update()
-        if self.num_updates_here == 2 * _FIRST_UPDATES and last_update is not None:
-            seconds = (self.clock - self.first_clock) / _FIRST_UPDATES
-            left = duration(seconds * max(last_update - self.trainer.update, 0))
-            self.log.say(
-                f"time: {seconds:.2g} s an update; {left} to update {last_update:,}, validation apart"
-            )
+            self.is_out_of_time = self.world.broadcast(self.clock.seconds) >= hours * 3600
 
 
 def _is_due(count: int, interval: int | None) -> bool:

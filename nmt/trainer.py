@@ -19,13 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nmt.cancellations import Cancellations
 from nmt.data.batch_iterator import MicroBatch
-from nmt.distributed import World
+from nmt.distributed import LateNumber, World
 from nmt.errors import UserError
 from nmt.metrics import Metrics, merge_states
 from nmt.optim import build_optimizer, step
 from nmt.options import OptimizationOptions
+from nmt.precision import Precision
 from nmt.schedule import Plateau, build_schedule, num_warmup_updates
-from nmt.task import Batch, Examples, LossOutput, Task
+from nmt.task import Batch, Examples, Illustrations, LossOutput, Task, batch_sums
+from nmt.validation import validate
 from nmt.weights import AveragedWeights, weights
 
 _RESTORE = "Restore the checkpoint, or begin a new run."
@@ -62,44 +64,58 @@ class Trainer:
         self.statistics = [value for name, value in weights(self.model).items() if name not in parameters]
         self.metrics = Metrics()
         self.update = 0
+        self.num_wanting_stop = 0.0
+        self._late_votes = LateNumber()
         self.cancellations = Cancellations(world)
-        self.local_objective = _Objective(task, self.model)
+        self.precision = Precision(options.precision, world.device)
+        self.local_objective = self.precision.wrap(_Objective(task, self.model), self.model)
         self.objective: nn.Module = self.local_objective
         if world.size > 1:
             # All ranks follow rank 0's batch norm.
             # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
             # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            warnings.filterwarnings(
+                "ignore", message="`broadcast_buffers` is deprecated"
+            )  # from torch 2.13 on
             self.objective = DistributedDataParallel(
                 self.local_objective, broadcast_buffers=bool(self.statistics), find_unused_parameters=True
             )
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], *, epoch: int = 1) -> None:
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], *, epoch: int = 1, wants_stop: bool = False
+    ) -> None:
         """Make one update from this rank's share of it; the open scopes of `metrics` see what it sums.
+
+        Afterwards `num_wanting_stop` is the number of ranks that wanted to stop when it began; on a GPU when the
+        update before began. It is the same on every rank.
 
         Args:
             micro_batches: As many on every rank, each with its weight: 1, or 0 for a filler, which is run
                 so that the ranks stay in step but counts for nothing.
             epoch: What the learning rate depends on if it changes from epoch to epoch.
+            wants_stop: Whether this rank wants the run to stop.
         """
         self.model.train()
         self._seed_generators()
         statistics = [tensor.clone() for tensor in self.statistics]
-        num_targets = self.world.sum_(self._count_targets(micro_batches))
+        num_targets, num_wanting_stop = self.world.sum_(self._count(micro_batches, wants_stop))
         outputs: list[LossOutput] = []
         for i, (batch, weight, _) in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             with nullcontext() if is_last else self._without_sync():
                 output = self.objective(batch.to(self.world.device))
-                (output.loss * (weight * self.world.size / num_targets)).backward()
+                scale = self.precision.scale(weight * self.world.size / num_targets)
+                (output.loss * scale).backward()
             outputs.append(output)
         is_cancelled = self._apply_gradient(epoch)
+        self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
         for tensor, before in zip(self.statistics, statistics, strict=True):
             tensor.copy_(torch.where(is_cancelled, before, tensor))
         if self.averaged is not None:
             self.averaged.update(self.update, is_cancelled=is_cancelled)
         for output, (batch, weight, _) in zip(outputs, micro_batches, strict=True):
-            sums = _sums(output, batch)
+            sums = batch_sums(output, batch)
             # What was cancelled is not counted, or one loss that is not a number would spoil the whole epoch's.
             self.metrics.add({key: torch.where(is_cancelled, 0.0, weight * sums[key]) for key in sums})
         self.cancellations.note(self.update, is_cancelled, outputs, micro_batches)
@@ -125,7 +141,10 @@ class Trainer:
             for tensor, value in zip(self.statistics, before, strict=True):
                 tensor.copy_(value)
 
-    @torch.no_grad()
+    def close(self) -> None:
+        """Let go of what keeps the ranks' connections open; no update can follow."""
+        self.objective = self.model
+
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
         """Return the task's metrics of a split, the same on every rank.
 
@@ -133,17 +152,17 @@ class Trainer:
             examples: The whole split.
             batches: This rank's share of its batches.
         """
-        self.model.eval()
         for tensor in self.statistics:  # what is measured is what is saved: rank 0's
             self.world.copy_from_main_(tensor)
-        # Isolated: scopes that the caller has open are about training.
-        with self.evaluated_weights(), self.metrics.scope("valid", isolated=True):
-            self.metrics.reset("valid")
-            for batch in batches:
-                output = self.task.compute_loss(self.model, batch.to(self.world.device))
-                self.metrics.add(_sums(output, batch))
-            results = self.task.summarize(self.metrics.sums("valid", self.world))
-            return {**results, **self.task.evaluate(self.model, examples, self.world)}
+        with self.evaluated_weights():
+            return validate(self.task, self.model, examples, batches, world=self.world)
+
+    @torch.no_grad()
+    def illustrate(self, examples: Examples[Any]) -> Illustrations:
+        """Return what the task shows of the weights that are validated; every rank must call this."""
+        self.model.eval()
+        with self.evaluated_weights():
+            return self.task.illustrate(self.model, examples, self.world)
 
     @property
     def is_past_warmup(self) -> bool:
@@ -172,6 +191,7 @@ class Trainer:
             "update": self.update,
             "num_optimizer_tensors": num_tensors,
             "plateau": asdict(self.plateau),
+            "precision": self.precision.state_dict(),
             "lr": self.lr,
             "lr_scale": self.lr_scale,
             "num_cancelled_in_a_row": self.cancellations.num_in_a_row(),
@@ -208,6 +228,7 @@ class Trainer:
         self.update, self.lr, self.lr_scale = values["update"], values["lr"], values["lr_scale"]
         self.plateau = Plateau(**values["plateau"])
         self.cancellations = Cancellations(self.world, num_in_a_row=values["num_cancelled_in_a_row"])
+        self.precision.load_state_dict(values["precision"])
         states = values["metrics"]
         if len(states) == self.world.size:
             self.metrics.load_state_dict(states[self.world.rank])
@@ -222,10 +243,12 @@ class Trainer:
         """
         parameters = [parameter for _, parameter in self._optimized_parameters()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.precision.unscale_(gradients)
         norm = nn.utils.get_total_norm(gradients)
         if self.options.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.options.clip_norm, norm)
         is_cancelled = ~torch.isfinite(norm)
+        self.precision.adapt_(is_cancelled)
         self.update += 1
         factor = self.schedule(self.update, epoch) * self.plateau.factor * self.lr_scale
         self.lr = self.options.lr * factor
@@ -239,10 +262,13 @@ class Trainer:
         self.metrics.gauge("grad", norm)
         return is_cancelled
 
-    def _count_targets(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        total = sum(weight * batch.num_targets for batch, weight, _ in micro_batches)
-        # A fill, unlike a copy, does not let the host wait for the device.
-        return torch.full((), total, dtype=self.world.sum_dtype, device=self.world.device)
+    def _count(self, micro_batches: Sequence[MicroBatch], wants_stop: bool) -> Tensor:
+        """Return (number of targets, whether to stop), to be summed over ranks at once: (2,)."""
+        counts = torch.empty(2, dtype=self.world.sum_dtype, device=self.world.device)
+        # Fills, unlike copies, do not let the host wait for the device.
+        counts[0].fill_(sum(weight * batch.num_targets for batch, weight, _ in micro_batches))
+        counts[1].fill_(float(wants_stop))
+        return counts
 
     def _without_sync(self) -> Any:
         """Keep DDP from summing gradients before the last micro-batch."""
@@ -269,9 +295,3 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Batch) -> LossOutput:
         return self.task.compute_loss(self.model, batch)
-
-
-def _sums(output: LossOutput, batch: Batch) -> dict[str, Tensor | float]:
-    """Return all that is additive about a batch."""
-    counts = {"num_targets": batch.num_targets, "num_examples": batch.num_examples}
-    return {"loss": output.loss.detach(), **output.sums, **counts}

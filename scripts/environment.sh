@@ -45,6 +45,20 @@ install_torch() {
     fi
 }
 
+# The same for torchvision, which the extras `vision` and `test` need: the default index has the build for CUDA. That
+# one works beside a torch for the CPU too, with a warning (nmt/vision/libraries.py), so that it may come from there
+# where PyTorch's index is out of reach.
+install_torchvision() {
+    local pin
+    pin=$(grep '^torchvision==' "$ROOT/constraints.txt")
+    if "$BIN/python" -c 'import importlib.metadata as m, sys; sys.exit("+cpu" not in m.version("torch"))' &&
+        ! "$BIN/python" -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null; then
+        say "installing $pin for the CPU"
+        "$BIN/pip" install --quiet --no-deps --retries 0 --index-url https://download.pytorch.org/whl/cpu "$pin" \
+            2>/dev/null || say "PyTorch's CPU index is out of reach: $pin comes from the default index"
+    fi
+}
+
 make_environment() {
     local extras stamp wanted
     extras=$(IFS=,; echo "$*")
@@ -60,6 +74,7 @@ make_environment() {
         "$python" -m venv "$ROOT/.venv"
     fi
     install_torch
+    case ",$extras," in *,vision,* | *,test,*) install_torchvision ;; esac
     say "installing the package${extras:+ with [$extras]}"
     "$BIN/pip" install --quiet -c "$ROOT/constraints.txt" -e "$ROOT${extras:+[$extras]}"
     echo "$ROOT $wanted" >"$stamp"

@@ -30,9 +30,12 @@ LAYERS = {
     "nmt.config": 0,
     "nmt.config_file": 0,
     "nmt.config_values": 0,
+    "nmt.determinism": 0,
     "nmt.distributed": 0,
     "nmt.metrics": 0,
     "nmt.new_folder": 0,
+    "nmt.signals": 0,
+    "nmt.signs_of_life": 0,
     "nmt.task": 0,
     "nmt.models.architectures": 0,  # the presets of nmt.models.options
     "nmt.data": 1,
@@ -40,15 +43,20 @@ LAYERS = {
     "nmt.optim": 1,
     "nmt.schedule": 1,
     "nmt.weights": 1,
+    "nmt.precision": 1,
     "nmt.generation": 2,
     "nmt.cancellations": 2,
     "nmt.checkpoint": 2,
+    "nmt.tensorboard": 2,
+    "nmt.validation": 2,
     "nmt.trainer": 2,
     "nmt.memory": 3,
     "nmt.forecast": 3,
     "nmt.preparation": 3,
     "nmt.progress": 3,
+    "nmt.reports": 3,
     "nmt.run_log": 3,
+    "nmt.plot": 3,
     "nmt.train_loop": 3,
     "nmt.translation": 3,
     "nmt.vision": 3,
@@ -63,8 +71,13 @@ STRANGERS = [("nmt.data", "nmt.models")]
 # with it; it is never run. All other imports count, those in functions and under TYPE_CHECKING too.
 BUILDS = {
     ("nmt.translation.options", target)
-    for target in ("nmt.translation.task", "nmt.translation.assets", "nmt.data.data_directory")
-}
+    for target in (
+        "nmt.translation.task",
+        "nmt.translation.loss",
+        "nmt.translation.assets",
+        "nmt.data.data_directory",
+    )
+} | {("nmt.vision.options", target) for target in ("nmt.vision.task", "nmt.vision.libraries")}
 
 # The modules of nmt.data that handle tensors; the others must serve preprocessing without torch.
 DATA_WITH_TENSORS = {"nmt.data.parallel_dataset", "nmt.data.batch_iterator", "nmt.data.loading"}

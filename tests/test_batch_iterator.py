@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmt.data.batch_iterator import BatchIterator, ordered_batches
+from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 
@@ -325,7 +325,7 @@ def test_ordered_batches_hold_every_example_once_over_all_ranks(world_size):
     seen = Counter()
     for rank in range(world_size):
         longest = 0
-        for batch in ordered_batches(Lengths(sizes), OPTIONS, rank=rank, world_size=world_size):
+        for batch in OrderedBatches(Lengths(sizes), OPTIONS, rank=rank, world_size=world_size):
             seen.update(batch)
             assert sizes[list(batch), 0].min() >= longest
             longest = sizes[list(batch), 0].max()
@@ -334,7 +334,13 @@ def test_ordered_batches_hold_every_example_once_over_all_ranks(world_size):
 
 def test_ordered_batches_can_be_read_by_workers():
     examples = some_lengths(77)
-    assert list(ordered_batches(examples, OPTIONS, num_workers=2)) == list(ordered_batches(examples, OPTIONS))
+    in_this_process = OrderedBatches(examples, OPTIONS)
+    by_workers = OrderedBatches(examples, replace(OPTIONS, num_workers=2))
+    for _ in range(2):  # each validation begins anew
+        assert list(by_workers) == list(in_this_process)
+    assert multiprocessing.active_children()
+    by_workers.close()
+    assert not multiprocessing.active_children()
     assert not multiprocessing.active_children()
 
 

@@ -90,6 +90,8 @@ def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_group_is_left_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    store = iter([(dist.HashStore(), 0, 2)])
+    monkeypatch.setattr("nmt.distributed.rendezvous", lambda *_, **__: store)
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     calls = []

@@ -105,7 +105,7 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(
     table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[0] != " ")
     # Linear(2, 8), batch norm, Linear(8, 2): 24 + 16 + 18 parameters. 500 examples in batches of 32.
     assert table["model"] == "58 parameters"
-    assert table["data"] == "500 training examples of 500 in size, 101 validation examples"
+    assert table["data"] == "500 training examples, 101 validation examples"
     assert table["updates"] == "16 an epoch, of about 31 targets on 1 x cpu"
     # Multiply-adds count two: forward 2 * (16 + 16) an example; backward as much for the weights of both layers
     # and for the input of the second, but not of the first.

@@ -13,7 +13,7 @@ from toy_run import assert_bit_equal, config, log, records, tensors, without_tim
 from toy_task import PointOptions, Points, PointTask
 
 from nmt.checkpoint import CheckpointFolder
-from nmt.cli import average
+from nmt.cli import average, validate
 from nmt.errors import UserError
 from nmt.task import LossOutput
 from nmt.train_loop import train
@@ -59,7 +59,7 @@ def test_the_averaged_weights_are_the_running_mean_of_those_trained(tmp_path: Pa
 
 def test_what_is_validated_are_the_averaged_weights(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    best = train(config(folder, optimization={"max_update": 40, "ema_decay": 0.9}))
+    best = train(config(folder, optimization={"max_update": 40, "ema_decay": 0.9})).best
     task = PointTask()
     model = task.build_model()
     model.load_state_dict(load_file(best / "model.safetensors"))
@@ -130,8 +130,8 @@ def test_time_counts_on_from_where_the_run_was_stopped(tmp_path: Path) -> None:
     train(config(folder, optimization={"max_update": 5}))
     state_path = CheckpointFolder(folder / "checkpoints").at(5) / "state.json"
     state = json.loads(state_path.read_text())
-    assert 0 < state["progress"]["seconds"] < 60
-    state["progress"]["seconds"] = 7200.0
+    assert 0 < state["clock"]["seconds_before"] < 60
+    state["clock"]["seconds_before"] = 7200.0
     state_path.write_text(json.dumps(state))
     train(config(folder, optimization={"stop_time_hours": 2.0}))
     assert updates(folder)[-1] == 10  # the first report finds out
@@ -243,3 +243,27 @@ def test_the_best_checkpoints_can_be_averaged(tmp_path: Path, capsys: pytest.Cap
         with pytest.raises(SystemExit):
             average.main([str(folder / "checkpoints"), *arguments, "--output", str(tmp_path / "other")])
         assert text in capsys.readouterr().err
+
+
+def test_a_model_folder_can_be_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """nmt-validate says what the run said, in other batches too; the split and other options can be given."""
+    folder = tmp_path / "run"
+    best = train(config(folder, optimization={"max_update": 30})).best
+    update = int(best.resolve().name.removeprefix("update-"))
+    (said,) = [record for record in records(folder, "valid") if record["update"] == update]
+    capsys.readouterr()
+    for options in ([], ["--batch-size", "7"], ["--split=valid"]):
+        validate.main([str(best), *options])
+        found = json.loads(capsys.readouterr().out)
+        assert found.pop("split") == "valid"
+        assert found == pytest.approx({name: said[name] for name in ("loss", "accuracy")}, rel=1e-6)
+    validate.main([str(best), "--split", "train"])
+    assert json.loads(capsys.readouterr().out)["split"] == "train"
+    for arguments, text in (
+        ([], "A model folder must be named first"),
+        ([str(tmp_path)], "must be a model folder, but has no config.yaml"),
+        ([str(best), "--batch-sise", "7"], "Perhaps you meant `--batch-size`?"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            validate.main(arguments)
+        assert error.value.code == 2 and text in capsys.readouterr().err

@@ -25,12 +25,14 @@ pytestmark = pytest.mark.usefixtures("points_plugin")
 
 def test_a_task_that_is_not_about_sentences_learns(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    best = train(config(folder, checkpoints={"best_checkpoint_metric": "accuracy"}))
+    result = train(config(folder, checkpoints={"best_checkpoint_metric": "accuracy"}))
     validations = records(folder, "valid")
     assert validations[-1]["accuracy"] > 0.95
     highest = max(validations, key=lambda record: (record["accuracy"], -record["update"]))
-    assert best.resolve().name == f"update-{highest['update']:07d}"
+    assert result.best.resolve().name == f"update-{highest['update']:07d}"
     assert "finished: reached max-update 100" in log(folder)
+    assert result.stopped_because == "reached max-update 100"
+    assert [record for record in result.history if record["kind"] == "valid"] == validations
     # Batch norm's statistics are part of the model.
     assert tensors(folder, 100)["1.num_batches_tracked"] == 100
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nmt.task import LossOutput
+from nmt.task import Illustrations, LossOutput
 
 
 class Points(NamedTuple):
@@ -60,6 +60,11 @@ class PointTask:
 
     def evaluate(self, model: nn.Module, examples: PointExamples, world: Any) -> dict[str, float]:
         return {}
+
+    def illustrate(self, model: nn.Module, examples: PointExamples, world: Any) -> Illustrations:
+        plane = np.zeros((4, 6, 3), dtype=np.uint8)
+        plane[:2] = 255
+        return Illustrations(texts={"classes": "below, *above*"}, images={"plane": plane})
 
     def save_assets(self, folder: Path) -> None:
         (folder / "classes.txt").write_text("below\nabove\n")

@@ -6,7 +6,7 @@ import select
 import sys
 from collections.abc import Callable
 
-from nmt.errors import UserError
+from nmt.errors import LostRankError, UserError
 
 # What the operating system says of a write without naming the file.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -19,8 +19,9 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
     """Run the body of a command and turn what a user can cause into one line and an exit code.
 
     A `UserError`, or an `OSError` about a file (missing, not readable, disk full), is printed to stderr
-    as "prog: error: text", with exit code 2. An interrupt ends with 130. If the reader of stdout has gone
-    (`| head`), the command ends quietly. Other exceptions are programmers' errors and pass through.
+    as "prog: error: text", with exit code 2; a `LostRankError` with 75. An interrupt ends with 130. If the
+    reader of stdout has gone (`| head`), the command ends quietly. Other exceptions are programmers' errors and
+    pass through.
 
     Args:
         prog: the name of the command.
@@ -30,6 +31,11 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
     try:
         body()
         sys.stdout.flush()  # so that a closed pipe shows here, not when the interpreter ends
+    except LostRankError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        # At once: what waits for the lost rank in other threads cannot be ended in any other way.
+        sys.stderr.flush()
+        os._exit(error.exit_code)
     except UserError as error:
         _fail(prog, str(error))
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The options of nmt-generate, nmt-average and nmt-convert. Imports no torch."""
+"""The options of nmt-generate, nmt-average, nmt-convert and nmt-plot. Imports no torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,3 +114,26 @@ class ConvertOptions:
     """The source language, where neither the checkpoint nor names of data in `dict-dir` tell it."""
     target_lang: str | None = None
     """The target language, likewise."""
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """Which runs to draw, and how."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The folders of one or several runs: the `save-dir` of each. A run may be going on."""
+    output: Path = Path("plot.png")
+    """The picture to write, over what is there: .png, .pdf or .svg."""
+    x: Literal["update", "epoch", "hours"] = "update"
+    """The horizontal axis: updates, epochs, or the time spent on the run, validation included."""
+    metrics: tuple[str, ...] = ()
+    """What to draw beside learning rate and speed; all but nll and ppl, which follow the loss, unless given."""
+
+    def check(self) -> None:
+        """Raise `UserError` if there is nothing to draw, or no way to write it."""
+        if not self.runs:
+            raise UserError(
+                "`runs` must name the folder of a run, but is empty. Name the `save-dir` of nmt-train."
+            )
+        if self.output.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise UserError(f"`output` must end in .png, .pdf or .svg, but is {self.output}.")

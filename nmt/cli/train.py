@@ -8,6 +8,7 @@ from nmt.cli.command import run_command
 from nmt.config import CONFIG_FLAG, parse_command, peek, read_yaml
 from nmt.errors import UserError
 from nmt.options import TrainConfig
+from nmt.signals import StopRequest
 from nmt.task import load_task
 
 PROG = "nmt-train"
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         from nmt.train_loop import train
 
-        train(config)
+        with StopRequest(PROG) as stop:
+            train(config, stop=stop)
 
     run_command(PROG, body, exit_code_of_closed_pipe=EXIT_CLOSED_PIPE)
 

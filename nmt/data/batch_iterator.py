@@ -26,7 +26,7 @@ from nmt.data.batching import (
     plan_ordered,
     plan_window,
 )
-from nmt.data.loading import Feed, PlannedBatch, make_loader
+from nmt.data.loading import Feed, PlannedBatch, make_loader, read_batches
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 
@@ -262,7 +262,7 @@ class BatchIterator:
             )
         # Workers live on from iteration to iteration, and so must their loader. It asks for the new plan.
         self._feed.plan = plan
-        return iter(self._loader)
+        return read_batches(self._loader)
 
     def _plan_loading(self, planned: deque[_Update]) -> Iterator[PlannedBatch]:
         """Yield batch after batch, and note the updates that they make up in `planned`."""
@@ -320,23 +320,46 @@ class BatchIterator:
             cuts = ((self._limits, 0),)
 
 
-def ordered_batches(
-    examples: "Examples[Any]",
-    options: BatchingOptions,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> Iterator[Any]:
-    """Yield this rank's batches of a validation: by length, each example exactly once over all ranks.
+class OrderedBatches:
+    """This rank's batches of a validation: by length, each example exactly once over all ranks.
 
     Nothing is shuffled or left out: an example longer than `max_tokens` is a batch of its own. Ranks may get
-    different numbers of batches, so nothing may be reduced over the ranks in between.
+    different numbers of batches, so nothing may be reduced over the ranks in between. Each iteration yields the
+    same batches; worker processes live until `close()`.
     """
-    plan = plan_ordered(examples.sizes, _limits(options, None), rank=rank, world_size=world_size)
-    feed = Feed(PlannedBatch(batch.tolist(), key=(int(batch[0]),)) for batch in plan)
-    yield from make_loader(examples, feed, num_workers=num_workers, pin_memory=pin_memory)
+
+    def __init__(
+        self,
+        examples: "Examples[Any]",
+        options: BatchingOptions,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        """Plan the batches; `options` limits them and says how many processes read them."""
+        self._plan = [
+            PlannedBatch(batch.tolist(), key=(int(batch[0]),))
+            for batch in plan_ordered(
+                examples.sizes, _limits(options, None), rank=rank, world_size=world_size
+            )
+        ]
+        self._feed = Feed()
+        # Workers that have nothing to read would only be started.
+        num_workers = min(options.num_workers, len(self._plan))
+        self._loader: DataLoader[Any] | None = make_loader(
+            examples, self._feed, num_workers=num_workers, pin_memory=pin_memory
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield what `Examples.collate` makes of each batch."""
+        assert self._loader is not None, "closed"
+        self._feed.plan = iter(self._plan)
+        return read_batches(self._loader)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._loader = None
 
 
 def _limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None) -> BatchLimits:

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from nmt.errors import UserError
+from nmt.signals import shielded_from_signals
+
 if TYPE_CHECKING:
     from nmt.task import Examples
 
@@ -66,6 +69,20 @@ def make_loader(
     )
 
 
+def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """Yield the batches of a loader.
+
+    Raises:
+        UserError: An example cannot be read, as its task says; in a worker process or in this one.
+    """
+    with shielded_from_signals():  # the first time it starts the workers
+        batches = iter(loader)
+    for batch in batches:
+        if isinstance(batch, _Refusal):
+            raise UserError(batch.text)
+        yield batch
+
+
 @contextmanager
 def seeded(key: Sequence[int]) -> Iterator[None]:
     """Seed the generators of torch (the CPU's), NumPy and Python from a key; afterwards they are as before."""
@@ -89,8 +106,21 @@ class _Reader:
     examples: "Examples[Any]"
 
     def __getitems__(self, planned: PlannedBatch) -> Any:
-        with seeded(planned.key):
-            return self.examples.collate([self.examples[index] for index in planned.indices])
+        try:
+            with seeded(planned.key):
+                return self.examples.collate([self.examples[index] for index in planned.indices])
+        except UserError as error:
+            return _Refusal(str(error))
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Takes the place of a batch whose examples a user must see to, such as a damaged file.
+
+    Raised in a worker, the error would arrive with a traceback for its text.
+    """
+
+    text: str
 
 
 def _already_collated(batch: Any) -> Any:

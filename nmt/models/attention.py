@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nmt.models import fused
 from nmt.models.decoder_state import LayerState
+from nmt.models.fused import Linear
 
 
 def attend(
@@ -32,15 +34,35 @@ def attend(
     Returns:
         (B, T, D): the heads side by side.
     """
+    if _is_for_fused(query):
+        bias = _bias(query, keys, attention_mask, is_causal=is_causal)
+        return fused.attention(query, keys, values, bias, dropout=dropout)
     heads = F.scaled_dot_product_attention(
         query, keys, values, attn_mask=attention_mask, is_causal=is_causal, dropout_p=dropout
     )
     return heads.transpose(1, 2).flatten(2)  # (B, H, T, E) -> (B, T, D)
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, D) -> (B, H, T, E)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def split_heads(x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, T, num_parts * D) -> num_parts times (B, H, T, E)."""
+    if _is_for_fused(x):
+        return fused.split_heads(x, num_parts, num_heads)
+    return x.unflatten(-1, (num_parts * num_heads, -1)).transpose(1, 2).chunk(num_parts, dim=1)
+
+
+def _is_for_fused(x: Tensor) -> bool:
+    """Return whether this is training on a CPU, for which the fused operations are made."""
+    return torch.is_grad_enabled() and x.device.type == "cpu"
+
+
+def _bias(query: Tensor, keys: Tensor, attention_mask: Tensor | None, *, is_causal: bool) -> Tensor:
+    """Return what is added to the scores (B, H, T, S), of a shape that broadcasts to theirs."""
+    if is_causal:
+        future = query.new_full((query.size(2), keys.size(2)), -torch.inf)
+        return future.triu(diagonal=1)[None, None]
+    if attention_mask is None:
+        return query.new_zeros(1, 1, 1, 1)
+    return query.new_zeros(attention_mask.shape).masked_fill(~attention_mask, -torch.inf)
 
 
 class SelfAttention(nn.Module):
@@ -50,8 +72,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.qkv_proj = nn.Linear(dim, 3 * dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.qkv_proj = Linear(dim, 3 * dim)
+        self.out_proj = Linear(dim, dim)
         # fairseq draws q, k and v as separate (dim, dim) matrices and narrows them by 1/sqrt(2); these are views.
         for weight in self.qkv_proj.weight.chunk(3):
             nn.init.xavier_uniform_(weight, gain=2**-0.5)
@@ -79,8 +101,7 @@ class SelfAttention(nn.Module):
             (R, T, D).
         """
         assert attention_mask is None or not is_causal
-        # (R, T, 3D) -> (R, 3H, T, E) -> three times (R, H, T, E)
-        query, keys, values = split_heads(self.qkv_proj(x), 3 * self.num_heads).chunk(3, dim=1)
+        query, keys, values = split_heads(self.qkv_proj(x), 3, self.num_heads)
         if state is not None:
             num_new = x.size(1)
             keys, values = state.append(keys, values)
@@ -102,9 +123,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.q_proj = nn.Linear(dim, dim)
-        self.kv_proj = nn.Linear(memory_dim, 2 * dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.kv_proj = Linear(memory_dim, 2 * dim)
+        self.out_proj = Linear(dim, dim)
         for weight in (self.q_proj.weight, *self.kv_proj.weight.chunk(2)):
             nn.init.xavier_uniform_(weight, gain=2**-0.5)
         nn.init.xavier_uniform_(self.out_proj.weight)
@@ -113,8 +134,7 @@ class CrossAttention(nn.Module):
 
     def project_memory(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """Project the encoder's output (B, S, memory_dim) to keys and values, (B, H, S, E) each."""
-        # (B, S, 2D) -> (B, 2H, S, E) -> twice (B, H, S, E)
-        keys, values = split_heads(self.kv_proj(encoded), 2 * self.num_heads).chunk(2, dim=1)
+        keys, values = split_heads(self.kv_proj(encoded), 2, self.num_heads)
         return keys, values
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor) -> Tensor:
@@ -134,7 +154,6 @@ class CrossAttention(nn.Module):
         # The rows of a sentence are just more queries: (R, T, D) -> (B, K*T, D).
         queries = self.q_proj(x).reshape(num_sentences, -1, dim)
         dropout = self.dropout if self.training else 0.0
-        attended = attend(
-            split_heads(queries, self.num_heads), keys, values, attention_mask=attention_mask, dropout=dropout
-        )
+        (heads,) = split_heads(queries, 1, self.num_heads)
+        attended = attend(heads, keys, values, attention_mask=attention_mask, dropout=dropout)
         return self.out_proj(attended).view(num_rows, length, dim)  # (B, K*T, D) -> (R, T, D)

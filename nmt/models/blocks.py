@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models.fused import Dropout
+from nmt.models.fused import Dropout, Linear, embed
 from nmt.models.options import TransformerOptions
 
 
@@ -39,8 +39,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int, *, options: TransformerOptions) -> None:
         super().__init__()
-        self.expand = nn.Linear(dim, ffn_dim)
-        self.contract = nn.Linear(ffn_dim, dim)
+        self.expand = Linear(dim, ffn_dim)
+        self.contract = Linear(ffn_dim, dim)
         self.activation: Callable[[Tensor], Tensor] = F.relu if options.activation_fn == "relu" else F.gelu
         self.dropout = Dropout(options.activation_dropout)
 
@@ -85,8 +85,9 @@ class Embedding(nn.Module):
         """Embed (R, T) int64 ids, the first of which stands at position `start` (from 0), as (R, T, D)."""
         assert start + token_ids.size(1) <= self.max_positions, "longer than the table of positions"
         first = self.first_position + start
-        positions = self.positions[first : first + token_ids.size(1)]
-        return self.dropout(self.norm(self.scale * self.tokens(token_ids) + positions))
+        tokens = embed(token_ids, self.tokens.weight, pad_id=self.first_position - 1)
+        positions = self.positions[first : first + token_ids.size(1)].to(tokens.dtype)
+        return self.dropout(self.norm(torch.add(positions, tokens, alpha=self.scale)))
 
 
 def sinusoids(num_positions: int, dim: int) -> Tensor:

@@ -1,9 +1,12 @@
-"""Faster forms of two operations that take much of an update's time; the plain forms are in the tests.
+"""Faster forms of a layer's operations for training on a CPU; their plain forms are in tests/test_fused.py.
 
-Shapes: N tokens (padding left out), D model, V vocabulary.
+On other devices PyTorch's own are taken.
+
+Shapes: B sentences, T and S lengths, D model, H heads, E head size, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -11,10 +14,66 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Logits that are held at once. On a CPU few enough for its caches (16 MB in float32: 500 tokens of 8,000
-# classes), elsewhere enough to keep the device busy.
-_LOGITS_AT_ONCE = {"cpu": 4_000_000}
-_LOGITS_AT_ONCE_ELSEWHERE = 64_000_000
+
+@cache
+def _has_onednn() -> bool:
+    """Return whether oneDNN has its AVX-512 products in float32 here, under the name that PyTorch gives them.
+
+    They are at least as fast as those of MKL, which PyTorch takes by itself; on AMD's processors twice as fast.
+    """
+    has_name = hasattr(torch.ops, "mkldnn") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return (
+        has_name
+        and torch.backends.mkldnn.is_available()
+        and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    )
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    is_float32 = x.dtype == weight.dtype == torch.float32
+    # It has no products without any multiplication.
+    return is_float32 and x.device.type == "cpu" and x.numel() > 0 and weight.numel() > 0 and _has_onednn()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply (M, K) by (K, N), each of any strides."""
+    if _is_for_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return torch.mm(a, b)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with the products of oneDNN where they are faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _is_for_onednn(x, self.weight):
+            return F.linear(x, self.weight, self.bias)
+        return cast(Callable[..., Tensor], _Linear.apply)(x, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, grad_rows = x.reshape(-1, x.size(-1)), grad.reshape(-1, grad.size(-1))
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            product(grad_rows, weight).view_as(x) if needs_x else None,
+            product_over_rows(grad_rows, rows) if needs_weight else None,
+            grad_rows.sum(dim=0) if needs_bias else None,
+        )
+
+
+def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply the transpose of (N, I) by (N, J)."""
+    # oneDNN is faster where the matrix that it has to transpose is the narrower one.
+    return product(a.t(), b) if a.size(1) <= b.size(1) else product(b.t(), a).t()
 
 
 class Dropout(nn.Module):
@@ -48,88 +107,102 @@ def random_mask(x: Tensor, p: float) -> Tensor:
     return (numbers >= threshold - 32768).to(x.dtype).mul_(65536 / (65536 - threshold))
 
 
-def linear_cross_entropy(
-    features: Tensor, weight: Tensor, target: Tensor, *, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Project features to the vocabulary and take the label-smoothed cross-entropy, summed over tokens.
-
-    The loss is fairseq's (criterions/label_smoothed_cross_entropy.py): the target class has probability
-    1 - eps and each of the V - 1 others eps / (V - 1). The (N, V) logits are never held as a whole:
-    both gradients are formed chunk by chunk in the forward pass.
-
-    Args:
-        features: (N, D) float.
-        weight: (V, D), the output embeddings.
-        target: (N,) int64.
-        label_smoothing: eps, 0 <= eps < 1.
-
-    Returns:
-        The loss and the negative log-likelihood, both scalars in float32 (float64 for float64 features) and
-        sums over the N tokens, in nats. Only the loss carries a gradient.
-    """
-    apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearCrossEntropy.apply)
-    # Asked here, since within `apply` gradients are always off.
-    needs_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    loss, nll = apply(features, weight, target, label_smoothing, needs_gradient)
-    return loss, nll
+def embed(token_ids: Tensor, weight: Tensor, *, pad_id: int) -> Tensor:
+    """Look up rows of (V, D); on a CPU the gradient of a row is summed in float32, whatever the type."""
+    if token_ids.device.type != "cpu":
+        return F.embedding(token_ids, weight, pad_id)
+    return cast(Callable[..., Tensor], _Embed.apply)(token_ids, weight, pad_id)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Write z = Wh, q for the smoothed target distribution, s = eps / (V - 1) and c = 1 - eps - s.
-
-    loss = logsumexp(z) - sum_v q_v z_v = logsumexp(z) - s * (h . sum_v W_v) - c * z_y
-    d loss / dz = softmax(z) - q, of which the constant s and the c at y are subtracted in the small
-    products (with W and with h) instead of in the (N, V) tensor.
-    """
-
+class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        label_smoothing: float,
-        needs_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        num_tokens, vocabulary_size = features.size(0), weight.size(0)
-        accurate = torch.promote_types(features.dtype, torch.float32)
-        other = label_smoothing / (vocabulary_size - 1)
-        extra = 1.0 - label_smoothing - other
-        grad_features = torch.empty_like(features)
-        grad_weight = torch.zeros_like(weight, dtype=accurate)
-        loss = torch.zeros((), dtype=accurate, device=features.device)
-        nll = torch.zeros_like(loss)
-        at_once = _LOGITS_AT_ONCE.get(features.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
-        chunk = max(1, at_once // vocabulary_size)
-        logits_buffer = features.new_empty(min(chunk, num_tokens), vocabulary_size)
-        for start in range(0, num_tokens, chunk):
-            h, y = features[start : start + chunk], target[start : start + chunk]
-            z = torch.mm(h, weight.t(), out=logits_buffer[: h.size(0)])
-            z_target = z.gather(1, y[:, None]).squeeze(1).to(accurate)
-            z_max = z.amax(dim=1)
-            p = torch.softmax(z, dim=1, out=z) if z.dtype == accurate else z.softmax(dim=1)
-            # log p_max instead of log p_y: the largest probability cannot underflow.
-            log_normalizer = z_max.to(accurate) - p.amax(dim=1).to(accurate).log()
-            nll += (log_normalizer - z_target).sum()
-            loss += log_normalizer.sum() - extra * z_target.sum()
-            if needs_gradient:
-                grad = torch.mm(p, weight, out=grad_features[start : start + chunk])
-                grad.sub_(weight[y], alpha=extra)
-                grad_weight.addmm_(p.t().to(accurate), h.to(accurate))
-        weight_sum = weight.sum(dim=0, dtype=accurate)
-        feature_sum = features.sum(dim=0, dtype=accurate)
-        loss -= other * (feature_sum @ weight_sum)
-        if needs_gradient:
-            grad_features -= (other * weight_sum).to(features.dtype)
-            grad_weight -= other * feature_sum
-            grad_weight.index_add_(0, target, features.to(accurate), alpha=-extra)
-        ctx.save_for_backward(grad_features, grad_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(nll)
-        return loss, nll
+    def forward(ctx: Any, token_ids: Tensor, weight: Tensor, pad_id: int) -> Tensor:
+        ctx.save_for_backward(token_ids)
+        ctx.shape, ctx.pad_id = weight.shape, pad_id
+        return F.embedding(token_ids, weight)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        grad_features, grad_weight = ctx.saved_tensors
-        scale = grad_loss.to(grad_features.dtype)
-        return grad_features * scale, grad_weight * scale, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (token_ids,) = ctx.saved_tensors
+        accurate = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=accurate)
+        total.index_add_(0, token_ids.flatten(), grad.reshape(-1, grad.size(-1)).to(accurate))
+        total[ctx.pad_id] = 0.0
+        return None, total.to(grad.dtype), None
+
+
+def split_heads(x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, T, num_parts * D) -> num_parts times (B, H, T, E), of which each is contiguous."""
+    return cast(Callable[..., tuple[Tensor, ...]], _SplitHeads.apply)(x, num_parts, num_heads)
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        return x.unflatten(-1, (num_parts, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+        first = next(grad for grad in grads if grad is not None)
+        total = first.new_empty(ctx.shape)
+        num_heads = first.size(1)
+        for part, grad in zip(total.unflatten(-1, (len(grads), num_heads, -1)).unbind(2), grads, strict=True):
+            # (B, T, H, E) and (B, H, T, E)
+            part.zero_() if grad is None else part.copy_(grad.transpose(1, 2))
+        return total, None, None
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *, dropout: float) -> Tensor:
+    """Compute softmax(Q K^T / sqrt(E) + bias) V for each head by plain batched products.
+
+    For sentences this is faster on a CPU than PyTorch's, whose backward pass is made for long sequences.
+
+    Args:
+        query: (B, H, T, E).
+        keys: (B, H, S, E).
+        values: (B, H, S, E).
+        bias: Broadcastable to (B, H, T, S): 0 where attention is allowed, else minus infinity.
+        dropout: Probability with which an attention weight is dropped.
+
+    Returns:
+        (B, T, D): the heads side by side.
+    """
+    return cast(Callable[..., Tensor], _Attention.apply)(query, keys, values, bias, dropout)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, dropout: float
+    ) -> Tensor:
+        batch, heads, length, size = query.shape
+        q, k, v = (x.flatten(0, 1) for x in (query, keys, values))  # (B, H, T, E) -> (B*H, T, E)
+        bias = bias.expand(batch, heads, -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=size**-0.5)
+        weights = torch.softmax(scores, dim=-1, out=scores)  # (B*H, T, S), formed in float32
+        mask = random_mask(weights, dropout) if dropout else None
+        ctx.save_for_backward(q, k, v, weights, mask)
+        ctx.heads = heads
+        attended = torch.bmm(weights if mask is None else weights * mask, v)
+        return attended.view(batch, heads, length, size).transpose(1, 2).reshape(batch, length, heads * size)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, mask = ctx.saved_tensors
+        # (B, T, D) -> (B*H, T, E)
+        grad = grad.unflatten(-1, (ctx.heads, -1)).transpose(1, 2).flatten(0, 1)
+        used = weights if mask is None else weights * mask
+        grad_v = torch.bmm(used.transpose(1, 2), grad)
+        grad_weights = torch.bmm(grad, v.transpose(1, 2))
+        if mask is not None:
+            grad_weights *= mask
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_scores *= q.size(-1) ** -0.5
+        grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
+        split = (x.unflatten(0, (-1, ctx.heads)) for x in (grad_q, grad_k, grad_v))
+        return *split, None, None

@@ -1,14 +1,24 @@
-"""Label-smoothed cross-entropy of a Transformer on a batch of translations."""
+"""The loss of a Transformer on a batch of translations, and what a loss of one's own is made from.
+
+Shapes: B sentences, S source length, T target length, N target tokens without padding, D model, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
 
 from nmt.data.parallel_dataset import TranslationBatch
 from nmt.data.vocabulary import PAD_ID
-from nmt.models.fused import linear_cross_entropy
+from nmt.models.fused_loss import linear_cross_entropy
 from nmt.models.transformer import Transformer
 from nmt.task import LossOutput
 
+TranslationLoss = Callable[[Transformer, TranslationBatch], LossOutput]
+"""Sums over the target tokens of a batch; under "nll" the negative log-likelihood in nats."""
+
 
 def translation_loss(model: Transformer, batch: TranslationBatch, *, label_smoothing: float) -> LossOutput:
-    """Return the loss summed over the target tokens of a batch, in nats.
+    """Return the label-smoothed cross-entropy, summed over the target tokens of a batch, in nats.
 
     Args:
         model: The model, called on the source (B, S) and the shifted target (B, T).
@@ -18,17 +28,22 @@ def translation_loss(model: Transformer, batch: TranslationBatch, *, label_smoot
     Returns:
         The loss, and under "nll" the negative log-likelihood, both sums.
     """
+    features, target = target_features(model, batch)
+    loss, nll = linear_cross_entropy(features, model.output_weight, target, label_smoothing=label_smoothing)
+    return LossOutput(loss, {"nll": nll.detach()})
+
+
+def target_features(model: Transformer, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
+    """Run the model, and return what it predicts each target token from.
+
+    Returns:
+        The decoder's last hidden states (N, D), whose product with `model.output_weight` (V, D) are the logits;
+        and the target tokens (N,) int64. Padding is left out before that product, the largest of the model.
+    """
     features = model.features(batch.target_input, model.encode(batch.source))  # (B, T, D)
-    # Padding leaves before the largest product of the model: (B, T, D) -> (N, D).
     is_token = (batch.target != PAD_ID).flatten()
     if is_token.is_cuda:  # the host knows their number, and need not wait for the device to count them
         tokens = is_token.nonzero_static(size=batch.num_targets).squeeze(1)
     else:
         tokens = is_token.nonzero().squeeze(1)
-    loss, nll = linear_cross_entropy(
-        features.flatten(0, 1).index_select(0, tokens),
-        model.output_weight,
-        batch.target.flatten().index_select(0, tokens),
-        label_smoothing=label_smoothing,
-    )
-    return LossOutput(loss, {"nll": nll.detach()})
+    return features.flatten(0, 1).index_select(0, tokens), batch.target.flatten().index_select(0, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from nmt.errors import UserError
 from nmt.models.options import TransformerOptions
 
 if TYPE_CHECKING:
+    from nmt.translation.loss import TranslationLoss
     from nmt.translation.task import TranslationTask
 
 
@@ -24,6 +26,10 @@ class TranslationOptions:
     model: TransformerOptions = field(default_factory=TransformerOptions)
     label_smoothing: float = 0.1
     """Probability that is spread over the other classes of the vocabulary."""
+    r_drop: float = 0.0
+    """Weight of the divergence between two passes with different dropout; 0 for one pass. Halves the speed."""
+    word_dropout: float = 0.0
+    """Probability with which training replaces a token that encoder or decoder reads by the unknown one."""
     eval_bleu: bool = True
     """Translate the validation set at each validation and score it with sacreBLEU."""
     eval_beam: int | None = None
@@ -35,6 +41,13 @@ class TranslationOptions:
             raise UserError(
                 f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}."
             )
+        if not 0.0 <= self.r_drop < math.inf:
+            raise UserError(f"`r-drop` must be finite and not negative, but is {self.r_drop}.")
+        model = self.model
+        if self.r_drop and not (model.dropout or model.attention_dropout or model.activation_dropout):
+            raise UserError("`r-drop` must have some dropout, but there is none. Raise `dropout`.")
+        if not 0.0 <= self.word_dropout < 1.0:
+            raise UserError(f"`word-dropout` must be at least 0 and below 1, but is {self.word_dropout}.")
         if self.eval_beam is not None:
             if not self.eval_bleu:
                 raise UserError(
@@ -43,12 +56,25 @@ class TranslationOptions:
             if self.eval_beam < 1:
                 raise UserError(f"`eval-beam` must be at least 1, but is {self.eval_beam}.")
 
-    def build(self, assets: Path | None) -> TranslationTask:
-        """Make the task, with the vocabularies of a model folder, or of the data directory if there is none."""
+    def build(self, assets: Path | None, *, loss: TranslationLoss | None = None) -> TranslationTask:
+        """Make the task, with the vocabularies of a model folder, or of the data directory if there is none.
+
+        Args:
+            assets: The model folder.
+            loss: A loss of one's own instead of the label-smoothed cross-entropy, for a task made of this one.
+
+        Raises:
+            UserError: An option of the cross-entropy is given together with another loss.
+        """
+        for name, value in (("label-smoothing", self.label_smoothing), ("r-drop", self.r_drop)):
+            if loss is not None and value:
+                raise UserError(
+                    f"`{name}` must be 0 with a loss of the task's own, but is {value}. Give --{name} 0."
+                )
         from nmt.data.data_directory import DataDirectory
         from nmt.translation.assets import TranslationAssets
         from nmt.translation.task import TranslationTask
 
         if assets is None:
-            return TranslationTask(self, TranslationAssets.of_data(DataDirectory(self.data)))
-        return TranslationTask(self, TranslationAssets.of_model(assets))
+            return TranslationTask(self, TranslationAssets.of_data(DataDirectory(self.data)), loss=loss)
+        return TranslationTask(self, TranslationAssets.of_model(assets), loss=loss)

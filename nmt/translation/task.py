@@ -1,10 +1,13 @@
 """The translation task: vocabularies, data, model, loss, and BLEU on the validation set."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from nmt.data.batching import cut_batches
@@ -17,14 +20,18 @@ from nmt.errors import UserError
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.models.transformer import Transformer
-from nmt.task import LossOutput
+from nmt.task import Illustrations, LossOutput
 from nmt.translation.assets import TranslationAssets
-from nmt.translation.loss import translation_loss
+from nmt.translation.loss import TranslationLoss, translation_loss
 from nmt.translation.options import TranslationOptions
+from nmt.translation.r_drop import r_drop_loss
 from nmt.translation.scoring import bleu
+from nmt.translation.table import Row, markdown_table
+from nmt.translation.word_dropout import drop_words
 
 _BEAM = 5
 _TOKENS_TO_TRANSLATE_AT_ONCE = 2048
+_NUM_SHOWN = 8
 
 
 class TranslationTask:
@@ -32,9 +39,12 @@ class TranslationTask:
 
     metrics: Mapping[str, Literal["min", "max"]]
 
-    def __init__(self, options: TranslationOptions, assets: TranslationAssets) -> None:
-        """Open the vocabularies."""
+    def __init__(
+        self, options: TranslationOptions, assets: TranslationAssets, *, loss: TranslationLoss | None = None
+    ) -> None:
+        """Open the vocabularies; the loss is that of the options unless another one is given."""
         self.options = options
+        self.loss = loss or _loss_of(options)
         self.metrics = {"loss": "min", "nll": "min", "ppl": "min"}
         if options.eval_bleu:
             self.metrics = {**self.metrics, "bleu": "max"}
@@ -95,40 +105,61 @@ class TranslationTask:
         return dataset
 
     def compute_loss(self, model: nn.Module, batch: TranslationBatch) -> LossOutput:
-        """Return the label-smoothed cross-entropy, summed over target tokens."""
+        """Return the loss, summed over target tokens."""
         assert isinstance(model, Transformer)
-        return translation_loss(model, batch, label_smoothing=self.options.label_smoothing)
+        if model.training and self.options.word_dropout:
+            batch = drop_words(batch, self.options.word_dropout)
+        return self.loss(model, batch)
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return loss and negative log-likelihood a target token (nats), and the perplexity."""
+        """Return loss, negative log-likelihood and R-Drop's divergence a target token (nats); the perplexity."""
         num_targets = max(sums["num_targets"], 1.0)
-        nll = sums["nll"] / num_targets
-        return {
-            "loss": sums["loss"] / num_targets,
-            "nll": nll,
-            "ppl": math.exp(min(nll, 700.0)),  # float64 ends at exp(709)
-        }
+        means = {name: sums[name] / num_targets for name in ("loss", "nll", "kl") if name in sums}
+        return {**means, "ppl": math.exp(min(means["nll"], 700.0))}  # float64 ends at exp(709)
 
     def evaluate(self, model: nn.Module, examples: ParallelDataset, world: World) -> dict[str, float]:
         """Translate the validation set and return its BLEU, or nothing if `eval_bleu` is off."""
         if not self.options.eval_bleu:
             return {}
         assert isinstance(model, Transformer)
-        decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
-        generator = Generator([model], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
-        translations: dict[int, list[int]] = {}
         batches = cut_batches(examples.sizes[:, :1], max_tokens=_TOKENS_TO_TRANSLATE_AT_ONCE)
-        for indices in batches[world.rank :: world.size]:
-            source = examples.collate([examples[i] for i in indices]).source.to(world.device)
-            for index, hypotheses in zip(indices.tolist(), generator.generate(source), strict=True):
-                translations[index] = hypotheses[0].tokens
+        translations = self._translate(model, examples, batches[world.rank :: world.size], world)
         everywhere = {index: tokens for part in world.gather(translations) for index, tokens in part.items()}
         texts = self.target_segmenter.decode([everywhere[index] for index in range(len(examples))])
         return {"bleu": bleu(texts, self._references(examples), target_lang=self.target_lang).score}
 
+    def illustrate(self, model: nn.Module, examples: ParallelDataset, world: World) -> Illustrations:
+        """Show some sentences, evenly spread over the split, as the model reads and translates them."""
+        if not world.is_main or len(examples) == 0:
+            return Illustrations()
+        assert isinstance(model, Transformer)
+        shown = np.unique(np.linspace(0, len(examples) - 1, _NUM_SHOWN).astype(np.int64))
+        tokens = self._translate(model, examples, [shown], world)
+        sources, references = zip(*map(examples.__getitem__, shown.tolist()), strict=True)
+        rows = map(
+            Row,
+            self.source_segmenter.decode(sources),
+            self.target_segmenter.decode(references),
+            self.target_segmenter.decode(tokens[i] for i in shown.tolist()),
+        )
+        return Illustrations(texts={"translations": markdown_table(rows)})
+
     def save_assets(self, folder: Path) -> None:
         """Copy what translating needs besides the weights: vocabularies, segmenter, languages."""
         self.assets.save(folder)
+
+    def _translate(
+        self, model: Transformer, examples: ParallelDataset, batches: Iterable[NDArray[Any]], world: World
+    ) -> dict[int, list[int]]:
+        """Return the tokens of the best translation of each example in the batches of indices."""
+        decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
+        generator = Generator([model], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
+        translations: dict[int, list[int]] = {}
+        for indices in batches:
+            source = examples.collate([examples[i] for i in indices]).source.to(world.device)
+            for index, hypotheses in zip(indices.tolist(), generator.generate(source), strict=True):
+                translations[index] = hypotheses[0].tokens
+        return translations
 
     def _references(self, examples: ParallelDataset) -> list[str]:
         """Return the raw target text of the validation set, or its pieces where no raw text was kept."""
@@ -141,6 +172,12 @@ class TranslationTask:
 
     def _data_directory(self) -> DataDirectory:
         return DataDirectory(self.options.data)
+
+
+def _loss_of(options: TranslationOptions) -> TranslationLoss:
+    if options.r_drop:
+        return partial(r_drop_loss, label_smoothing=options.label_smoothing, alpha=options.r_drop)
+    return partial(translation_loss, label_smoothing=options.label_smoothing)
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -1,0 +1,63 @@
+"""One pass over a split: what a task measures of a model, every example counted once over all ranks."""
+
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nmt.checkpoint import load_weights
+from nmt.data.batch_iterator import OrderedBatches
+from nmt.distributed import World, join_world
+from nmt.metrics import Metrics
+from nmt.options import TrainConfig
+from nmt.task import Batch, Examples, Task, batch_sums
+
+
+@torch.no_grad()
+def validate(
+    task: Task[Any], model: nn.Module, examples: Examples[Any], batches: Iterable[Batch], *, world: World
+) -> dict[str, float]:
+    """Return the task's metrics of a split, the same on every rank; the model is put into evaluation mode.
+
+    Args:
+        task: Computes the loss and what else is measured.
+        model: On the device of the world.
+        examples: The whole split.
+        batches: This rank's share of its batches, such as `OrderedBatches`.
+        world: The ranks that share the work.
+    """
+    model.eval()
+    metrics = Metrics()
+    with metrics.scope("valid"):
+        for batch in batches:
+            metrics.add(batch_sums(task.compute_loss(model, batch.to(world.device)), batch))
+    results = task.summarize(metrics.sums("valid", world))
+    return {**results, **task.evaluate(model, examples, world)}
+
+
+def validate_model(folder: Path, config: TrainConfig[Any], *, split: str) -> dict[str, float] | None:
+    """Measure the model of a folder; under torchrun every rank calls this.
+
+    Args:
+        folder: The model folder.
+        config: What it was trained with, perhaps with other data or batches.
+        split: "train", "valid" or "test".
+
+    Returns:
+        The task's metrics on rank 0, None on the others.
+
+    Raises:
+        UserError: Folder, configuration and data do not fit together.
+    """
+    with join_world(config.device) as world:
+        task: Task[Any] = config.task_options.build(folder)
+        examples = task.open_split(split)
+        model = task.build_model()
+        load_weights(model, folder)
+        batches = OrderedBatches(examples, config.batching, rank=world.rank, world_size=world.size)
+        with closing(batches):
+            results = validate(task, model.to(world.device), examples, batches, world=world)
+        return results if world.is_main else None

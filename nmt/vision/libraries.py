@@ -1,0 +1,78 @@
+"""torchvision and timm, imported when they are needed.
+
+They are asked for here and nowhere else, because they may be missing, and because the torchvision that the package
+index has for Linux is built for CUDA. Beside a torch without CUDA its compiled operators cannot be loaded, and
+its import ends with "operator torchvision::nms does not exist" (https://github.com/pytorch/vision/issues/9085):
+it describes two operators to torch that were never declared. Transforms, data sets and models do without them.
+So the two are declared, though never defined, and the import is tried once more.
+"""
+
+import importlib
+import multiprocessing
+import warnings
+from typing import Any
+
+import torch
+
+from nmt.errors import UserError
+
+_MISSING_OPERATOR = "operator torchvision::nms does not exist"
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+def import_torchvision() -> Any:
+    """Return the package torchvision, with `datasets`, `models` and `transforms.v2`.
+
+    Raises:
+        UserError: It is not installed, or does not fit the installed torch.
+    """
+    try:
+        torchvision = _import("torchvision")
+    except RuntimeError as error:
+        if _MISSING_OPERATOR not in str(error):
+            raise
+        if torch.backends.cuda.is_built():
+            raise UserError(
+                f"torchvision must be the one made for torch {torch.__version__}, but its operators cannot be "
+                "loaded. Install both from one source: see https://pytorch.org/get-started/locally."
+            ) from error
+        torchvision = _import_without_operators()
+    _import("torchvision.transforms.v2")
+    return torchvision
+
+
+def import_timm() -> Any:
+    """Return the package timm.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    import_torchvision()  # timm imports it
+    return _import("timm")
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Image classification must have torchvision and timm, but there is no module `{error.name}`. "
+            'Install them with `pip install "nmt-toolkit[vision]"`.'
+        ) from error
+
+
+def _import_without_operators() -> Any:
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", _SCHEMA)
+    torchvision = _import("torchvision")
+    # Once is enough: not in each process that reads images.
+    if multiprocessing.current_process().name == "MainProcess":
+        warnings.warn(
+            f"torchvision {torchvision.__version__} is built for CUDA, but torch {torch.__version__} is not. Its "
+            "compiled operators, which image classification does not use, are left out. To have them, install the "
+            "one for the CPU: `pip install --force-reinstall --no-deps "
+            "--index-url https://download.pytorch.org/whl/cpu "
+            f"torchvision=={torchvision.__version__.partition('+')[0]}`.",
+            stacklevel=3,
+        )
+    return torchvision

@@ -1,0 +1,126 @@
+"""The options of image classification. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from nmt.errors import UserError
+
+if TYPE_CHECKING:
+    from nmt.vision.task import ImageClassificationTask
+
+
+@dataclass(frozen=True)
+class AugmentationOptions:
+    """How training images are varied at random. Validation images are resized and cut at the centre."""
+
+    crop: Literal["auto", "resized", "shift", "none"] = "auto"
+    """resized: a part of random size and shape, brought to the image size; shift: moved by some pixels; none: as
+    in validation; auto: resized for folders of files, shift for MNIST's."""
+    shift: int | None = None
+    """Most pixels that `crop` shift moves an image by, left and right, up and down; an eighth of the image size
+    unless given."""
+    hflip: float | None = None
+    """Probability that an image is mirrored; 0.5 for folders of files and 0 for MNIST's unless given."""
+    rand_augment: int | None = None
+    """Change each image by two random operations of RandAugment, of this strength (0 to 30)."""
+    random_erasing: float = 0.0
+    """Probability that a random rectangle is painted in the mean colour."""
+    mixup: float = 0.0
+    """Blend images, and their labels, by a weight from Beta(a, a) with this a; 0 for no blending."""
+    cutmix: float = 0.0
+    """Paste a rectangle of another image, and that share of its label, likewise; where `mixup` is set too, each
+    batch gets one of the two."""
+
+    def check(self) -> None:
+        """Raise `UserError` for values that make no sense."""
+        for name in ("hflip", "random_erasing"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"`{_flag(name)}` must be a probability from 0 to 1, but is {value}.")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"`{name}` must be finite and not negative, but is {getattr(self, name)}.")
+        if self.rand_augment is not None and not 0 <= self.rand_augment <= 30:
+            raise UserError(f"`rand-augment` must be from 0 to 30, but is {self.rand_augment}.")
+        if self.shift is not None and self.shift < 1:
+            raise UserError(f"`shift` must be at least 1, but is {self.shift}.")
+        if self.shift is not None and self.crop in ("resized", "none"):
+            raise UserError(f"`shift` must come with `crop` shift, but that is {self.crop}. Leave it out.")
+
+
+@dataclass(frozen=True)
+class ImageClassificationOptions:
+    """Image classification: one label for each image."""
+
+    train_defaults: ClassVar[Mapping[str, Any]] = {
+        "batch_size": 128,
+        "max_tokens": None,  # an image has no length
+        "required_batch_size_multiple": 1,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "lr_scheduler": "cosine",
+        "warmup_updates": 0,
+        "max_epoch": 90,
+        "best_checkpoint_metric": "accuracy",
+    }
+    """What the options of a training run are by default with this task."""
+
+    train_dir: Path
+    """Training images: a folder that holds a folder of image files for each class, or MNIST's files."""
+    val_dir: Path
+    """Validation images, likewise; of MNIST's files it takes the test part."""
+    model: str = field(default="timm/resnet18", metadata={"fixed": True})
+    """The model: timm/NAME or torchvision/NAME. A bare NAME is looked for in timm, then in torchvision."""
+    model_args: tuple[str, ...] = field(default=(), metadata={"fixed": True})
+    """Arguments of the model's own, each as NAME=VALUE: drop_rate=0.1, or channels=[32,64]."""
+    pretrained: bool = False
+    """Begin with timm's weights for the model, downloaded unless they are in its cache already."""
+    image_size: int | None = field(default=None, metadata={"fixed": True})
+    """Height and width in pixels that the model sees; 224 for folders of files, and MNIST's own, unless given."""
+    crop_pct: float | None = None
+    """Share of an image's shorter side that is left at validation; 0.875 with `crop` resized and 1 otherwise
+    unless given."""
+    mean: tuple[float, ...] | None = None
+    """What is subtracted from each channel, where white is 1. Unless given: ImageNet's means, or for MNIST's files
+    those of the training images."""
+    std: tuple[float, ...] | None = None
+    """What each channel is divided by, likewise."""
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+    label_smoothing: float = 0.0
+    """Probability that is spread over all classes, in training alone."""
+
+    def check(self) -> None:
+        """Raise `UserError` for values that make no sense."""
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}."
+            )
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"`image-size` must be at least 1, but is {self.image_size}.")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise UserError(f"`crop-pct` must be above 0 and at most 1, but is {self.crop_pct}.")
+        if (self.mean is None) != (self.std is None):
+            raise UserError("`mean` and `std` must be given together, but one of them is missing.")
+        if self.std is not None and not all(0 < value < float("inf") for value in self.std):
+            raise UserError(f"`std` must be above 0, but is {self.std}.")
+        for argument in self.model_args:
+            if "=" not in argument:
+                raise UserError(f"`model-args` must be of the form NAME=VALUE, but one is {argument!r}.")
+
+    def build(self, assets: Path | None) -> ImageClassificationTask:
+        """Make the task, with the classes of a model folder, or of the training images if there is none."""
+        from nmt.vision.libraries import import_torchvision
+
+        import_torchvision()  # says what to install where it is missing
+        from nmt.vision.task import ImageClassificationTask
+
+        return ImageClassificationTask(self, assets)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,87 @@
+"""From images as they are stored to what a model sees.
+
+Legend: B images, C channels, H height, W width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmt.errors import UserError
+from nmt.vision.libraries import import_torchvision
+from nmt.vision.options import AugmentationOptions
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a model sees; saved with it."""
+
+    num_channels: int
+    image_size: int
+    crop_pct: float
+    """Share of an image's shorter side that the cut at the centre leaves."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.num_channels:
+                raise UserError(
+                    f"`{name}` must have a value for each channel, of which there are {self.num_channels}, but is "
+                    f"{getattr(self, name)}."
+                )
+
+
+def centre(format_: ImageFormat) -> Any:
+    """Return the transform of validation: an image -> (C, H, W) uint8, resized and cut at the centre."""
+    v2 = import_torchvision().transforms.v2
+    size = format_.image_size
+    return v2.Compose(
+        [v2.Resize(round(size / format_.crop_pct), antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
+    )
+
+
+def augment(format_: ImageFormat, options: AugmentationOptions) -> Any:
+    """Return the transform of training: an image -> (C, H, W) uint8; it draws from torch's global generator.
+
+    Args:
+        format_: The size and the mean colour.
+        options: With `crop` and `hflip` decided on.
+    """
+    v2 = import_torchvision().transforms.v2
+    size = format_.image_size
+    steps: list[Any] = []
+    if options.crop == "resized":
+        steps.append(v2.RandomResizedCrop(size, antialias=True))
+    else:
+        steps += [v2.Resize(round(size / format_.crop_pct), antialias=True), v2.CenterCrop(size)]
+    if options.crop == "shift":
+        steps.append(v2.RandomCrop(size, padding=options.shift or max(1, size // 8)))
+    if options.hflip:
+        steps.append(v2.RandomHorizontalFlip(options.hflip))
+    if options.rand_augment is not None:
+        steps.append(v2.RandAugment(magnitude=options.rand_augment))
+    steps.append(v2.PILToTensor())
+    if options.random_erasing:
+        colour = [round(255 * value) for value in format_.mean]
+        steps.append(v2.RandomErasing(options.random_erasing, value=colour))
+    return v2.Compose(steps)
+
+
+def mix(options: AugmentationOptions, num_classes: int) -> Any:
+    """Return the transform of a training batch, or None: (images, labels) -> (images, (B, num_classes))."""
+    v2 = import_torchvision().transforms.v2
+    choices = []
+    if options.mixup:
+        choices.append(v2.MixUp(alpha=options.mixup, num_classes=num_classes))
+    if options.cutmix:
+        choices.append(v2.CutMix(alpha=options.cutmix, num_classes=num_classes))
+    return v2.RandomChoice(choices) if choices else None
+
+
+def normalize(images: Tensor, format_: ImageFormat) -> Tensor:
+    """Return uint8 images as float32 of about mean 0 and variance 1: (B, C, H, W)."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (format_.mean, format_.std))
+    return images.float().div_(255).sub_(mean).div_(std)

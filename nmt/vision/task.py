@@ -1,0 +1,227 @@
+"""The image-classification task: classes, data, model, loss, accuracy.
+
+Legend: B images, C classes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmt.distributed import World
+from nmt.errors import UserError
+from nmt.task import Illustrations, LossOutput
+from nmt.vision.dataset import ImageBatch, ImageExamples
+from nmt.vision.libraries import import_timm
+from nmt.vision.models import build_model, find_model
+from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
+from nmt.vision.pictures import draw_confusion, draw_predictions
+from nmt.vision.preprocessing import ImageFormat
+from nmt.vision.sources import IdxImages, ImageSource, open_images
+
+CLASSES, FORMAT = "classes.txt", "images.json"
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_NUM_SHOWN = 24
+_NUM_AT_ONCE = 128
+_FOLDER_IMAGE_SIZE = 224
+_RESIZED_CROP_PCT = 0.875  # objects look larger where training cuts parts out and enlarges them
+
+
+class ImageClassificationTask:
+    """One label for each image."""
+
+    def __init__(self, options: ImageClassificationOptions, assets: Path | None) -> None:
+        """Take classes and format from a model folder, or else from the training images."""
+        self.options = options
+        self.is_pretrained = options.pretrained and assets is None  # else the weights are the folder's
+        self.train_images: ImageSource | None = None
+        if assets is None:
+            train_images = open_images(options.train_dir, "train")
+            self.train_images = train_images
+            self.classes = train_images.classes
+            self.format = _settle_format(options, train_images)
+        else:
+            self.classes, self.format = _load_assets(assets)
+        self.metrics: Mapping[str, Literal["min", "max"]] = {"loss": "min", "accuracy": "max"}
+        if len(self.classes) > 5:
+            self.metrics = {**self.metrics, "top5": "max"}
+
+    def build_model(self) -> nn.Module:
+        """Return the model that is named, freshly initialised or with timm's weights."""
+        return build_model(
+            self.options.model,
+            self.options.model_args,
+            num_classes=len(self.classes),
+            num_channels=self.format.num_channels,
+            image_size=self.format.image_size,
+            is_pretrained=self.is_pretrained,
+        )
+
+    def open_split(self, split: str) -> ImageExamples:
+        """Open "train" or "valid".
+
+        Raises:
+            UserError: Something is wrong with the images, or they are of other classes than the model's.
+        """
+        if split == "train":
+            images = self.train_images or open_images(self.options.train_dir, "train")
+            _check_same_classes(images, self.classes, self.format, flag="train-dir")
+            return ImageExamples(images, self.format, _settle_augmentation(self.options.augmentation, images))
+        if split == "valid":
+            images = open_images(self.options.val_dir, "valid")
+            _check_same_classes(images, self.classes, self.format, flag="val-dir")
+            return ImageExamples(images, self.format)
+        raise UserError(
+            f"The split must be train or valid, but is {split}: there is no option that names another."
+        )
+
+    def compute_loss(self, model: nn.Module, batch: ImageBatch) -> LossOutput:
+        """Return the cross-entropy summed over images, label-smoothed in training, and what is right."""
+        scores = model(batch.images.to(_weight_dtype(model)))  # (B, C)
+        if not isinstance(scores, Tensor):
+            raise UserError(
+                f"`model` must return scores alone, but {self.options.model} returns {type(scores).__name__} in "
+                "training. If it has auxiliary outputs, leave them out by `model-args`: aux_logits=false."
+            )
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        is_blend = batch.labels.is_floating_point()
+        labels = batch.labels.to(scores.dtype) if is_blend else batch.labels
+        smoothing = self.options.label_smoothing if model.training else 0.0
+        loss = F.cross_entropy(scores, labels, reduction="sum", label_smoothing=smoothing)
+        best_label = labels.argmax(dim=1) if is_blend else labels
+        sums = {"correct": (scores.argmax(dim=1) == best_label).sum()}
+        if "top5" in self.metrics:
+            sums["correct5"] = (scores.topk(5, dim=1).indices == best_label[:, None]).sum()
+        return LossOutput(loss, sums)
+
+    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the loss an image (nats), and the share of images whose label is first, or among five."""
+        num_images = max(sums["num_targets"], 1.0)
+        results = {"loss": sums["loss"] / num_images, "accuracy": sums["correct"] / num_images}
+        if "top5" in self.metrics:
+            results["top5"] = sums["correct5"] / num_images
+        return results
+
+    def evaluate(self, model: nn.Module, examples: ImageExamples, world: World) -> dict[str, float]:
+        """Return nothing: all metrics are ratios of sums."""
+        return {}
+
+    @torch.no_grad()
+    def illustrate(self, model: nn.Module, examples: ImageExamples, world: World) -> Illustrations:
+        """Show some images, evenly spread over the split, with their labels, and the confusion matrix of all."""
+        share = range(world.rank, len(examples), world.size)
+        guesses = world.gather(self._predict(model, examples, share, world))
+        if not world.is_main:
+            return Illustrations()
+        predicted = np.empty(len(examples), dtype=np.int64)
+        for rank, part in enumerate(guesses):
+            predicted[rank :: world.size] = part
+        labels = np.array([examples.source.label(index) for index in range(len(examples))])
+        counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
+        np.add.at(counts, (labels, predicted), 1)
+        shown = np.unique(np.linspace(0, len(examples) - 1, _NUM_SHOWN).astype(np.int64)).tolist()
+        images = np.stack([examples[index][0].numpy() for index in shown])
+        return Illustrations(
+            images={
+                "predictions": draw_predictions(images, labels[shown], predicted[shown], self.classes),
+                "confusion": draw_confusion(counts, self.classes),
+            }
+        )
+
+    def _predict(self, model: nn.Module, examples: ImageExamples, indices: range, world: World) -> list[int]:
+        """Return the label that the model gives each of some images."""
+        predicted: list[int] = []
+        for start in range(0, len(indices), _NUM_AT_ONCE):
+            batch = examples.collate([examples[index] for index in indices[start : start + _NUM_AT_ONCE]])
+            scores = model(batch.images.to(world.device, _weight_dtype(model)))
+            predicted += scores.argmax(dim=1).tolist()
+        return predicted
+
+    def save_assets(self, folder: Path) -> None:
+        """Write the names of the classes, in the order of the scores, and what the model sees."""
+        (folder / CLASSES).write_text("".join(f"{name}\n" for name in self.classes), encoding="utf-8")
+        (folder / FORMAT).write_text(json.dumps(asdict(self.format), indent=1) + "\n", encoding="utf-8")
+
+
+def _load_assets(folder: Path) -> tuple[list[str], ImageFormat]:
+    """Read what `save_assets` wrote."""
+    for name in (CLASSES, FORMAT):
+        if not (folder / name).is_file():
+            raise UserError(f"`{folder / name}` must be a file of the model folder, but is missing.")
+    classes = (folder / CLASSES).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        record: dict[str, Any] = json.loads((folder / FORMAT).read_text(encoding="utf-8"))
+        record |= {name: tuple(record[name]) for name in ("mean", "std")}
+        return classes, ImageFormat(**record)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"`{folder / FORMAT}` must say what the model sees, but is damaged.") from error
+
+
+def _settle_augmentation(options: AugmentationOptions, images: ImageSource) -> AugmentationOptions:
+    """Decide on what is left open: digits are moved and never mirrored, photographs are cut and mirrored."""
+    is_idx = isinstance(images, IdxImages)
+    crop = options.crop
+    if crop == "auto":
+        crop = "shift" if is_idx else "resized"
+    hflip = options.hflip
+    if hflip is None:
+        hflip = 0.0 if is_idx else 0.5
+    settled = replace(options, crop=crop, hflip=hflip)
+    settled.check()
+    return settled
+
+
+def _settle_format(options: ImageClassificationOptions, images: ImageSource) -> ImageFormat:
+    """Decide on what is left open about what the model sees."""
+    mean: tuple[float, ...] = _IMAGENET_MEAN
+    std: tuple[float, ...] = _IMAGENET_STD
+    image_size = _FOLDER_IMAGE_SIZE
+    if isinstance(images, IdxImages):
+        mean, std, image_size = images.mean(), images.std(), images.image_size
+    elif options.pretrained:
+        mean, std = _of_weights(options.model)
+    crop = _settle_augmentation(options.augmentation, images).crop
+    return ImageFormat(
+        num_channels=images.num_channels,
+        image_size=options.image_size or image_size,
+        crop_pct=options.crop_pct or (_RESIZED_CROP_PCT if crop == "resized" else 1.0),
+        mean=options.mean or mean,
+        std=options.std or std,
+    )
+
+
+def _of_weights(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the means and standard deviations that timm's weights of a model were trained with."""
+    library, name = find_model(model)
+    config = import_timm().get_pretrained_cfg(name) if library == "timm" else None
+    if config is None:
+        return _IMAGENET_MEAN, _IMAGENET_STD  # that there are no weights is said when the model is made
+    return tuple(config.mean), tuple(config.std)
+
+
+def _check_same_classes(images: ImageSource, classes: list[str], format_: ImageFormat, *, flag: str) -> None:
+    missing = [name for name in classes if name not in images.classes]
+    others = [name for name in images.classes if name not in classes]
+    for fault, names in (("has none of", missing), ("has others:", others)):
+        if names:
+            shown = ", ".join(f"`{name}`" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+            raise UserError(
+                f"`{flag}` must have the {len(classes)} classes that the model learns, but `{images.path}` "
+                f"{fault} {shown}."
+            )
+    if images.num_channels != format_.num_channels:
+        raise UserError(
+            f"`{flag}` must have images of {format_.num_channels} channels, but those in `{images.path}` have "
+            f"{images.num_channels}."
+        )
+
+
+def _weight_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type that the model computes in: that of its first weight matrix or kernel."""
+    return next((p.dtype for p in model.parameters() if p.ndim >= 2 and p.is_floating_point()), torch.float32)

@@ -1,0 +1,301 @@
+"""Images: what is read, what is refused and how, and what a model gets to see."""
+
+import gzip
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from image_files import bars, idx_bytes, write_folders, write_idx
+from PIL import Image
+
+from nmt.errors import UserError
+from nmt.vision.dataset import ImageExamples
+from nmt.vision.options import AugmentationOptions
+from nmt.vision.preprocessing import ImageFormat
+from nmt.vision.sources import FolderImages, IdxImages, open_images, read_idx, read_image
+
+RGB = ImageFormat(num_channels=3, image_size=8, crop_pct=1.0, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+GREY = ImageFormat(num_channels=1, image_size=12, crop_pct=1.0, mean=(0.0,), std=(1.0,))
+NONE = AugmentationOptions(crop="none", hflip=0.0)
+
+
+def refusal(path: Path, split: Any = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        open_images(path, split)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_folder_of_class_folders_is_listed_in_the_order_of_the_names(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "train", {"red": 2, "blue": 1})
+    (root / "red" / "deeper").mkdir()
+    Image.new("L", (5, 5)).save(root / "red" / "deeper" / "grey.JPG")
+    (root / "red" / "notes.txt").write_text("no image")
+    (root / ".cache").mkdir()
+    (root / "README.md").write_text("no class")
+    images = open_images(root, "train")
+    assert images.classes == ["blue", "red"]
+    assert isinstance(images, FolderImages)
+    assert images.files == ["blue/000.png", "red/000.png", "red/001.png", "red/deeper/grey.JPG"]
+    assert [images.label(index) for index in range(len(images))] == [0, 1, 1, 1]
+    assert [images.image(index).mode for index in range(len(images))] == ["RGB"] * 4
+
+
+def test_a_folder_pickles_as_its_path_and_notices_when_it_has_changed(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "train", {"red": 300, "blue": 1}, side=2)
+    examples = ImageExamples(FolderImages(root), RGB, NONE)
+    pickled = pickle.dumps(examples)
+    assert len(pickled) < 2000
+    again = pickle.loads(pickled)
+    assert len(again) == 301 and torch.equal(again[7][0], examples[7][0]) and again[7][1] == examples[7][1]
+    (root / "red" / "007.png").rename(root / "red" / "seven.png")
+    with pytest.raises(UserError, match=r"must stay the same while they are in use, but have changed"):
+        pickle.loads(pickled)
+
+
+def test_what_is_no_folder_of_images_is_refused_by_name(tmp_path: Path) -> None:
+    assert f"`{tmp_path / 'lost'}` must be a folder that can be read" in refusal(tmp_path / "lost")
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in refusal(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert f"`{tmp_path / 'empty'}` must hold a folder of images for each" in refusal(tmp_path / "empty")
+    one = write_folders(tmp_path / "one", {"red": 1})
+    assert "has: red" in refusal(one)
+    (one / "void").mkdir()
+    assert f"`{one / 'void'}` must hold images of its class" in refusal(one)
+    (one / "void").rmdir()
+    (one / "two\nlines").mkdir()
+    Image.new("L", (5, 5)).save(one / "two\nlines" / "a.png")
+    assert r"must be printable, but 'two\nlines'" in refusal(one)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_folders(tmp_path / "train", {"red": 1, "blue": 1})
+    scandir = os.scandir
+
+    def locked(path: Any) -> Any:
+        if Path(path).name == "red":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    assert f"`{root / 'red'}` must be a folder that can be read, but: Permission denied" in refusal(root)
+
+
+def _cut_short(path: Path) -> None:
+    Image.effect_noise((40, 40), 50).save(path)
+    path.write_bytes(path.read_bytes()[:300])
+
+
+DAMAGES = {
+    "cut.png": _cut_short,
+    "cut.jpg": _cut_short,
+    "empty.png": lambda path: path.write_bytes(b""),
+    "text.jpg": lambda path: path.write_text("no image at all"),
+    "deep.png": lambda path: Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(path),
+    "float.tiff": lambda path: Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(path),
+    "lost.png": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_or_foreign_file_is_named(tmp_path: Path, name: str) -> None:
+    DAMAGES[name](tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        read_image(tmp_path / name)
+    assert str(caught.value).startswith(f"`{tmp_path / name}` must ") and "\n" not in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_bytes_are_an_image_or_are_refused(data: st.DataObject, tmp_path_factory: Any) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    path = folder / f"a.{data.draw(st.sampled_from(['png', 'jpg', 'bmp', 'webp', 'tiff', 'ppm']))}"
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    content = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=8)):
+        content[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    try:
+        assert read_image(path).mode == "RGB"
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+def test_transparency_and_palettes_become_colours(tmp_path: Path) -> None:
+    image = Image.new("P", (3, 3))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 1), 1)
+    image.save(tmp_path / "palette.png", transparency=bytes([0, 255]))
+    read = read_image(tmp_path / "palette.png")
+    assert read.getpixel((0, 0)) == (10, 20, 30) and read.getpixel((1, 1)) == (200, 100, 50)
+
+
+@pytest.mark.parametrize("below", ["", "raw", "MNIST/raw"])
+@pytest.mark.parametrize("gz", [False, True], ids=["plain", "gzipped"])
+def test_mnist_is_recognised_and_each_split_takes_its_part(tmp_path: Path, below: str, gz: bool) -> None:
+    for part, count in (("train", 6), ("t10k", 4)):
+        write_idx(tmp_path / below, part, *bars(count, seed=count), gz=gz)
+    for split, count in (("train", 6), ("valid", 4)):
+        images = open_images(tmp_path, split)  # type: ignore[arg-type]
+        pixels, labels = bars(count, seed=count)
+        assert len(images) == count and images.classes == ["0", "1"] and images.num_channels == 1
+        for index in range(count):
+            assert np.array_equal(images.image(index), pixels[index][None])
+            assert images.label(index) == labels[index]
+
+
+def test_idx_images_pickle_as_their_path_and_know_their_statistics(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (50, 9, 9)).astype(np.uint8)
+    images = IdxImages(write_idx(tmp_path, "train", pixels, np.arange(50) % 3), "train")
+    assert len(pickle.dumps(images)) < 500
+    assert np.array_equal(pickle.loads(pickle.dumps(images)).images, pixels)
+    assert images.mean()[0] == pytest.approx((pixels / 255).mean(), abs=1e-4)
+    assert images.std()[0] == pytest.approx((pixels / 255).std(), abs=1e-4)
+
+
+def test_a_missing_part_and_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    pixels, labels = bars(4)
+    write_idx(tmp_path, "train", pixels, labels)
+    assert f"`{tmp_path / 't10k-images-idx3-ubyte'}` or" in refusal(tmp_path, "valid")
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(labels[:3]))
+    assert "must have a label for each image, but has 3 for 4 images" in refusal(tmp_path)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), gz=st.booleans())
+def test_a_damaged_idx_file_is_refused(data: st.DataObject, gz: bool, tmp_path_factory: Any) -> None:
+    whole = idx_bytes(bars(3)[0])
+    content = gzip.compress(whole, mtime=0) if gz else whole
+    path = tmp_path_factory.mktemp("idx") / ("train-images-idx3-ubyte" + (".gz" if gz else ""))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    with pytest.raises(UserError) as caught:
+        read_idx(path, num_dims=3)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def grid(side: int) -> torch.Tensor:
+    """Return (1, side, side) uint8 with a value of its own at each place."""
+    return torch.arange(1, side * side + 1, dtype=torch.uint8).view(1, side, side)
+
+
+class Given:
+    """Images from memory."""
+
+    def __init__(self, images: list[Any], labels: list[int], classes: list[str]) -> None:
+        self.images, self.labels, self.classes = images, labels, classes
+        self.path, self.num_channels = Path("given"), 1
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def label(self, index: int) -> int:
+        return self.labels[index]
+
+    def image(self, index: int) -> Any:
+        return self.images[index]
+
+
+def test_validation_resizes_the_shorter_side_and_cuts_at_the_centre() -> None:
+    """Black, white and black columns, 4 + 8 + 4, of height 8: the cut of 4 at the centre of an 8-pixel resize."""
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:, 4:12] = 255
+    image = Image.fromarray(pixels)
+    format_ = replace(RGB, image_size=4, crop_pct=0.5)
+    seen, label = ImageExamples(Given([image], [1], ["a", "b"]), format_)[0]
+    assert label == 1 and seen.shape == (3, 4, 4) and seen.dtype == torch.uint8
+    assert seen.unique().tolist() == [255]
+    wide, _ = ImageExamples(Given([image], [1], ["a", "b"]), replace(RGB, image_size=8))[0]
+    assert wide.shape == (3, 8, 8) and wide[0, 0].tolist() == [255] * 8
+
+
+def test_normalised_images_are_the_pixels_minus_the_mean_by_the_deviation() -> None:
+    examples = ImageExamples(Given([], [], ["a", "b"]), RGB)
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8)
+    batch = examples.collate([(pixels, 1), (pixels, 0)])
+    # (0 - 0.5) / 0.5, (0.2 - 0.25) / 0.25, (1 - 0) / 1
+    expected = torch.tensor([-1.0, -0.2, 1.0]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
+    torch.testing.assert_close(batch.images, expected)
+    assert batch.labels.tolist() == [1, 0] and batch.num_examples == batch.num_targets == 2
+
+
+def test_a_shift_moves_the_image_within_its_bounds_and_fills_with_black() -> None:
+    image = grid(5)
+    options = AugmentationOptions(crop="shift", shift=1, hflip=0.0)
+    examples = ImageExamples(Given([image], [0], ["a", "b"]), replace(GREY, image_size=5), options)
+    padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
+    possible = {tuple(padded[0, y : y + 5, x : x + 5].flatten().tolist()) for y in range(3) for x in range(3)}
+    torch.manual_seed(0)
+    seen = {tuple(examples[0][0].flatten().tolist()) for _ in range(200)}
+    assert seen == possible
+
+
+def test_mirroring_and_resized_crops_keep_to_the_image() -> None:
+    image = grid(6)
+    flipped = ImageExamples(
+        Given([image], [0], ["a", "b"]),
+        replace(GREY, image_size=6),
+        AugmentationOptions(crop="none", hflip=1.0),
+    )
+    assert torch.equal(flipped[0][0], image.flip(2))
+    cropped = ImageExamples(
+        Given([image], [0], ["a", "b"]), replace(GREY, image_size=6), AugmentationOptions(crop="resized")
+    )
+    torch.manual_seed(0)
+    seen = torch.stack([cropped[0][0] for _ in range(20)])
+    assert seen.shape == (20, 1, 6, 6) and seen.min() >= 1 and seen.max() <= 36
+    assert len(seen.unique(dim=0)) > 10
+
+
+def test_erasing_paints_a_rectangle_in_the_mean_colour() -> None:
+    white = Image.new("RGB", (8, 8), (255, 255, 255))
+    options = AugmentationOptions(crop="none", hflip=0.0, random_erasing=1.0)
+    torch.manual_seed(0)
+    seen, _ = ImageExamples(Given([white], [0], ["a", "b"]), RGB, options)[0]
+    erased = seen[2] == 0  # the mean of blue is 0, of red half of 255
+    assert 0 < erased.sum() < 64
+    assert seen[0][erased].unique().tolist() == [128] and seen[0][~erased].unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_blended_images_are_labelled_with_their_shares(name: str) -> None:
+    """Of uniform images 0, 100 and 200 each pixel, or the mean pixel, tells the shares."""
+    images = [torch.full((1, 12, 12), value, dtype=torch.uint8) for value in (0, 100, 200)]
+    options = AugmentationOptions(crop="none", hflip=0.0, **{name: 1.0})
+    examples = ImageExamples(Given(images, [0, 1, 2], ["a", "b", "c"]), GREY, options)
+    torch.manual_seed(0)
+    for _ in range(5):
+        batch = examples.collate([examples[index] for index in range(3)])
+        assert batch.labels.shape == (3, 3)
+        torch.testing.assert_close(batch.labels.sum(dim=1), torch.ones(3))
+        values = batch.labels @ torch.tensor([0.0, 100.0, 200.0]) / 255
+        torch.testing.assert_close(batch.images.mean(dim=(1, 2, 3)), values)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_all_augmentation_together_makes_images_of_the_right_shape(num_channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels) if num_channels == 3 else torch.from_numpy(pixels[None, :, :, 0].copy())
+    options = AugmentationOptions(
+        crop="resized", hflip=0.5, rand_augment=9, random_erasing=0.5, mixup=0.2, cutmix=1.0
+    )
+    format_ = RGB if num_channels == 3 else replace(GREY, image_size=8)
+    examples = ImageExamples(Given([image] * 4, [0, 1, 0, 1], ["a", "b"]), format_, options)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        batch = examples.collate([examples[index] for index in range(4)])
+        assert batch.images.shape == (4, num_channels, 8, 8) and batch.images.isfinite().all()
+
+
+def test_a_mean_for_another_number_of_channels_is_refused() -> None:
+    with pytest.raises(UserError, match=r"`mean` must have a value for each channel, of which there are 1"):
+        replace(GREY, mean=(0.5, 0.5, 0.5))
