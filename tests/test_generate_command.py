@@ -1,8 +1,11 @@
 """nmt-generate: files in and out, scores, and what can go wrong."""
 
 import gzip
+import io
+import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +13,10 @@ import pytest
 import torch
 from tiny_translation_model import WORDS, write_tiny_model
 
-from nmt.cli.generate import main
+from nmt.cli.generate import _buffer_size, main
+from nmt.cli.options import GenerateOptions
+from nmt.generation.beam_search import Hypothesis
+from nmt.generation.generator import Generator
 from nmt.translation.translator import Translator
 
 LINES = [f"the {WORDS[i % 16]} {WORDS[i % 11]}" for i in range(20)]
@@ -131,7 +137,8 @@ def test_standard_input_to_standard_output(model: Path, expected: list[str], tmp
     assert report[0].startswith("20 lines | 0 blank | ")
     assert report[1].startswith("BLEU 100.00 | nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert report[2].startswith("chrF2 100.00 | nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
-    assert len(report) == 3
+    assert report[3].startswith("TER 0.00 | nrefs:1|case:lc|tok:tercom|norm:no|punct:yes|asian:no|version:")
+    assert len(report) == 4
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(model: Path, tmp_path: Path) -> None:
@@ -153,9 +160,10 @@ def test_scores_are_results_when_the_translations_go_to_a_file(
 ) -> None:
     reference = write(tmp_path / "reference", "\n".join(expected) + "\n")
     generate("--input", source, "--output", tmp_path / "output", "--reference", reference)
-    bleu, chrf = capsys.readouterr().out.splitlines()
+    bleu, chrf, ter = capsys.readouterr().out.splitlines()
     assert bleu.startswith("BLEU 100.00 | nrefs:1")
     assert chrf.startswith("chrF2 100.00 | nrefs:1")
+    assert ter.startswith("TER 0.00 | nrefs:1")
 
 
 def test_a_reference_of_another_length_is_refused_with_both_counts(
@@ -168,14 +176,24 @@ def test_a_reference_of_another_length_is_refused_with_both_counts(
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("too_long", "fault"),
+    [
+        ("split", "they were split and their parts translated apart"),
+        ("truncate", "their last pieces were left out"),
+    ],
+)
 def test_a_source_that_is_too_long_is_named(
-    generate: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    generate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    too_long: str,
+    fault: str,
 ) -> None:
     source = write(tmp_path / "source", "the dog\n" + "the " * 100 + "\n")
-    generate("--input", source, "--output", tmp_path / "output")
+    generate("--input", source, "--output", tmp_path / "output", "--too-long", too_long)
     warning, summary = capsys.readouterr().err.splitlines()
-    assert warning.startswith("nmt-generate: warning: 1 of 2 lines: longer than the model takes")
-    assert warning.endswith("(line 2)")
+    assert warning == f"nmt-generate: warning: 1 of 2 lines: longer than the model takes, so {fault} (line 2)"
     assert summary.startswith("2 lines | 0 blank")
 
 
@@ -213,7 +231,10 @@ def test_invalid_utf8_in_a_stream_leaves_no_output(model: Path, tmp_path: Path) 
     [
         (("--input", "nothing.en"), "nothing.en must exist, but there is no such file"),
         (("--input", "empty.en"), "empty.en must hold one sentence per line, but is empty"),
-        (("--input", "source.en", "--reference", "nothing.de"), "nothing.de: No such file or directory"),
+        (
+            ("--input", "source.en", "--reference", "nothing.de"),
+            "nothing.de must exist, but there is no such file",
+        ),
         (("--input", "source.en", "--output", "nowhere/output"), "`output` must be in a folder that exists"),
         (("--input", "source.en", "--output", "source.en"), "`output` must be another file than `input`"),
         (("--input", "source.en", "--nbest", 3), "`nbest` must be from 1 to beam (2), but is 3"),
@@ -253,3 +274,163 @@ def test_a_reference_to_score_against_may_be_longer_than_the_model(
     reference = write(tmp_path / "reference", "the dog sees " * 40 + "\n" + "the cat\n" * (len(LINES) - 1))
     generate("--input", source, "--output", tmp_path / "output", "--reference", reference)
     assert "BLEU" in capsys.readouterr().out
+
+
+def test_json_lines_hold_text_scores_and_flags(
+    generate: Callable[..., None], model: Path, tmp_path: Path
+) -> None:
+    lines = ["the dog", "", "a 7 cat " * 9]
+    source = write(tmp_path / "source", "\n".join(lines) + "\n")
+    generate("--input", source, "--output", tmp_path / "output", "--format", "jsonl", "--nbest", 2)
+    records = [json.loads(line) for line in read_lines(tmp_path / "output")]
+    assert [record["id"] for record in records] == [0, 1, 2]
+    assert [record["source"] for record in records] == lines
+    expected = Translator.load(model).translate_with_scores(lines, beam=2, nbest=2)
+    for record, hypotheses in zip(records, expected, strict=True):
+        assert [x["text"] for x in record["hypotheses"]] == [x.text for x in hypotheses]
+        for written, hypothesis in zip(record["hypotheses"], hypotheses, strict=True):
+            assert written["score"] == pytest.approx(hypothesis.score, abs=1e-6)
+            assert written["token_scores"] == pytest.approx(hypothesis.token_scores, abs=1e-4)
+            assert len(written["tokens"]) + 1 == len(written["token_scores"])
+    assert (records[1]["flags"], records[1]["signals"]) == ([], None)
+    assert {"too_long", "missing_number"} <= set(records[2]["flags"])
+    assert records[0]["signals"]["low_confidence"] == pytest.approx(
+        -sum(expected[0][0].token_scores) / len(expected[0][0].token_scores), abs=1e-4
+    )
+
+
+def test_a_long_line_may_be_an_error_that_leaves_no_output(
+    generate: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "source", "the dog\n" * 3 + "the " * 100 + "\n")
+    output = tmp_path / "output"
+    arguments = ("--input", source, "--output", output, "--too-long", "error", "--buffer-size", 2)
+    error = fails(capsys, lambda: generate(*arguments))
+    assert "Line 4 must have at most 23 pieces, as many as the model takes, but has" in error
+    assert not output.exists()
+
+
+def test_a_baseline_is_compared_in_words(
+    generate: Callable[..., None],
+    source: Path,
+    expected: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reference = write(tmp_path / "reference", "\n".join(expected) + "\n")
+    baseline = write(tmp_path / "baseline", "something else altogether, and longer\n" * len(expected))
+    files = ("--input", source, "--output", tmp_path / "output", "--reference", reference)
+    generate(*files, "--baseline", baseline)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == f"against {baseline}, by paired bootstrap:"
+    assert [line.split()[0] for line in lines[4:7]] == ["BLEU", "chrF2", "TER"]
+    assert lines[7].startswith("Better than the baseline, and not by chance")
+    generate(*files, "--baseline", reference)
+    assert capsys.readouterr().out.splitlines()[-1] == "The two are equal."
+
+
+MODES = [(), ("--format", "fairseq"), ("--format", "jsonl"), ("--prefix-size", "1"), ("--input-is-pieces",)]
+MODES += [("--score-reference", "--format", "fairseq"), ("--score-reference", "--format", "jsonl")]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=" ".join)
+@pytest.mark.parametrize("num_references", [2, 30])
+def test_unequal_counts_are_said_in_every_mode(
+    generate: Callable[..., None],
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: tuple[str, ...],
+    num_references: int,
+) -> None:
+    reference = write(tmp_path / "reference", "the dog\n" * num_references)
+    text = f"must have the same number of lines, but have 20 and {num_references}"
+    output = tmp_path / "output"
+    arguments = ("--reference", reference, "--output", output, "--buffer-size", 3, *mode)
+    assert text in fails(capsys, lambda: generate("--input", source, *arguments))
+    assert not output.exists()
+    # A stream shows its length at the end; what was translated is kept.
+    with source.open() as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        with pytest.raises(SystemExit):
+            generate(*arguments)
+    assert f"<stdin> and {reference} {text}" in capsys.readouterr().err
+    assert output.exists()
+
+
+@pytest.mark.parametrize("num_baseline", [2, 30])
+def test_unequal_counts_of_a_baseline_are_said(
+    generate: Callable[..., None],
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    num_baseline: int,
+) -> None:
+    reference = write(tmp_path / "reference", "the dog\n" * len(LINES))
+    baseline = write(tmp_path / "baseline", "the dog\n" * num_baseline)
+    arguments = ("--reference", reference, "--baseline", baseline, "--output", tmp_path / "output")
+    text = f"must have the same number of lines, but have 20 and {num_baseline}"
+    assert f"{source} and {baseline} {text}" in fails(capsys, lambda: generate("--input", source, *arguments))
+    with source.open() as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        assert f"{reference} and {baseline} {text}" in fails(capsys, lambda: generate(*arguments))
+
+
+def test_a_line_is_answered_before_the_next_one_is_read(model: Path, expected: list[str]) -> None:
+    command = [Path(sys.executable).with_name("nmt-generate"), "--model", model, "--beam", "2"]
+    command += ["--num-threads", "1", "--device", "cpu", "--buffer-size", "1"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for line, translation in list(zip(LINES, expected, strict=True))[:3]:
+            process.stdin.write(line.encode() + b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == translation.encode() + b"\n"
+        process.stdin.close()
+        assert process.stdout.read() == b""
+        assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_is_typed_is_answered_line_by_line(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: is_terminal)
+    assert _buffer_size(GenerateOptions(model="m")) == (1 if is_terminal else 10_000)
+    assert _buffer_size(GenerateOptions(model="m", buffer_size=7)) == 7
+    assert _buffer_size(GenerateOptions(model="m", input=Path("x"))) == 10_000
+
+
+@pytest.mark.parametrize("arguments", [(), ("--reference",), ("--format", "jsonl")], ids=" ".join)
+def test_memory_does_not_grow_with_the_number_of_lines(
+    generate: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+) -> None:
+    def instantly(
+        _: Generator, source: torch.Tensor, prefixes: object = None, **numbers: object
+    ) -> list[list[Hypothesis]]:
+        assert prefixes is None
+        return [[Hypothesis(row[:3], -1.0, [-1.0] * 4)] for row in source.tolist()]
+
+    monkeypatch.setattr(Generator, "generate", instantly)
+    monkeypatch.setattr("nmt.data.blocks._CHUNK_BYTES", 4096)  # a file is read ahead so far
+
+    def peak(num_lines: int) -> int:
+        source = write(tmp_path / "source", "the old dog sees a red bird\n" * num_lines)
+        files = ("--input", source, "--output", tmp_path / "output")
+        values = (source,) if arguments == ("--reference",) else ()
+        tracemalloc.start()
+        generate(*files, "--buffer-size", 100, *arguments, *values)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(read_lines(tmp_path / "output")) == num_lines
+        return most
+
+    peak(200)  # what is imported and cached once
+    few, many = peak(400), peak(1_600)
+    # 1,200 lines more would be 34 kB as bytes alone, and over 100 kB as strings.
+    assert many < few + 25_000

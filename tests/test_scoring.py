@@ -8,7 +8,17 @@ import sacrebleu
 
 from nmt.errors import UserError
 from nmt.translation import scoring
-from nmt.translation.scoring import Score, bleu, chrf
+from nmt.translation.scoring import (
+    Comparison,
+    RunningScores,
+    Score,
+    bleu,
+    chrf,
+    compare,
+    sentence_chrf,
+    ter,
+    verdict,
+)
 
 
 def test_bleu_by_hand() -> None:
@@ -71,3 +81,96 @@ def test_a_missing_tokeniser_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "BLEU", missing)
     with pytest.raises(UserError, match=r"pip install \"sacrebleu\[ja\]\""):
         bleu(["a"], ["a"], target_lang="ja")
+
+
+def test_ter_by_hand() -> None:
+    # One of four words is replaced, and one is missing of the other four.
+    assert ter(["a b c x", "e f g"], ["a b c d", "e f g h"], target_lang="de").score == pytest.approx(
+        100 * 2 / 8
+    )
+
+
+@pytest.mark.parametrize("language", ["de", "zh"])
+def test_running_scores_are_those_of_the_whole_corpus(language: str) -> None:
+    translations = ["ein Hund läuft", "", "zwei zwei Katzen .", "我喜歡狗。", "a b c d e f"]
+    references = ["ein Hund läuft schnell", "nichts", "zwei Katzen.", "我喜歡貓。", "a b c d f e"]
+    running = RunningScores(target_lang=language)
+    for start, end in [(0, 2), (2, 2), (2, 5)]:
+        running.add(translations[start:end], references[start:end])
+    assert running.num_lines == 5
+    assert running.scores() == [
+        bleu(translations, references, target_lang=language),
+        chrf(translations, references),
+        ter(translations, references, target_lang=language),
+    ]
+
+
+def test_sentence_chrf_is_that_of_each_line() -> None:
+    assert sentence_chrf(["a", "bc"], ["ab", "bc"]) == pytest.approx([100 * 2.5 / 4.5, 100.0])
+
+
+def corpus(num_lines: int, num_wrong: int) -> list[str]:
+    """Lines of eight words, of which the last one is wrong in some lines."""
+    return [
+        " ".join(f"w{i}x{j}" for j in range(7)) + (" wrong" if i < num_wrong else f" w{i}x7")
+        for i in range(num_lines)
+    ]
+
+
+def test_a_clear_difference_is_not_chance_and_has_a_direction() -> None:
+    references = corpus(60, 0)
+    better, worse = corpus(60, 5), corpus(60, 50)
+    comparisons = compare(better, worse, references, target_lang="de")
+    assert [x.name for x in comparisons] == ["BLEU", "chrF2", "TER"]
+    assert all(x.is_significant and x.is_better for x in comparisons)
+    assert [x.score for x in comparisons] == pytest.approx(
+        [
+            bleu(better, references, target_lang="de").score,
+            chrf(better, references).score,
+            ter(better, references, target_lang="de").score,
+        ]
+    )
+    assert verdict(comparisons).startswith("Better than the baseline, and not by chance")
+    assert verdict(compare(worse, better, references, target_lang="de")).startswith("Worse than the baseline")
+    assert "bs:1000|seed:12345" in comparisons[0].signature
+
+
+def test_equal_systems_do_not_differ() -> None:
+    # sacreBLEU gives p = 1/1001 to two equal systems.
+    comparisons = compare(corpus(20, 3), corpus(20, 3), corpus(20, 0), target_lang="de")
+    assert not any(x.is_significant for x in comparisons)
+    assert verdict(comparisons) == "The two are equal."
+
+
+def test_a_difference_of_one_line_may_be_chance() -> None:
+    right, wrong = corpus(20, 0), corpus(20, 20)
+    first, second = [wrong[0], *right[1:]], [*right[:18], *wrong[18:]]  # one wrong line against two others
+    comparisons = compare(first, second, corpus(20, 0), target_lang="de")
+    assert not any(x.is_significant for x in comparisons)
+    assert verdict(comparisons).startswith("The difference means nothing")
+
+
+@pytest.mark.parametrize(
+    ("p_values", "text"),
+    [
+        ([0.01, 0.01, 0.01], "Better than the baseline, and not by chance"),
+        (
+            [0.01, 0.2, 0.01],
+            "Better than the baseline by BLEU, TER (p < 0.05); chrF2 cannot tell them apart.",
+        ),
+        ([0.2, 0.2, 0.2], "The difference means nothing"),
+    ],
+)
+def test_the_verdict_names_what_tells_two_systems_apart(p_values: list[float], text: str) -> None:
+    names_and_scores = [("BLEU", 30.0, 31.0), ("chrF2", 50.0, 51.0), ("TER", 50.0, 49.0)]
+    comparisons = [
+        Comparison(name, before, after, p, "")
+        for (name, before, after), p in zip(names_and_scores, p_values, strict=True)
+    ]
+    assert verdict(comparisons).startswith(text)
+
+
+def test_scores_that_contradict_each_other_are_said() -> None:
+    comparisons = [Comparison("BLEU", 30.0, 31.0, 0.01, ""), Comparison("chrF2", 50.0, 49.0, 0.01, "")]
+    assert verdict(comparisons).startswith("The scores contradict each other (BLEU, chrF2)")
+    assert str(comparisons[0]) == "BLEU 30.00 -> 31.00 (+1.00), p = 0.010: better | "

@@ -1,4 +1,4 @@
-"""The options of nmt-generate, nmt-average, nmt-convert and nmt-plot. Imports no torch."""
+"""The options of nmt-generate, nmt-score, nmt-average, nmt-convert and nmt-plot. Imports no torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +21,25 @@ class GenerateOptions:
     output: Path | None = None
     """Where to write the translations, `nbest` lines for a line; standard output if none is named."""
     reference: Path | None = None
-    """Reference translations, as many lines as the input: BLEU and chrF of the best ones are printed."""
-    format: Literal["text", "fairseq"] = "text"
-    """text: translations alone; fairseq: its S-, T-, H-, D- and P- lines, scores to the base 2."""
+    """Reference translations, as many lines as the input: BLEU, chrF and TER of the best ones are printed."""
+    baseline: Path | None = None
+    """Translations of the same input by another system, a line each: is the difference to them chance?"""
+    format: Literal["text", "jsonl", "fairseq"] = "text"
+    """text: translations alone; jsonl: a JSON object a line, with scores and flags that tell which lines to read;
+    fairseq: its S-, T-, H-, D- and P- lines, scores to the base 2."""
     input_is_pieces: bool = False
     """The input and the reference are split into pieces already, joined by blanks."""
+    too_long: Literal["split", "truncate", "error"] = "split"
+    """What becomes of a line of more pieces than the model takes: it is split at punctuation and its parts are
+    translated apart; or its end is cut off (always so with score-reference); or it is an error."""
     prefix_size: int = 0
     """Translations begin with this many tokens of the reference."""
     score_reference: bool = False
-    """Score the reference instead of translating (with `format` fairseq)."""
+    """Score the reference instead of translating (with `format` fairseq or jsonl)."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
-    buffer_size: int = 10_000
-    """Lines that are read, sorted by length and translated before they are written, in their own order."""
+    buffer_size: int | None = None
+    """Lines that are read, sorted by length and translated before they are written, in their own order; 10,000, or
+    1 where lines are typed: with 1 a line is answered before the next one is read."""
     max_tokens: int = 2048
     """Largest batch: its sentences times the pieces of the longest one. It changes the speed alone."""
     batch_size: int | None = None
@@ -47,8 +54,7 @@ class GenerateOptions:
     @property
     def models(self) -> list[Path]:
         """The model folders that `model` names."""
-        whole = Path(self.model)
-        return [whole] if whole.exists() else [Path(part) for part in self.model.split(":")]
+        return _folders(self.model)
 
     def check(self) -> None:
         """Raise `UserError` for sizes below 1, and for an output that would overwrite what is being read."""
@@ -62,9 +68,67 @@ class GenerateOptions:
             if getattr(self, name) and self.reference is None:
                 flag = name.replace("_", "-")
                 raise UserError(f"`{flag}` must have a reference, but there is none. Give --reference FILE.")
-        if self.score_reference and self.format != "fairseq":
-            raise UserError("`score-reference` must come with `format` fairseq, which shows scores.")
-        for name, path in (("input", self.input), ("reference", self.reference)):
+        if self.score_reference and self.format == "text":
+            raise UserError("`score-reference` must come with `format` fairseq or jsonl, which show scores.")
+        if self.baseline is not None and (self.reference is None or self.score_reference):
+            raise UserError(
+                "`baseline` must come with a reference to score both against, and without `score-reference`."
+            )
+        for name, path in (("input", self.input), ("reference", self.reference), ("baseline", self.baseline)):
+            if path is not None and self.output is not None and path.resolve() == self.output.resolve():
+                raise UserError(f"`output` must be another file than `{name}`, but both are {path}.")
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Which translations to score, against what."""
+
+    hypothesis: Path
+    """The translations, a line each (.gz too)."""
+    reference: Path | None = None
+    """Reference translations, as many lines: BLEU, chrF and TER are printed."""
+    baseline: Path | None = None
+    """Translations by another system, as many lines: is the difference to them chance?"""
+    target_lang: str | None = None
+    """The language of the translations: zh, ja and ko have their own words for BLEU."""
+    model: str | None = None
+    """Instead of a reference: a model folder, or several, A:B. Each line's log-probability and number of tokens
+    (end of sentence included) are printed, and the perplexity."""
+    input: Path | None = None
+    """The source text, for the model."""
+    output: Path | None = None
+    """Where to write the log-probabilities; standard output if none is named."""
+    input_is_pieces: bool = False
+    """The source and the translations are split into pieces already, joined by blanks."""
+    max_tokens: int = 2048
+    """Largest batch: its sentences times the pieces of the longest one. It changes the speed alone."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    num_threads: int | None = None
+    """Threads for the CPU; all cores if it is left out."""
+
+    @property
+    def models(self) -> list[Path]:
+        """The model folders that `model` names."""
+        return _folders(self.model or "")
+
+    def check(self) -> None:
+        """Raise `UserError` unless there is a reference or a model to score by, and what goes with it."""
+        if (self.reference is None) == (self.model is None):
+            fault = "neither is given" if self.model is None else "both are given"
+            raise UserError(f"`reference` or `model` must be given, one of them, but {fault}.")
+        for name, other in (("baseline", "reference"), ("target_lang", "reference"), ("output", "model")):
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise UserError(f"`{name.replace('_', '-')}` must come with `{other}`, but there is none.")
+        if (self.model is None) != (self.input is None):
+            needed, given = ("input", "model") if self.input is None else ("model", "input")
+            raise UserError(f"`{needed}` must come with `{given}`, but there is none.")
+        for name in ("max_tokens", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"`{name.replace('_', '-')}` must be at least 1, but is {value}.")
+        for name in ("hypothesis", "input"):
+            path = getattr(self, name)
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():
                 raise UserError(f"`output` must be another file than `{name}`, but both are {path}.")
 
@@ -137,3 +201,9 @@ class PlotOptions:
             )
         if self.output.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(f"`output` must end in .png, .pdf or .svg, but is {self.output}.")
+
+
+def _folders(models: str) -> list[Path]:
+    """Return one folder, or several of A:B."""
+    whole = Path(models)
+    return [whole] if whole.exists() else [Path(part) for part in models.split(":")]

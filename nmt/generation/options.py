@@ -2,9 +2,31 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from nmt.errors import UserError
+
+
+class DecodingKeywords(TypedDict, total=False):
+    """The fields of `DecodingOptions`, for the types of functions that take them by name."""
+
+    beam: int
+    nbest: int
+    lenpen: float
+    unnormalized: bool
+    min_len: int
+    max_len_a: float
+    max_len_b: int
+    unkpen: float
+    temperature: float
+    no_repeat_ngram_size: int
+    repetition_penalty: float
+    sampling: bool
+    sampling_topk: int | None
+    sampling_topp: float | None
+    seed: int | None
+    ensemble_by: Literal["probabilities", "log-probabilities"]
+    ensemble_weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)

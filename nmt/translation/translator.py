@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -14,28 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nmt.checkpoint import load_model
-from nmt.data.batching import cut_batches
 from nmt.data.parallel_dataset import collate_pairs, pad_right
 from nmt.data.segmenter import PieceSegmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.errors import UserError
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator, TranslationModel
-from nmt.generation.options import DecodingOptions
+from nmt.generation.options import DecodingKeywords, DecodingOptions
 from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
+from nmt.translation.batches import Batching, BatchRunner
+from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_text
 from nmt.translation.task import TranslationTask
 
 Precision = Literal["fp32", "bf16"]
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How lines are gathered for translation. It changes the speed and the memory, never the results."""
-
-    buffer_size: int = 10_000  # lines read before their translations are returned; they are sorted by length
-    max_tokens: int = 2048  # sentences of a batch times pieces of the longest one
-    batch_size: int | None = None  # most sentences of a batch
+TooLong = Literal["split", "truncate", "error"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,9 @@ class Translation:
     hypotheses: list[Hypothesis]
     source_ids: NDArray[Any]  # (S,) the pieces that were translated, without eos
     num_dropped_pieces: int = 0  # at the end of a source that is too long: they were not translated
+    num_parts: int = (
+        1  # of a source that is too long: they were translated apart; eos stands between their ids
+    )
 
     @property
     def text(self) -> str:
@@ -54,8 +50,25 @@ class Translation:
         return self.texts[0] if self.texts else ""
 
 
+class ScoredText(NamedTuple):
+    """A translation and how sure the model is of it."""
+
+    text: str
+    score: float  # log-probability, natural, divided by length ** lenpen
+    token_scores: list[float]  # log-probability of each piece, and at the end of the end of sentence
+
+
 class Translator:
-    """A translation model, or several that vote, ready for text."""
+    """A translation model, or several that vote, ready for text.
+
+    >>> from nmt import Translator
+    >>> translator = Translator.load("RUN/checkpoints/best")
+    >>> translator.translate(["A dog runs.", "", "Two dogs run."], beam=5)
+    ['Ein Hund läuft.', '', 'Zwei Hunde laufen.']
+    >>> [best, second] = translator.translate_with_scores(["A dog runs."], beam=5, nbest=2)[0]
+    >>> best.text, best.score > second.score
+    ('Ein Hund läuft.', True)
+    """
 
     def __init__(
         self,
@@ -115,14 +128,41 @@ class Translator:
                 )
         return cls(models, tasks[0], device=device, input_is_pieces=input_is_pieces, precision=precision)
 
-    def translate(self, lines: Sequence[str], **decoding: Any) -> list[str]:
+    def translate(self, lines: Sequence[str], **decoding: Unpack[DecodingKeywords]) -> list[str]:
         """Return the best translation of each line; that of a blank line is empty.
 
+        A line that is too long for the model is cut at punctuation, and its parts are translated apart.
+
         Args:
-            lines: Raw text.
+            lines: Raw text, without newlines.
             **decoding: Fields of `DecodingOptions`, such as `beam=5`.
+
+        Raises:
+            UserError: An option has a value that makes no sense, or `lines` is one string.
         """
-        return [translation.text for translation in self.translate_lines(lines, DecodingOptions(**decoding))]
+        return [translation.text for translation in self._translate_all(lines, DecodingOptions(**decoding))]
+
+    def translate_with_scores(
+        self, lines: Sequence[str], **decoding: Unpack[DecodingKeywords]
+    ) -> list[list[ScoredText]]:
+        """Return the `nbest` best translations of each line, best first; none for a blank line.
+
+        Arguments and errors are those of `translate`.
+        """
+        return [
+            [
+                ScoredText(text, hypothesis.score, hypothesis.token_scores)
+                for text, hypothesis in zip(translation.texts, translation.hypotheses, strict=True)
+            ]
+            for translation in self._translate_all(lines, DecodingOptions(**decoding))
+        ]
+
+    def _translate_all(self, lines: Sequence[str], options: DecodingOptions) -> Iterator[Translation]:
+        if isinstance(lines, str):
+            raise UserError(
+                f"`lines` must be a list of lines, but is one string. Put it in a list: [{lines!r}]."
+            )
+        return self.translate_lines(lines, options)
 
     def translate_lines(
         self,
@@ -131,29 +171,43 @@ class Translator:
         *,
         batching: Batching | None = None,
         prefixes: Iterable[NDArray[Any]] | None = None,
+        too_long: TooLong = "split",
         on_progress: Callable[[int], object] | None = None,
     ) -> Iterator[Translation]:
         """Translate a stream of lines, in memory for `buffer_size` of them.
+
+        There may be fewer prefixes than lines; the lines that have none begin freely.
 
         Args:
             lines: Text, without newlines.
             options: How to search.
             batching: How to gather lines.
             prefixes: For each line the ids that its translation begins with (see `Generator.generate`).
+            too_long: What becomes of a line of more pieces than the models have positions for: it is split at
+                punctuation and its parts are translated apart, or its end is cut off, or it is an error.
             on_progress: Called with the number of lines that have just been translated.
 
         Yields:
             One translation for each line, in the order of the lines.
+
+        Raises:
+            UserError: A line is too long, and that is to be an error; or the memory does not suffice for one.
         """
         generator = self._generator(options, self.fast_models)
+        lenpen = 0.0 if options.unnormalized else options.lenpen
 
-        def search(sources: list[NDArray[Any]], starts: list[NDArray[Any]]) -> list[list[Hypothesis]]:
+        def search(
+            sources: list[NDArray[Any]], starts: list[NDArray[Any]], numbers: NDArray[Any]
+        ) -> list[list[Hypothesis]]:
             return generator.generate(
-                self._padded(sources), self._padded(starts) if prefixes is not None else None
+                self._padded(sources),
+                self._padded(starts) if prefixes is not None else None,
+                lines=torch.from_numpy(numbers).to(self.device),
             )
 
         starts = itertools.chain(prefixes or (), itertools.repeat(_NOTHING))  # a line may have none
-        return self._in_buffers(lines, starts, search, batching or Batching(), on_progress or _ignore)
+        work = _Work(search, BatchRunner(batching or Batching()), too_long, lenpen, on_progress or _ignore)
+        return self._in_buffers(lines, starts, work)
 
     def score_lines(
         self,
@@ -161,6 +215,7 @@ class Translator:
         references: Iterable[NDArray[Any]],
         *,
         batching: Batching | None = None,
+        too_long: TooLong = "truncate",
         on_progress: Callable[[int], object] | None = None,
     ) -> Iterator[Translation]:
         """Let the model score given translations, instead of searching for its own.
@@ -169,6 +224,7 @@ class Translator:
             lines: Text, without newlines.
             references: For each line the ids of its translation, eos at the end.
             batching: How to gather lines.
+            too_long: "truncate" or "error", as in `translate_lines`; the parts of a reference are not known.
             on_progress: Called with the number of lines that have just been scored.
 
         Yields:
@@ -176,87 +232,178 @@ class Translator:
         """
         generator = self._generator(DecodingOptions(), self.models)
 
-        def score(sources: list[NDArray[Any]], targets: list[NDArray[Any]]) -> list[list[Hypothesis]]:
+        def score(
+            sources: list[NDArray[Any]], targets: list[NDArray[Any]], _: NDArray[Any]
+        ) -> list[list[Hypothesis]]:
             batch = collate_pairs(list(zip(sources, targets, strict=True))).to(self.device)
             return generator.score(batch.source, batch.target_input, batch.target)
 
-        endless = itertools.chain(
-            references, itertools.repeat(np.array([EOS_ID]))
-        )  # for lines that have none
-        return self._in_buffers(lines, endless, score, batching or Batching(), on_progress or _ignore)
+        assert too_long != "split"
+        endless = itertools.chain(references, itertools.repeat(_END))  # for lines that have none
+        work = _Work(score, BatchRunner(batching or Batching()), too_long, 1.0, on_progress or _ignore)
+        return self._in_buffers(lines, endless, work)
 
-    def encode_references(self, lines: Sequence[str]) -> list[NDArray[Any]]:
-        """Return the ids of target text, eos at the end of each.
+    def encode_reference(self, line: str, *, number: int) -> NDArray[Any]:
+        """Return the ids of target text, eos at the end; `number` serves to name the line of an error.
 
         Raises:
-            UserError: One is longer than the models have positions for.
+            UserError: It is longer than the models have positions for.
         """
         longest = min(model.max_target_positions for model in self.models)
-        references = [np.append(ids, EOS_ID) for ids in self.target_segmenter.encode(lines)]
-        for number, ids in enumerate(references, start=1):
-            if len(ids) > longest:
-                raise UserError(
-                    f"A reference must have at most {longest} pieces with the end of sentence, as many as the "
-                    f"model takes, but line {number} has {len(ids)}. Shorten it."
-                )
-        return references
+        ids = np.append(self.target_segmenter.encode([line])[0], EOS_ID)
+        if len(ids) > longest:
+            raise UserError(
+                f"A reference must have at most {longest} pieces with the end of sentence, as many as the "
+                f"model takes, but line {number} has {len(ids)}. Shorten it."
+            )
+        return ids
+
+    @property
+    def longest_source(self) -> int:
+        """The most pieces that a source may have."""
+        return min(model.max_source_positions for model in self.models) - 1  # eos takes a position too
 
     def _generator(self, options: DecodingOptions, models: Sequence[TranslationModel]) -> Generator:
         return Generator(models, options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
 
     def _in_buffers(
-        self,
-        lines: Iterable[str],
-        targets: Iterable[NDArray[Any]],
-        run: _Run,
-        batching: Batching,
-        on_progress: Callable[[int], object],
+        self, lines: Iterable[str], targets: Iterable[NDArray[Any]], work: _Work
     ) -> Iterator[Translation]:
         remaining = zip(lines, targets, strict=False)
-        while buffer := list(itertools.islice(remaining, batching.buffer_size)):
-            buffered_lines, buffered_targets = zip(*buffer, strict=True)
-            yield from self._run_buffer(buffered_lines, buffered_targets, run, batching, on_progress)
+        num_done = 0
+        while buffer := list(itertools.islice(remaining, work.runner.batching.buffer_size)):
+            sentences = self._to_sentences(
+                [line for line, _ in buffer], work.too_long, first_line=num_done + 1
+            )
+            yield from self._run_buffer(buffer, sentences, work, first_line=num_done + 1)
+            num_done += len(buffer)
+
+    def _to_sentences(self, lines: Sequence[str], too_long: TooLong, *, first_line: int) -> list[_Sentences]:
+        """Turn each line into what the model is given: one sentence, or the parts of a long line."""
+        longest = self.longest_source
+        sentences = []
+        for number, (line, ids) in enumerate(
+            zip(lines, self.source_segmenter.encode(lines), strict=True), start=first_line
+        ):
+            if len(ids) <= longest:
+                sentences.append(_Sentences([ids]))
+            elif too_long == "error":
+                raise UserError(
+                    f"Line {number} must have at most {longest} pieces, as many as the model takes, but has "
+                    f"{len(ids)}. Shorten it, or take --too-long split."
+                )
+            elif too_long == "truncate":
+                sentences.append(_Sentences([ids[:longest]], len(ids) - longest))
+            else:
+                texts = split_text(
+                    line,
+                    limit=longest,
+                    count_pieces=lambda text: len(self.source_segmenter.encode([text])[0]),
+                )
+                parts = [part for part in self.source_segmenter.encode(texts) if len(part)]
+                num_dropped = sum(max(len(part) - longest, 0) for part in parts)
+                sentences.append(_Sentences([part[:longest] for part in parts], num_dropped))
+        return sentences
 
     def _run_buffer(
         self,
-        lines: Sequence[str],
-        targets: Sequence[NDArray[Any]],
-        run: _Run,
-        batching: Batching,
-        on_progress: Callable[[int], object],
+        buffer: Sequence[tuple[str, NDArray[Any]]],
+        sentences: Sequence[_Sentences],
+        work: _Work,
+        *,
+        first_line: int,
     ) -> list[Translation]:
-        """Cut lines into batches by length, run each, and put the results into the order of the lines.
+        """Run the sentences of all lines in batches, and put the results into the order of the lines.
 
         A line without pieces has no result.
         """
-        encoded = self.source_segmenter.encode(lines)
-        longest = min(model.max_source_positions for model in self.models) - 1  # eos takes a position too
-        sources = [np.append(ids[:longest], EOS_ID) for ids in encoded]
-        translations = [
-            Translation(line, [], [], ids[:longest], num_dropped_pieces=max(len(ids) - longest, 0))
-            for line, ids in zip(lines, encoded, strict=True)
+        places = [
+            (line, part)
+            for line, own in enumerate(sentences)
+            for part, ids in enumerate(own.parts)
+            if len(ids) > 0
         ]
+        work.on_progress(len(buffer) - len({line for line, _ in places}))
+        if not places:
+            return [
+                Translation(line, [], [], own.ids) for (line, _), own in zip(buffer, sentences, strict=True)
+            ]
+        sources = [np.append(sentences[line].parts[part], EOS_ID) for line, part in places]
+        # A forced beginning is that of the first part.
+        targets = [buffer[line][1] if part == 0 else _NOTHING for line, part in places]
         lengths = np.array([(len(x), len(y)) for x, y in zip(sources, targets, strict=True)])
-        filled = (lengths[:, 0] > 1).nonzero()[0]  # lines that have a piece besides eos
-        on_progress(len(lines) - len(filled))
-        for chosen in cut_batches(
-            lengths[filled], max_tokens=batching.max_tokens, max_sentences=batching.batch_size
-        ):
-            indices = filled[chosen].tolist()
-            results = run([sources[i] for i in indices], [targets[i] for i in indices])
-            texts = iter(self.task.target_segmenter.decode([x.tokens for nbest in results for x in nbest]))
-            for i, nbest in zip(indices, results, strict=True):
-                own = list(itertools.islice(texts, len(nbest)))
-                translations[i] = replace(translations[i], texts=own, hypotheses=nbest)
-            on_progress(len(indices))
-        return translations
+        results: list[list[list[Hypothesis]]] = [[] for _ in buffer]
+        found: dict[int, list[Hypothesis]] = {}
+
+        def run(batch: list[int]) -> list[list[Hypothesis]]:
+            # The number of the line and of its part name the sentence to what draws random numbers.
+            numbers = first_line + np.array([places[i][0] + (places[i][1] << 40) for i in batch])
+            return work.run([sources[i] for i in batch], [targets[i] for i in batch], numbers)
+
+        for batch, hypotheses in work.runner.run(lengths, run):
+            found.update(zip(batch, hypotheses, strict=True))
+            work.on_progress(sum(places[i][1] == 0 for i in batch))
+        for place, (line, _) in enumerate(places):
+            results[line].append(found[place])
+        return [
+            self._to_translation(line, own, parts, work.lenpen)
+            for (line, _), own, parts in zip(buffer, sentences, results, strict=True)
+        ]
+
+    def _to_translation(
+        self, line: str, sentences: _Sentences, parts: Sequence[list[Hypothesis]], lenpen: float
+    ) -> Translation:
+        """Put a line together from the results of its parts."""
+        hypotheses = parts[0] if len(parts) == 1 else join_hypotheses(parts, lenpen=lenpen) if parts else []
+        decode = self.task.target_segmenter.decode
+        if len(parts) <= 1:
+            texts = decode([hypothesis.tokens for hypothesis in hypotheses])
+        else:
+            texts = [
+                join_texts(decode(split_ids(hypothesis.tokens)), language=self.task.target_lang)
+                for hypothesis in hypotheses
+            ]
+        return Translation(
+            line,
+            texts,
+            hypotheses,
+            sentences.ids,
+            num_dropped_pieces=sentences.num_dropped,
+            num_parts=len(sentences.parts),
+        )
 
     def _padded(self, sentences: Sequence[NDArray[Any]]) -> Tensor:
         return torch.from_numpy(pad_right(sentences)[0]).to(self.device)
 
 
-_Run = Callable[[list[NDArray[Any]], list[NDArray[Any]]], list[list[Hypothesis]]]
+@dataclass(frozen=True)
+class _Sentences:
+    """The sentences of a line: one, but where it is too long for the model."""
+
+    parts: list[NDArray[Any]]
+    num_dropped: int = 0
+
+    @property
+    def ids(self) -> NDArray[Any]:
+        """All of them, eos between the parts."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        return np.concatenate([part for ids in self.parts for part in (ids, _END)] or [_NOTHING])[:-1]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is done to the sentences of a stream of lines."""
+
+    run: Callable[[list[NDArray[Any]], list[NDArray[Any]], NDArray[Any]], list[list[Hypothesis]]]
+    runner: BatchRunner
+    too_long: TooLong
+    lenpen: float  # of the joined score of parts
+    on_progress: Callable[[int], object]
+
+
 _NOTHING: NDArray[Any] = np.empty(0, dtype=np.int32)
+_END: NDArray[Any] = np.array([EOS_ID], dtype=np.int32)
 
 
 def _load(path: Path, device: torch.device | str) -> tuple[Transformer, TranslationTask]:

@@ -1,0 +1,80 @@
+"""Lines of text in and out, as the commands read and write them: only a newline ends a line."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from nmt.data.blocks import check_file, decode_lines, read_lines, unequal_counts
+from nmt.errors import UserError
+
+STANDARD_INPUT = Path("<stdin>")  # its name in error texts
+
+
+def read_text(path: Path | None) -> Iterator[str]:
+    """Yield the lines of a file, or of standard input, decoded, without their newlines.
+
+    Raises:
+        UserError: A line is no UTF-8.
+    """
+    lines = _standard_input() if path is None else read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        yield decode_lines(line + b"\n", path or STANDARD_INPUT, first_line=number)[0]
+
+
+def check_parallel(*files: Path | None) -> int | None:
+    """Read files through before the work starts.
+
+    Args:
+        *files: None for one that is not given, or is standard input.
+
+    Returns:
+        Their number of lines; None if none of them is a plain file. A pipe can be read but once.
+
+    Raises:
+        UserError: One is missing, empty or no UTF-8, or they have different numbers of lines.
+    """
+    first: tuple[Path, int] | None = None
+    for path in files:
+        if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
+            continue
+        if not path.exists():
+            raise UserError(f"{path} must exist, but there is no such file.")
+        num_lines = check_file(path).num_lines
+        first = first or (path, num_lines)
+        if num_lines != first[1]:
+            raise unequal_counts(*first, path, num_lines)
+    return None if first is None else first[1]
+
+
+@contextmanager
+def open_output(path: Path | None) -> Iterator[BinaryIO]:
+    """Open standard output, or a file that appears under its name when it is complete, or not at all."""
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    path = path.resolve()  # so that a symbolic link stays one
+    if path.exists() and not path.is_file():  # a pipe or a device
+        with path.open("wb") as file:
+            yield file
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"`output` must be in a folder that exists, but there is no {path.parent}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _standard_input() -> Iterator[bytes]:
+    for number, line in enumerate(sys.stdin.buffer):
+        yield (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).removesuffix(b"\n")

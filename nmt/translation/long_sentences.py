@@ -1,0 +1,88 @@
+"""Sentences that are longer than a model takes: cut into parts, translated apart, and joined."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from nmt.data.vocabulary import EOS_ID
+from nmt.generation.beam_search import Hypothesis
+
+# Where to cut, best first: after the end of a sentence, of a clause, of a phrase; at white space. Marks of Chinese
+# and Japanese need no blank after them.
+_CUTS = (
+    re.compile(r"(?<=[.!?…])[\"'”’»)\]]*\s+|(?<=[。！？])"),
+    re.compile(r"(?<=[;:])\s+|\s+[–—]\s*|(?<=[；：])"),
+    re.compile(r"(?<=,)\s+|(?<=[，、])"),
+    re.compile(r"\s+"),
+)
+_WRITTEN_WITHOUT_BLANKS = ("zh", "ja", "th", "lo", "km", "my", "bo")
+
+
+def split_text(text: str, *, limit: int, count_pieces: Callable[[str], int]) -> list[str]:
+    """Cut a text into parts that a model takes, at punctuation where there is some.
+
+    A text that is too long is cut in two, at the best kind of place that it has, as near to the middle as
+    possible, and so are its parts in turn.
+
+    Args:
+        text: One line.
+        limit: Most pieces of a part, at least 1.
+        count_pieces: How many pieces a text has.
+
+    Returns:
+        The parts, none of them blank, without the white space between them. A part is longer than `limit` only
+        if it is a single character.
+    """
+    text = text.strip()
+    if len(text) <= 1 or count_pieces(text) <= limit:
+        return [text] if text else []
+    left, right = _halves(text)
+    return [
+        *split_text(left, limit=limit, count_pieces=count_pieces),
+        *split_text(right, limit=limit, count_pieces=count_pieces),
+    ]
+
+
+def _halves(text: str) -> tuple[str, str]:
+    middle = len(text) / 2
+    for cut in _CUTS:
+        ends = [match.end() for match in cut.finditer(text) if 0 < match.end() < len(text)]
+        if ends:
+            end = min(ends, key=lambda place: abs(place - middle))
+            return text[:end], text[end:]
+    return text[: len(text) // 2], text[len(text) // 2 :]
+
+
+def join_texts(texts: Sequence[str], *, language: str) -> str:
+    """Join the translations of the parts, by blanks where the language has them."""
+    code = language.replace("_", "-").partition("-")[0].lower()
+    return ("" if code in _WRITTEN_WITHOUT_BLANKS else " ").join(text for text in texts if text)
+
+
+def join_hypotheses(parts: Sequence[Sequence[Hypothesis]], *, lenpen: float) -> list[Hypothesis]:
+    """Join the best hypotheses of all parts, then the second best, and so on.
+
+    Args:
+        parts: For each part at least one hypothesis. A part that has fewer than another repeats its last one.
+        lenpen: The exponent of the length in a score.
+
+    Returns:
+        As many as the part with the most has, best first. The tokens of a joined one have eos between the parts,
+        so that every token has its score, and its own score is of all of them.
+    """
+    joined = []
+    for rank in range(max(map(len, parts))):
+        chosen = [part[min(rank, len(part) - 1)] for part in parts]
+        tokens = [token for x in chosen for token in (*x.tokens, EOS_ID)][:-1]
+        token_scores = [score for x in chosen for score in x.token_scores]
+        score = sum(token_scores) / len(token_scores) ** lenpen
+        joined.append(Hypothesis(tokens=tokens, score=score, token_scores=token_scores))
+    return joined
+
+
+def split_ids(ids: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the parts of joined ids, eos between them."""
+    array = np.asarray(ids, dtype=np.int64)
+    for part in np.split(array, np.flatnonzero(array == EOS_ID)):
+        yield part[part != EOS_ID].tolist()
