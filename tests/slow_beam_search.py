@@ -18,7 +18,12 @@ def next_log_probs(
     options: DecodingOptions,
 ) -> list[float]:
     """Return the log-probability of each next token after temperature, penalties and limits."""
-    powers = [p ** (1 / options.temperature) for p in probabilities(name, prefix)]
+    # A logit of these models is a log-probability, so not positive: the repetition penalty multiplies it.
+    penalized = [
+        p**options.repetition_penalty if token in prefix else p
+        for token, p in enumerate(probabilities(name, prefix))
+    ]
+    powers = [p ** (1 / options.temperature) for p in penalized]
     log_probs = [math.log(p / sum(powers)) if p > 0 else -math.inf for p in powers]
     log_probs[PAD] = -math.inf
     log_probs[UNK] -= options.unkpen

@@ -208,6 +208,7 @@ def test_rows_name_the_parents_across_the_batch() -> None:
     min_len=st.integers(0, 3),
     unkpen=st.sampled_from([0.0, 1.5]),
     temperature=st.sampled_from([0.7, 1.0]),
+    repetition_penalty=st.sampled_from([0.8, 1.0, 1.5]),
 )
 def test_equals_the_slow_search(
     seed: int,
@@ -219,9 +220,16 @@ def test_equals_the_slow_search(
     min_len: int,
     unkpen: float,
     temperature: float,
+    repetition_penalty: float,
 ) -> None:
     options = DecodingOptions(
-        beam=beam, nbest=beam, lenpen=lenpen, min_len=min_len, unkpen=unkpen, temperature=temperature
+        beam=beam,
+        nbest=beam,
+        lenpen=lenpen,
+        min_len=min_len,
+        unkpen=unkpen,
+        temperature=temperature,
+        repetition_penalty=repetition_penalty,
     )
     table = random_table(seed, vocabulary_size)
     results = search(table, options, limit=limit, names=tuple(range(num_sentences)))
@@ -293,6 +301,28 @@ def test_selection_equals_sorting_with_ties(
     sure = [place for place in expected if numbers[place] > last]
     assert places[: len(sure)] == sure
     assert chosen.token_scores[0].tolist() == [numbers[place] for place in places]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    seed=st.integers(0, 10**6),
+    size=st.integers(100, 700),
+    width=st.integers(1, 40),
+    is_coarse=st.booleans(),
+)
+def test_best_tokens_are_those_of_a_sort(
+    data: st.DataObject, seed: int, size: int, width: int, is_coarse: bool
+) -> None:
+    # Around the width and the depth from which rows are searched as tables; coarse values make for ties.
+    scores = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))
+    if is_coarse:
+        scores = (4 * scores).round()
+    scores[1, data.draw(st.integers(0, size - 1)) :] = -math.inf
+    places = best_tokens(scores, width)
+    assert places.tolist() == [sorted(set(row)) for row in places.tolist()]
+    found = scores.gather(1, places).sort(dim=1, descending=True).values
+    assert torch.equal(found, scores.sort(dim=1, descending=True).values[:, :width])
 
 
 def _two_best(tokens: list[list[int]]) -> Candidates:

@@ -1,6 +1,7 @@
 """Models and search together: limits, ensembles, sentences that leave the batch, options."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_table
 
 from nmt.errors import UserError
+from nmt.generation.adjust import penalize_repetition_
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
@@ -66,6 +68,42 @@ def test_ensemble_averages_probabilities() -> None:
     together = generator([TableModel(first), TableModel(second), TableModel(third)], options).generate(source)
     expected = generator([TableModel(mean)], options).generate(source)
     assert_same(together, expected)
+
+
+@pytest.mark.parametrize("weights", [(), (0.7, 0.2, 0.1), (7.0, 2.0, 1.0)])
+@pytest.mark.parametrize("kind", ["probabilities", "log-probabilities"])
+def test_ensemble_joins_models_by_weighted_means(weights: tuple[float, ...], kind: str) -> None:
+    tables = [random_table(seed, 7) for seed in range(3)]
+    shares = [weight / sum(weights) for weight in weights] or [1 / 3] * 3
+
+    def mean(name: int, prefix: tuple[int, ...]) -> list[float]:
+        each = zip(*(table(name, prefix) for table in tables), strict=True)
+        if kind == "probabilities":
+            return [sum(share * p for share, p in zip(shares, ps, strict=True)) for ps in each]
+        products = [math.prod(p**share for share, p in zip(shares, ps, strict=True)) for ps in each]
+        return [product / sum(products) for product in products]
+
+    options = DecodingOptions(beam=4, nbest=4)
+    joined = replace(options, ensemble_weights=weights, ensemble_by=kind)
+    source = torch.tensor([[0, EOS], [4, EOS]])
+    together = generator([TableModel(table) for table in tables], joined).generate(source)
+    assert_same(together, generator([TableModel(mean)], options).generate(source))
+
+
+def test_options_of_ensembles_must_suit_the_models() -> None:
+    models = [TableModel(ENDLESS)] * 3
+    with pytest.raises(UserError, match="`ensemble-weights` must be 3 numbers"):
+        generator(models, DecodingOptions(ensemble_weights=(1.0, 2.0)))
+    with pytest.raises(UserError, match="`ensemble-weights` must come with several models"):
+        generator(models[:1], DecodingOptions(ensemble_weights=(1.0,)))
+    with pytest.raises(UserError, match="`ensemble-by` must come with several models"):
+        generator(models[:1], DecodingOptions(ensemble_by="log-probabilities"))
+
+
+def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
+    logits = torch.tensor([[3.0, -1.0, 4.0], [3.0, -1.0, 4.0]])
+    penalize_repetition_(logits, torch.tensor([[0, 1, 0], [2, 2, 2]]), penalty=2.0)
+    assert logits.tolist() == [[1.5, -2.0, 4.0], [3.0, -1.0, 2.0]]
 
 
 def test_ensemble_of_one_model_twice_is_the_model() -> None:
@@ -137,6 +175,17 @@ def test_an_empty_batch_has_no_results() -> None:
         (DecodingOptions(max_len_b=-1), "`max-len-b` must be at least 0"),
         (DecodingOptions(unkpen=math.inf), "`unkpen` must be a finite number"),
         (DecodingOptions(temperature=0.0), "`temperature` must be above 0, but is 0.0"),
+        (DecodingOptions(repetition_penalty=0.0), "`repetition-penalty` must be above 0"),
+        (DecodingOptions(sampling_topk=5), "`sampling-topk` must come with `sampling`"),
+        (DecodingOptions(seed=5), "`seed` must come with `sampling`"),
+        (DecodingOptions(sampling=True, sampling_topk=0), "`sampling-topk` must be at least 1"),
+        (DecodingOptions(sampling=True, sampling_topp=0.0), "`sampling-topp` must be above 0"),
+        (
+            DecodingOptions(sampling=True, sampling_topp=0.5, sampling_topk=2),
+            "`sampling-topp` must be left out",
+        ),
+        (DecodingOptions(sampling=True, seed=-1), "`seed` must be from 0"),
+        (DecodingOptions(ensemble_weights=(0.5, -1.0)), "`ensemble-weights` must be numbers above 0"),
     ],
 )
 def test_options_without_sense_are_refused(options: DecodingOptions, text: str) -> None:

@@ -15,6 +15,7 @@ from tiny_translation_model import MAX_POSITIONS, WORDS, write_learned_model, wr
 from nmt.errors import UserError
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingKeywords, DecodingOptions
+from nmt.models.inference import InferenceTransformer
 from nmt.translation import translator as translator_module
 from nmt.translation.batches import Batching
 from nmt.translation.long_sentences import split_ids
@@ -153,7 +154,9 @@ class _SmallMemory:
         self.tried: list[int] = []
         plain = Generator.generate
 
-        def generate(generator: Generator, source: torch.Tensor, prefixes: object = None) -> Any:
+        def generate(
+            generator: Generator, source: torch.Tensor, prefixes: object = None, *, lines: object = None
+        ) -> Any:
             self.tried.append(source.size(0))
             if source.size(0) > rows:
                 raise error
@@ -223,3 +226,30 @@ def test_the_example_of_the_docstring_is_true(tmp_path: Path, monkeypatch: pytes
     )
     monkeypatch.chdir(tmp_path)
     assert doctest.testmod(translator_module) == (0, 5)
+
+
+def test_what_is_drawn_for_a_line_depends_on_seed_and_number_alone(translator: Translator) -> None:
+    lines = ["the dog runs", "", "a cat sleeps the big old bird", "the dog runs", "a tree"] * 4
+    options = DecodingOptions(beam=2, nbest=2, sampling=True, seed=3)
+
+    def draw(batching: Batching, options: DecodingOptions = options) -> list[list[str]]:
+        return [x.texts for x in translator.translate_lines(lines, options, batching=batching)]
+
+    together = draw(Batching())
+    assert draw(Batching(buffer_size=3, batch_size=2)) == together
+    assert draw(Batching(), dataclasses.replace(options, seed=4)) != together
+    assert together[0] != together[3]  # the same text on another line
+
+
+def test_bfloat16_searches_with_rounded_weights(translator: Translator) -> None:
+    rounded = Translator(translator.models, translator.task, device="cpu", precision="bf16")
+    (model,) = rounded.fast_models
+    assert isinstance(model, InferenceTransformer) and model.dtype == torch.bfloat16
+    lines = ["the dog runs", "a cat sleeps the big old bird"]
+    options = DecodingOptions(beam=2)
+    for exact, other in zip(
+        translator.translate_lines(lines, options), rounded.translate_lines(lines, options), strict=True
+    ):
+        # The search may take another way, but not to a translation that is much less probable.
+        assert other.hypotheses[0].score != exact.hypotheses[0].score
+        assert other.hypotheses[0].score == pytest.approx(exact.hypotheses[0].score, abs=0.5)

@@ -318,7 +318,7 @@ def _score(translator: Translator, translation: Translation, tokens: Sequence[in
 def _write(spec: Any, folder: Path, quantization: str | None) -> None:
     from ctranslate2.converters.converter import Converter
 
-    class Filled(Converter):
+    class Filled(Converter):  # type: ignore[misc, unused-ignore]  # Any where the extra is missing
         def _load(self) -> Any:
             return spec
 

@@ -200,11 +200,10 @@ class _Layer:
 
         They are float32 where they would be bfloat16 on a CPU, which takes longer for small products of these.
         """
-        projected = self.keys_and_values(encoded.to(self.dtype))
-        if projected.dtype == torch.bfloat16 and projected.device.type == "cpu":
-            projected = projected.float()
-        keys, values = split_heads(projected, 2, self.num_heads)
-        return keys.contiguous(), values.contiguous()
+        keys, values = split_heads(self.keys_and_values(encoded.to(self.dtype)), 2, self.num_heads)
+        is_slow = self.dtype == torch.bfloat16 and encoded.device.type == "cpu"
+        dtype = torch.float32 if is_slow else self.dtype
+        return keys.to(dtype).contiguous(), values.to(dtype).contiguous()
 
     def attend_to_past(self, x: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
         """(R, D) -> (R, D). The last K columns of the past (2, B, H, N, E) are filled."""

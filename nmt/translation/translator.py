@@ -196,9 +196,13 @@ class Translator:
         generator = self._generator(options, self.fast_models)
         lenpen = 0.0 if options.unnormalized else options.lenpen
 
-        def search(sources: list[NDArray[Any]], starts: list[NDArray[Any]]) -> list[list[Hypothesis]]:
+        def search(
+            sources: list[NDArray[Any]], starts: list[NDArray[Any]], numbers: NDArray[Any]
+        ) -> list[list[Hypothesis]]:
             return generator.generate(
-                self._padded(sources), self._padded(starts) if prefixes is not None else None
+                self._padded(sources),
+                self._padded(starts) if prefixes is not None else None,
+                lines=torch.from_numpy(numbers).to(self.device),
             )
 
         starts = itertools.chain(prefixes or (), itertools.repeat(_NOTHING))  # a line may have none
@@ -228,9 +232,13 @@ class Translator:
         """
         assert too_long != "split"
         endless = itertools.chain(references, itertools.repeat(_END))  # for lines that have none
-        work = _Work(
-            self.score_ids, BatchRunner(batching or Batching()), too_long, 1.0, on_progress or _ignore
-        )
+
+        def score(
+            sources: list[NDArray[Any]], targets: list[NDArray[Any]], _: NDArray[Any]
+        ) -> list[list[Hypothesis]]:
+            return self.score_ids(sources, targets)
+
+        work = _Work(score, BatchRunner(batching or Batching()), too_long, 1.0, on_progress or _ignore)
         return self._in_buffers(lines, endless, work)
 
     def score_ids(
@@ -274,7 +282,7 @@ class Translator:
             sentences = self._to_sentences(
                 [line for line, _ in buffer], work.too_long, first_line=num_done + 1
             )
-            yield from self._run_buffer(buffer, sentences, work)
+            yield from self._run_buffer(buffer, sentences, work, first_line=num_done + 1)
             num_done += len(buffer)
 
     def _to_sentences(self, lines: Sequence[str], too_long: TooLong, *, first_line: int) -> list[_Sentences]:
@@ -305,7 +313,12 @@ class Translator:
         return sentences
 
     def _run_buffer(
-        self, buffer: Sequence[tuple[str, NDArray[Any]]], sentences: Sequence[_Sentences], work: _Work
+        self,
+        buffer: Sequence[tuple[str, NDArray[Any]]],
+        sentences: Sequence[_Sentences],
+        work: _Work,
+        *,
+        first_line: int,
     ) -> list[Translation]:
         """Run the sentences of all lines in batches, and put the results into the order of the lines.
 
@@ -330,7 +343,9 @@ class Translator:
         found: dict[int, list[Hypothesis]] = {}
 
         def run(batch: list[int]) -> list[list[Hypothesis]]:
-            return work.run([sources[i] for i in batch], [targets[i] for i in batch])
+            # The number of the line and of its part name the sentence to what draws random numbers.
+            numbers = first_line + np.array([places[i][0] + (places[i][1] << 40) for i in batch])
+            return work.run([sources[i] for i in batch], [targets[i] for i in batch], numbers)
 
         for batch, hypotheses in work.runner.run(lengths, run):
             found.update(zip(batch, hypotheses, strict=True))
@@ -387,7 +402,7 @@ class _Sentences:
 class _Work:
     """What is done to the sentences of a stream of lines."""
 
-    run: Callable[[list[NDArray[Any]], list[NDArray[Any]]], list[list[Hypothesis]]]
+    run: Callable[[list[NDArray[Any]], list[NDArray[Any]], NDArray[Any]], list[list[Hypothesis]]]
     runner: BatchRunner
     too_long: TooLong
     lenpen: float  # of the joined score of parts

@@ -8,6 +8,7 @@ MODEL is a model folder, INPUT text, a sentence a line. Each round runs each eng
 in turn, so that a machine that becomes slower becomes slower for all. The medians over rounds are printed:
 
   decoding   sentences/s and output tokens/s from text to pieces, the model loaded and warm
+  CPU        seconds of processor time that the decoding took: steadier than the clock where others compute too
   process    seconds from the start of the process to the last line of text
   first      seconds from the start of the process to the first translation, of the first line alone
   p50, p95   milliseconds for a sentence by itself, over the first `--latency` sentences
@@ -147,13 +148,14 @@ def work(job: dict[str, Any]) -> None:
     translate, to_text = (nmt_engine if job["engine"] == "nmt" else ctranslate2_engine)(job)
     to_text(translate(lines[:1]))
     first = time.time() - job["started"]
-    before = time.perf_counter()
+    before, cpu_before = time.perf_counter(), time.process_time()
     pieces = translate(lines)
-    seconds = time.perf_counter() - before
+    seconds, cpu_seconds = time.perf_counter() - before, time.process_time() - cpu_before
     texts = to_text(pieces)
     whole = time.time() - job["started"]
     found = {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "process": whole,
         "first": first,
         "tokens": sum(map(len, pieces)),
@@ -298,6 +300,7 @@ def report(
         cells = [
             f"{num_lines / median(name, 'seconds'):.1f}",
             f"{found['tokens'] / median(name, 'seconds'):,.0f}",
+            f"{median(name, 'cpu_seconds'):.2f}",
             f"{median(name, 'process'):.2f}",
             f"{median(name, 'first'):.2f}",
             f"{p50:.1f}",
@@ -309,9 +312,13 @@ def report(
         print(" | ".join([name, *cells]))
     for name in engines:
         others = [x for x in engines if x != name and name.startswith("nmt")]
-        ratios = [f"{median(x, 'seconds') / median(name, 'seconds'):.2f}x {x}" for x in others]
+        ratios = [
+            f"{median(x, 'seconds') / median(name, 'seconds'):.2f}x {x} "
+            f"({median(x, 'cpu_seconds') / median(name, 'cpu_seconds'):.2f}x by CPU)"
+            for x in others
+        ]
         if ratios:
-            print(f"{name} is " + ", ".join(ratios))
+            print(f"{name} is as fast as " + ", ".join(ratios))
     for precision, rate in rates.items():
         print(
             f"floor {precision}: {counts['rows']:,.0f} rows of {counts['per_row'] / 1e6:.2f} M multiply-adds and "
