@@ -66,7 +66,7 @@ class Trainer:
         """Make one update from this rank's share of it; the open scopes of `metrics` see what it sums.
 
         Afterwards `num_wanting_stop` is the number of ranks that wanted to stop when it began; on a GPU when the
-        update before began. It is the same on every rank.
+        update before began. It is the same on every rank. (A single rank knows by itself.)
 
         Args:
             micro_batches: As many on every rank, each with its weight: 1, or 0 for a filler, which is run
@@ -84,7 +84,8 @@ class Trainer:
                 (output.loss * (weight * self.world.size / num_targets)).backward()
             outputs.append(output)
         is_cancelled = self._apply_gradient()
-        self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
+        if self.world.size > 1:
+            self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
         for output, (batch, weight) in zip(outputs, micro_batches, strict=True):
             sums = _sums(output, batch)
             # What was cancelled is not counted, or one loss that is not a number would spoil the whole epoch's.

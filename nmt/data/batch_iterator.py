@@ -244,6 +244,8 @@ class BatchIterator:
             )
         # Workers live on from iteration to iteration, and so must their loader. It asks for the new plan.
         self._feed.plan = plan
+        if self._num_workers == 0:
+            return iter(self._loader)
         with shielded_from_signals():  # the first time it starts the workers
             return iter(self._loader)
 
