@@ -146,14 +146,13 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     if size == 1:
         yield single(chosen)
         return
-    store = meet(next(rendezvous("env://", timeout=timeout))[0], rank=rank, size=size, timeout=timeout)
-    signs = SignsOfLife(store, rank=rank, size=size, timeout=timeout.total_seconds())
-    given: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
-    if chosen.type == "cuda":
-        # NCCL ends the process with pages of its own when it has waited too long; `signs` is to be before it.
-        dist.init_process_group("nccl", **given, timeout=timeout + timedelta(minutes=1), device_id=chosen)
-    else:
-        dist.init_process_group("gloo", **given, timeout=timeout)
+    try:
+        signs = _join_group(rank=rank, size=size, device=chosen, timeout=timeout)
+    except RuntimeError as failure:
+        if not _is_of_connection(failure):
+            raise
+        text = str(failure).split("\n")[0]
+        raise LostRankError(f"all {size} ranks must reach each other, but could not: {text}") from failure
     signs.start()
     error: BaseException | None = None
     try:
@@ -167,6 +166,19 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
         if error is None or not _is_of_connection(error):
             signs.end(error)
             _leave(with_error=error is not None)
+
+
+def _join_group(*, rank: int, size: int, device: torch.device, timeout: timedelta) -> SignsOfLife:
+    """Make the process group when all ranks are here."""
+    store = meet(next(rendezvous("env://", timeout=timeout))[0], rank=rank, size=size, timeout=timeout)
+    signs = SignsOfLife(store, rank=rank, size=size, timeout=timeout.total_seconds())
+    given: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
+    if device.type == "cuda":
+        # NCCL ends the process with pages of its own when it has waited too long; `signs` is to be before it.
+        dist.init_process_group("nccl", **given, timeout=timeout + timedelta(minutes=1), device_id=device)
+    else:
+        dist.init_process_group("gloo", **given, timeout=timeout)
+    return signs
 
 
 def meet(store: Store, *, rank: int, size: int, timeout: timedelta = TIMEOUT) -> PrefixStore:

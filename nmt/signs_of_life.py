@@ -8,6 +8,7 @@ silent, or ends with an error itself, leaves a verdict there for all.
 import os
 import socket
 import time
+from contextlib import suppress
 from threading import Event, Thread
 
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -51,9 +52,9 @@ class SignsOfLife:
     def end(self, error: BaseException | None = None) -> None:
         """Give no more signs; if this rank ends by an error, the others are told."""
         if error is not None:
-            self._leave_verdict(
-                f"rank {self._rank} {self._place(self._rank)} has ended with an error of its own"
-            )
+            with suppress(RuntimeError):  # the store is gone, and this rank has its own error to show
+                place = self._place(self._rank)
+                self._leave_verdict(f"rank {self._rank} {place} has ended with an error of its own")
         self._ended.set()
         self._thread.join()
 

@@ -88,7 +88,7 @@ class Trainer:
         """Make one update from this rank's share of it; the open scopes of `metrics` see what it sums.
 
         Afterwards `num_wanting_stop` is the number of ranks that wanted to stop when it began; on a GPU when the
-        update before began. It is the same on every rank.
+        update before began. It is the same on every rank. (A single rank knows by itself.)
 
         Args:
             micro_batches: As many on every rank, each with its weight: 1, or 0 for a filler, which is run
@@ -109,7 +109,8 @@ class Trainer:
                 (output.loss * scale).backward()
             outputs.append(output)
         is_cancelled = self._apply_gradient(epoch)
-        self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
+        if self.world.size > 1:
+            self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
         for tensor, before in zip(self.statistics, statistics, strict=True):
             tensor.copy_(torch.where(is_cancelled, before, tensor))
         if self.averaged is not None:

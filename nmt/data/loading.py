@@ -6,7 +6,7 @@ plan gives the same batches for any number of worker processes, interrupted or n
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,7 +75,7 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
     Raises:
         UserError: An example cannot be read, as its task says; in a worker process or in this one.
     """
-    with shielded_from_signals():  # the first time it starts the workers
+    with shielded_from_signals() if loader.num_workers else nullcontext():  # the first time it starts them
         batches = iter(loader)
     for batch in batches:
         if isinstance(batch, _Refusal):
