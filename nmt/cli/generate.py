@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nmt.cli.command import run_command
@@ -14,10 +15,12 @@ from nmt.cli.options import GenerateOptions
 from nmt.cli.references import References
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config import parse_command
+from nmt.data.vocabulary import EOS_ID
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from nmt.translation.alignment import Links
     from nmt.translation.translator import Translation, Translator
 
 PROG = "nmt-generate"
@@ -52,6 +55,8 @@ def generate(options: GenerateOptions) -> None:
     from tqdm import tqdm
 
     from nmt.distributed import join_world
+    from nmt.translation.alignment import check_layer
+    from nmt.translation.attention_plot import check_plotting
     from nmt.translation.translator import Translator
 
     if options.num_threads is not None:
@@ -63,6 +68,10 @@ def generate(options: GenerateOptions) -> None:
             input_is_pieces=options.input_is_pieces,
             precision=options.precision,
         )
+    if options.plot_attention is not None:
+        check_plotting()
+        options.plot_attention.mkdir(parents=True, exist_ok=True)
+    check_layer(translator, options.alignment_layer)
     references = References(options, translator)
     report = _Report()
     buffer_size = _buffer_size(options)
@@ -74,9 +83,12 @@ def generate(options: GenerateOptions) -> None:
     ):
         translations = _translate(translator, options, references, buffer_size, bar.update)
         for chunk in _chunks(translations, buffer_size):
+            links = _align(translator, chunk, options)
+            _plot(translator, chunk, options, first=report.num_lines)
             for translation in chunk:
                 ids = references.next_ids()
-                for line in _to_lines(report.num_lines, translation, ids, options, translator):
+                alignments = None if links is None else links.pop(0)
+                for line in _to_lines(report.num_lines, translation, ids, alignments, options, translator):
                     output.write(line.encode() + b"\n")
                 report.add(translation)
             output.flush()  # a chunk is a line where somebody waits for it
@@ -100,20 +112,60 @@ def _to_lines(
     number: int,
     translation: Translation,
     reference: NDArray[Any] | None,
+    alignments: Sequence[Links] | None,
     options: GenerateOptions,
     translator: Translator,
 ) -> Iterator[str]:
     """Write a translation in the format that was asked for."""
     from nmt.interop.fairseq_format import to_lines
+    from nmt.translation.alignment import to_pharaoh
     from nmt.translation.json_lines import to_json_line
+
+    vocabulary = translator.task.target_vocabulary
 
     if options.format == "fairseq":
         yield from to_lines(number, translation, reference=reference, task=translator.task)
+        yield from (f"A-{number}\t{to_pharaoh(links)}" for links in alignments or ())
     elif options.format == "jsonl":
-        yield to_json_line(number, translation, target_vocabulary=translator.task.target_vocabulary)
+        yield to_json_line(number, translation, target_vocabulary=vocabulary, alignments=alignments)
     else:
-        yield from translation.texts
-        yield from [""] * (options.decoding.nbest - len(translation.texts))
+        texts = translation.texts + [""] * (options.decoding.nbest - len(translation.texts))
+        if alignments is not None:
+            links_of_all = [*alignments, *([[]] * (len(texts) - len(alignments)))]
+            texts = [f"{x} ||| {to_pharaoh(links)}" for x, links in zip(texts, links_of_all, strict=True)]
+        yield from texts
+
+
+def _align(
+    translator: Translator, translations: Sequence[Translation], options: GenerateOptions
+) -> list[list[Links]] | None:
+    from nmt.translation.alignment import align
+
+    if not options.print_alignment:
+        return None
+    return align(translator, translations, layer=options.alignment_layer)
+
+
+def _plot(
+    translator: Translator, translations: Sequence[Translation], options: GenerateOptions, *, first: int
+) -> None:
+    """Draw the best hypothesis of each line to `plot-attention`/<number of the line, from 1>.png."""
+    if options.plot_attention is None:
+        return
+    from nmt.translation.alignment import attention
+    from nmt.translation.attention_plot import plot_attention
+
+    source_tokens = translator.task.source_vocabulary.tokens
+    target_tokens = translator.task.target_vocabulary.tokens
+    for number, x in enumerate(translations, start=first + 1):
+        if not x.hypotheses or not x.hypotheses[0].tokens:
+            continue
+        pair = (x.source_ids, x.hypotheses[0].tokens)
+        (weights,) = attention(translator, [pair], layer=options.alignment_layer)
+        source = [source_tokens[index] for index in (*x.source_ids, EOS_ID)]
+        target = [target_tokens[index] for index in x.hypotheses[0].tokens]
+        path = options.plot_attention / f"{number:06}.png"
+        plot_attention(path, weights, source, target, title=f"line {number:,}")
 
 
 def _translate(
@@ -125,6 +177,7 @@ def _translate(
 ) -> Iterator[Translation]:
     """Translate the input, or score its reference."""
     from nmt.translation.batches import Batching
+    from nmt.translation.mbr import rerank
 
     lines = read_text(options.input)
     batching = Batching(buffer_size, options.max_tokens, options.batch_size)
@@ -139,14 +192,20 @@ def _translate(
     prefixes = None
     if options.prefix_size > 0:
         prefixes = (ids[: options.prefix_size] for ids in references.ids())
-    return translator.translate_lines(
+    decoding = options.decoding
+    if options.mbr is not None:
+        decoding = replace(decoding, nbest=decoding.beam)
+    translations = translator.translate_lines(
         lines,
-        options.decoding,
+        decoding,
         batching=batching,
         prefixes=prefixes,
         too_long=options.too_long,
         on_progress=on_progress,
     )
+    if options.mbr is None:
+        return translations
+    return (rerank(translation, nbest=options.decoding.nbest) for translation in translations)
 
 
 class _Lines:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 
 from nmt.data.vocabulary import Vocabulary
+from nmt.translation.alignment import Links
 from nmt.translation.quality import find_signals
 from nmt.translation.translator import Translation
-
-Links = Sequence[tuple[int, int]]
 
 
 def to_json_line(

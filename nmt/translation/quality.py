@@ -16,7 +16,7 @@ from dataclasses import dataclass
 _UNSURE = 1.2  # nats a token: the model gave its tokens a probability of 30% in the geometric mean
 _LENGTH_SLACK = 5  # tokens: a short sentence may well double
 _STRANGE_LENGTH = math.log(1.8)
-_REPEATED = 0.3  # of the bigrams
+_REPEATED = 0.2  # of the bigrams
 _COPIED = 0.5  # of the words
 _FEWEST_COPIED_WORDS = 3  # names and numbers are copied rightly
 _NUMBER = re.compile(r"\d(?:[\d.,:'\u00a0\u202f]*\d)?")
