@@ -85,6 +85,7 @@ def test_computes_the_same_logits_in_each_type(
     fast = InferenceTransformer(exact if dtype == torch.float64 else plain, dtype)
     source = padded([[5, 6, 7], [8], [9, 10, 11, 12]])
     target_input = torch.randint(3, 30, (6, 20))
+    target_input[:, 0] = EOS_ID  # with which all begin
     with torch.inference_mode():
         expected = exact.decode(target_input, exact.encode(source))
         memory, state = fast.encode(source), fast.start_state()
@@ -112,5 +113,5 @@ def test_columns_without_descendants_make_room() -> None:
             model.features(torch.full((8, 1), 5), memory, state)
             state.reorder_(torch.tensor([0, 0, 0, 0, 4, 4, 4, 4]))
             sizes.append(state.num_columns)
-    assert max(sizes) <= 16 * 4
+    assert max(sizes) <= 64
     assert state.length == 31

@@ -50,9 +50,9 @@ def combine(logits: Sequence[Tensor], options: DecodingOptions) -> tuple[Tensor,
 def _log_normalizer(scores: Tensor) -> Tensor:
     """Return log(sum(exp(scores))) of each row: (R, V) -> (R, 1).
 
-    As max - log(largest probability), because `softmax` passes over a row less often than `logsumexp`.
+    As the difference of two maxima, because `log_softmax` passes over a row less often than `logsumexp`.
     """
-    return scores.amax(dim=1, keepdim=True) - scores.softmax(dim=1).amax(dim=1, keepdim=True).log_()
+    return scores.amax(dim=1, keepdim=True) - scores.log_softmax(dim=1).amax(dim=1, keepdim=True)
 
 
 def penalize_repetition_(logits: Tensor, tokens: Tensor, *, penalty: float) -> None:

@@ -30,7 +30,7 @@ from nmt.generation.select import best_tokens, num_candidates, rank, sample_toke
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
 _ROWS_AT_ONCE = {"cpu": 128}
 _ROWS_AT_ONCE_ELSEWHERE = 2048
-_DONE_SHARE = 4  # done sentences leave the batch when they are at least one in so many
+_DONE_SHARE = 16  # done sentences leave the batch when they are at least one in so many
 
 
 class TranslationModel(Protocol):
@@ -175,7 +175,7 @@ class Generator:
             if num_done == num_sentences:
                 return best(finished, nbest=min(options.nbest, beam_size))
             if num_done * _DONE_SHARE >= num_sentences:
-                live = (~beam.is_done).nonzero().squeeze(1)
+                live = _places_to_keep(beam.is_done, num_live=num_sentences - num_done)
                 beam, rows = keep(beam, rows, live=live)
                 memories = [memory.select(live) for memory in memories]
             for state in states:
@@ -240,6 +240,17 @@ class Generator:
         a, b = self.options.max_len_a, self.options.max_len_b
         lengths = (source != self.pad_id).sum(dim=1).tolist()  # Python rounds alike on every device
         return source.new_tensor([min(int(a * length + b), longest) for length in lengths])
+
+
+def _places_to_keep(is_done: Tensor, *, num_live: int) -> Tensor:
+    """Return the places (num_live,) of the sentences that go on, in the order in which the fewest have to move.
+
+    Those in the first places stay there, and the others take the places of sentences that are done.
+    """
+    live = (~is_done).nonzero().squeeze(1)
+    places = torch.arange(num_live, device=is_done.device)
+    places[is_done[:num_live]] = live[live >= num_live]
+    return places
 
 
 def _score_dtype(models: Sequence[TranslationModel]) -> torch.dtype:

@@ -17,20 +17,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models.attention import split_heads
 from nmt.models.blocks import Residual
-from nmt.models.decoder_state import Memory
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
 
-_FIRST_CAPACITY = 16  # positions
+_FIRST_CAPACITY = 64  # columns
 _PACKED_FOR = 128  # rows; products of other numbers of rows use the same packing
 
 
@@ -57,7 +56,13 @@ class InferenceTransformer:
         )
         _replace_products_(self.encoder, self.dtype)
         self.embedding = model.decoder.embedding
-        self.layers = [_Layer(cast(DecoderLayer, layer), self.dtype) for layer in model.decoder.layers]
+        layers = [cast(DecoderLayer, layer) for layer in model.decoder.layers]
+        self.num_heads = layers[0].cross_attention.num_heads
+        self.layers = [_Layer(layer, self.dtype) for layer in layers]
+        memory_maps = [layer.cross_attention.kv_proj for layer in layers]
+        self.project_memory = linear_map(
+            torch.cat([x.weight for x in memory_maps]), torch.cat([x.bias for x in memory_maps]), self.dtype
+        )
         self.final_norm = _norm(model.decoder.final_norm, self.dtype)
         self.project = linear_map(model.output_weight, None, self.dtype)  # (..., D) -> (..., V)
 
@@ -65,37 +70,71 @@ class InferenceTransformer:
         """Iterate over the weights of the model."""
         return self.plain.parameters()
 
-    def encode(self, source: Tensor) -> Memory:
+    def encode(self, source: Tensor) -> InferenceMemory:
         """Encode sources (B, S); see `Transformer.encode`."""
         padding_mask = source == self.pad_id
         encoded = self.encoder(source, padding_mask)
-        projected = [layer.project_memory(encoded) for layer in self.layers]
-        return Memory([keys for keys, _ in projected], [values for _, values in projected], padding_mask)
+        projected = self.project_memory(encoded.to(self.dtype))
+        # (B, S, L*2*D) -> (L, 2, B, H, S, E)
+        parts = projected.unflatten(2, (len(self.layers), 2, self.num_heads, -1)).permute(2, 3, 0, 4, 1, 5)
+        # A CPU takes longer for small products of bfloat16 than of float32: there, attention is in float32.
+        is_slow = self.dtype == torch.bfloat16 and source.device.type == "cpu"
+        parts = parts.to(torch.float32 if is_slow else self.dtype).contiguous()
+        return InferenceMemory(parts, _additive(padding_mask, parts.dtype))
 
     def start_state(self) -> BeamState:
         """Return the state of rows of which nothing has been decoded."""
-        return BeamState(len(self.layers))
+        return BeamState()
 
-    def features(self, target_input: Tensor, memory: Memory, state: BeamState) -> Tensor:
+    def features(self, target_input: Tensor, memory: InferenceMemory, state: BeamState) -> Tensor:
         """Take one new token a row into the state.
 
         Args:
-            target_input: (R, 1) int64; the K rows of a sentence lie side by side.
+            target_input: (R, 1) int64; the K rows of a sentence lie side by side, and are alike at first.
             memory: The encoded sources of B sentences.
             state: What has been decoded before.
 
         Returns:
             (R, 1, D), the last hidden states.
         """
-        beam_size = target_input.size(0) // memory.padding_mask.size(0)
-        past, past_mask = state.add_columns(memory.keys[0], beam_size)
-        source_mask = _additive(memory.padding_mask, memory.keys[0].dtype)[:, None, None]  # (B, 1, 1, S)
+        beam_size = target_input.size(0) // memory.padding.size(0)
+        if state.length > 0 or beam_size == 1:
+            return self._step(target_input, memory, state, beam_size)
+        # At the first position all rows of a sentence are alike: one is computed.
+        features = self._step(target_input[::beam_size], memory, state, 1)
+        state.branch(beam_size)
+        return features.repeat_interleave(beam_size, dim=0)
+
+    def _step(
+        self, target_input: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int
+    ) -> Tensor:
+        past, past_mask = state.add_columns(memory.parts, beam_size)
+        padding = memory.padding[:, None, None]  # (B, 1, 1, S)
         x = self.embedding(target_input, start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
         for i, layer in enumerate(self.layers):
             x = layer.attend_to_past(x, past[i], past_mask)
-            x = layer.attend_to_source(x, memory.keys[i], memory.values[i], source_mask)
+            x = layer.attend_to_source(x, memory.parts[i], padding)
             x = layer.feed_forward(x)
         return self.final_norm(x)[:, None]
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """The encoded source as all decoder layers attend to it.
+
+    Attributes:
+        parts: (L, 2, B, H, S, E), the keys and the values for each layer.
+        padding: (B, S), -inf at padding and else 0, to be added to scores.
+    """
+
+    parts: Tensor
+    padding: Tensor
+
+    def select(self, sentences: Tensor) -> InferenceMemory:
+        """Return the memory of the sentences (B',). Where they are fewer, it is made in place of this one."""
+        if sentences.numel() >= self.padding.size(0):
+            return InferenceMemory(self.parts[:, :, sentences], self.padding[sentences])
+        return InferenceMemory(_move_(self.parts, sentences), self.padding[sentences])
 
 
 class BeamState:
@@ -106,9 +145,8 @@ class BeamState:
         num_columns: Number of columns that are filled; the K of the newest position stand last.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self) -> None:
         self.length = 0
-        self._num_layers = num_layers
         self.num_columns = 0
         self._past = torch.empty(0)  # (L, 2, B, H, capacity, E): keys and values of each layer
         self._mask = torch.empty(0)  # (B, K, capacity): 0 where a column belongs to the hypothesis, else -inf
@@ -118,26 +156,25 @@ class BeamState:
         num_sentences, beam_size, capacity = self._mask.shape
         self._mask = self._mask.flatten(0, 1)[rows].view(-1, beam_size, capacity)
         if rows.numel() < num_sentences * beam_size:
-            sentences = rows.view(-1, beam_size)[:, 0] // beam_size
-            filled = self._past[:, :, sentences, :, : self.num_columns]
-            self._past = self._past[:, :, : sentences.numel()]  # the same memory
-            self._past[:, :, :, :, : self.num_columns] = filled
+            self._past = _move_(self._past, rows.view(-1, beam_size)[:, 0] // beam_size)
+
+    def branch(self, beam_size: int) -> None:
+        """Let K hypotheses go on from the single one that there is for each sentence."""
+        self._mask = self._mask.expand(-1, beam_size, -1).contiguous()
 
     def add_columns(self, like: Tensor, beam_size: int) -> tuple[Tensor, Tensor | None]:
         """Make columns for a new position, and return all: the newest K are to be filled.
 
         Args:
-            like: (B, H, S, E), the keys of a layer's memory: the past has their sizes and their type.
+            like: (L, 2, B, H, S, E), the memory: the past has its sizes and its type.
             beam_size: K.
 
         Returns:
             (L, 2, B, H, N, E) keys and values, and the mask (B, 1, K, N), None where K is 1.
         """
-        num_sentences, num_heads, _, head_size = like.shape
         if self.length == 0:
-            capacity = _FIRST_CAPACITY * beam_size
-            self._past = like.new_empty((self._num_layers, 2, num_sentences, num_heads, capacity, head_size))
-            self._mask = like.new_full((num_sentences, beam_size, capacity), -torch.inf)
+            self._past = like.new_empty((*like.shape[:4], _FIRST_CAPACITY, like.size(5)))
+            self._mask = like.new_full((like.size(2), beam_size, _FIRST_CAPACITY), -torch.inf)
         elif self.num_columns + beam_size > self._mask.size(2):
             self._make_room(beam_size)
         first, self.num_columns = self.num_columns, self.num_columns + beam_size
@@ -155,13 +192,13 @@ class BeamState:
         # The columns alive come first, in their order. A sentence that has fewer keeps some that are masked.
         order = is_alive.byte().argsort(dim=1, descending=True, stable=True)[:, :width]  # (B, width)
         capacity = self._mask.size(2)
-        if 2 * width > capacity:
-            capacity *= 2
+        if 2 * (width + beam_size) > capacity:
+            capacity = 2 * max(capacity, width + beam_size)
         old_past = self._past
         *sizes, _, head_size = old_past.shape
         self._past = old_past.new_empty((*sizes, capacity, head_size))
         places = order[:, None, :, None].expand(-1, sizes[3], -1, head_size)  # (B, H, width, E)
-        for layer in range(self._num_layers):
+        for layer in range(sizes[0]):
             for side in range(2):
                 self._past[layer, side, :, :, :width] = old_past[layer, side].gather(2, places)
         self._mask = mask.new_full((*mask.shape[:2], capacity), -torch.inf)
@@ -173,37 +210,27 @@ class _Layer:
     """A decoder layer for one new position a row."""
 
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.num_heads = layer.cross_attention.num_heads
-        self.qkv = linear_map(layer.self_attention.qkv_proj.weight, layer.self_attention.qkv_proj.bias, dtype)
+        qkv, query = layer.self_attention.qkv_proj, layer.cross_attention.q_proj
+        dim, num_heads = query.weight.size(0), layer.cross_attention.num_heads
+        # Queries are divided by sqrt(E) beforehand, by their weights.
+        scale = (dim // num_heads) ** -0.5
+        scales = torch.cat([qkv.weight.new_full((dim,), scale), qkv.weight.new_ones(2 * dim)])
+        self.qkv = linear_map(qkv.weight * scales[:, None], qkv.bias * scales, dtype)
+        self.query = linear_map(query.weight * scale, query.bias * scale, dtype)
         self.past_out = linear_map(
             layer.self_attention.out_proj.weight, layer.self_attention.out_proj.bias, dtype
         )
-        self.keys_and_values = linear_map(
-            layer.cross_attention.kv_proj.weight, layer.cross_attention.kv_proj.bias, dtype
-        )
-        self.query = linear_map(layer.cross_attention.q_proj.weight, layer.cross_attention.q_proj.bias, dtype)
         self.source_out = linear_map(
             layer.cross_attention.out_proj.weight, layer.cross_attention.out_proj.bias, dtype
         )
-        self.expand = linear_map(layer.feed_forward.expand.weight, layer.feed_forward.expand.bias, dtype)
+        expand = layer.feed_forward.expand
+        self.expand = linear_map(expand.weight, expand.bias, dtype, activation=layer.feed_forward.activation)
         self.contract = linear_map(
             layer.feed_forward.contract.weight, layer.feed_forward.contract.bias, dtype
         )
-        self.activation = layer.feed_forward.activation
         self.around_past = _residual(layer.around_self_attention, dtype)
         self.around_source = _residual(layer.around_cross_attention, dtype)
         self.around_feed_forward = _residual(layer.around_feed_forward, dtype)
-
-    def project_memory(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Project the encoder's output (B, S, D) to keys and values, (B, H, S, E) each.
-
-        They are float32 where they would be bfloat16 on a CPU, which takes longer for small products of these.
-        """
-        keys, values = split_heads(self.keys_and_values(encoded.to(self.dtype)), 2, self.num_heads)
-        is_slow = self.dtype == torch.bfloat16 and encoded.device.type == "cpu"
-        dtype = torch.float32 if is_slow else self.dtype
-        return keys.to(dtype).contiguous(), values.to(dtype).contiguous()
 
     def attend_to_past(self, x: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
         """(R, D) -> (R, D). The last K columns of the past (2, B, H, N, E) are filled."""
@@ -217,38 +244,40 @@ class _Layer:
 
         return self.around_past(x, block)
 
-    def attend_to_source(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """(R, D) -> (R, D). Keys and values are (B, H, S, E), the mask (B, 1, 1, S)."""
+    def attend_to_source(self, x: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
+        """(R, D) -> (R, D). The memory is (2, B, H, S, E), the padding (B, 1, 1, S)."""
 
         def block(y: Tensor) -> Tensor:
-            num_sentences, num_heads, _, head_size = keys.shape
+            _, num_sentences, num_heads, _, head_size = memory.shape
             query = self.query(y).view(num_sentences, -1, num_heads, head_size).transpose(1, 2)
-            return self.source_out(_attend(query, keys, values, mask))
+            return self.source_out(_attend(query, memory[0], memory[1], padding))
 
         return self.around_source(x, block)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """(R, D) -> (R, D)."""
-        return self.around_feed_forward(x, lambda y: self.contract(self.activation(self.expand(y))))
+        return self.around_feed_forward(x, lambda y: self.contract(self.expand(y)))
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend with queries (B, H, K, E) to keys and values (B, H, N, E), whose type may be another.
+    """Attend with scaled queries (B, H, K, E) to keys and values (B, H, N, E), whose type may be another.
 
     Plain products: for a handful of queries they are faster on a CPU than the fused attention.
 
     Returns:
         (R, D), of the queries' type.
     """
-    scores = (query.to(keys.dtype) * query.size(3) ** -0.5) @ keys.transpose(2, 3)  # (B, H, K, N)
+    scores = query.to(keys.dtype) @ keys.transpose(2, 3)  # (B, H, K, N)
     if mask is not None:
         scores += mask
     heads = scores.softmax(dim=3) @ values  # (B, H, K, E)
     return heads.transpose(1, 2).to(query.dtype).flatten(2).flatten(0, 1)
 
 
-def linear_map(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Map:
-    """Return the map x -> x W^T + b for weights (out, in).
+def linear_map(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, activation: _Map | None = None
+) -> _Map:
+    """Return the map x -> activation(x W^T + b) for weights (out, in).
 
     On a CPU oneDNN's packed products are used, where this build of PyTorch has them: PyTorch's own in float32 are
     MKL's, which on processors that are not Intel's reach half of their rate, and products of few rows gain most.
@@ -262,8 +291,12 @@ def linear_map(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Map:
     ):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
         product = torch.ops.mkldnn._linear_pointwise
-        return lambda x: cast(Tensor, product(x, packed, bias, "none", [], ""))
-    return lambda x: F.linear(x, weight, bias)
+        if activation is F.relu:
+            return lambda x: cast(Tensor, product(x, packed, bias, "relu", [], ""))
+        linear: _Map = lambda x: cast(Tensor, product(x, packed, bias, "none", [], ""))  # noqa: E731
+    else:
+        linear = lambda x: F.linear(x, weight, bias)  # noqa: E731
+    return linear if activation is None else lambda x: activation(linear(x))
 
 
 class _Product(nn.Module):
@@ -302,6 +335,13 @@ def _residual(residual: Residual, dtype: torch.dtype) -> Callable[[Tensor, _Map]
     if residual.pre_norm:
         return lambda x, block: x + block(norm(x))
     return lambda x, block: norm(block(x).add_(x))
+
+
+def _move_(parts: Tensor, sentences: Tensor) -> Tensor:
+    """Let the sentences (B',) of (L, 2, B, ...), fewer than B, take the first B' places; copy those that move."""
+    moves = (sentences != torch.arange(sentences.numel(), device=sentences.device)).nonzero().squeeze(1)
+    parts[:, :, moves] = parts[:, :, sentences[moves]]
+    return parts[:, :, : sentences.numel()]
 
 
 def _additive(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
