@@ -34,7 +34,7 @@ def cross_attention_weights(
         model.features(target_input, memory)
     finally:
         handle.remove()
-    queries = split_heads(attention.q_proj(inputs[0]), attention.num_heads)  # (B, T, D) -> (B, H, T, E)
+    (queries,) = split_heads(attention.q_proj(inputs[0]), 1, attention.num_heads)  # (B, T, D) -> (B, H, T, E)
     scores = queries @ memory.keys[layer].transpose(2, 3) / queries.size(-1) ** 0.5  # (B, H, T, S)
     scores = scores.float().masked_fill(memory.padding_mask[:, None, None, :], -torch.inf)
     return scores.softmax(dim=-1).mean(dim=1)
