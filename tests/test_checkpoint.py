@@ -74,10 +74,10 @@ def test_weights_that_are_cut_short_are_refused(folder: Path, size: int) -> None
 def test_another_format_version_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     save_file(load_file(path), path, metadata={"format": "nmt", "format_version": "99"})
-    with pytest.raises(UserError, match="version 1, but is of 99"):
+    with pytest.raises(UserError, match="version 2, but is of 99"):
         load_model(folder)
     save_file(load_file(path), path)
-    with pytest.raises(UserError, match="version 1, but is of none"):
+    with pytest.raises(UserError, match="version 2, but is of none"):
         load_model(folder)
 
 
@@ -130,7 +130,7 @@ def test_only_what_is_complete_counts_and_the_rest_is_cleaned_away(folder: Path,
         "update-0000015",
     ]
     optimizer, state = checkpoints.load_state(10)
-    assert optimizer["weight.step"].item() == 10.0 and state == {"update": 10}
+    assert optimizer["weight.step"].item() == 10.0 and state == {"version": 2, "update": 10}
     load_model(checkpoints.path / "best")
     state_path = checkpoints.at(10) / "state.json"
     state_path.write_text(json.dumps(state)[:-3])
