@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +85,8 @@ def generate(options: GenerateOptions) -> None:
         for chunk in _chunks(translations, buffer_size):
             links = _align(translator, chunk, options)
             _plot(translator, chunk, options, first=report.num_lines)
-            for translation in chunk:
+            for translation, alignments in zip(chunk, links, strict=True):
                 ids = references.next_ids()
-                alignments = None if links is None else links.pop(0)
                 for line in _to_lines(report.num_lines, translation, ids, alignments, options, translator):
                     output.write(line.encode() + b"\n")
                 report.add(translation)
@@ -138,11 +137,12 @@ def _to_lines(
 
 def _align(
     translator: Translator, translations: Sequence[Translation], options: GenerateOptions
-) -> list[list[Links]] | None:
+) -> Iterable[list[Links] | None]:
+    """Return the links of each hypothesis of each line, or None for each line where they are not asked for."""
     from nmt.translation.alignment import align
 
     if not options.print_alignment:
-        return None
+        return [None] * len(translations)
     return align(translator, translations, layer=options.alignment_layer)
 
 
