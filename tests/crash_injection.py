@@ -254,7 +254,10 @@ def content(path: Path) -> Any:
     if path.is_symlink():
         return f"-> {path.readlink()}"
     if path.name == "metrics.jsonl":
-        records = map(json.loads, path.read_text().splitlines())
+        try:
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+        except json.JSONDecodeError:
+            return path.read_bytes()  # half a line: like nothing that a run should leave
         return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
     if path.name == "state.json":
         state = json.loads(path.read_text())
