@@ -411,9 +411,7 @@ def test_memory_does_not_grow_with_the_number_of_lines(
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
 ) -> None:
-    def instantly(
-        _: Generator, source: torch.Tensor, prefixes: object = None, **numbers: object
-    ) -> list[list[Hypothesis]]:
+    def instantly(_: Generator, source: torch.Tensor, prefixes: object = None) -> list[list[Hypothesis]]:
         assert prefixes is None
         return [[Hypothesis(row[:3], -1.0, [-1.0] * 4)] for row in source.tolist()]
 
@@ -434,5 +432,5 @@ def test_memory_does_not_grow_with_the_number_of_lines(
 
     peak(200)  # what is imported and cached once
     few, many = peak(400), peak(2_400)
-    # To keep one string a line would take 80 bytes each, 160 kB for 2,000 lines; when garbage is collected varies.
+    # To keep a string a line would take 160 kB for 2,000 lines more. When garbage is collected varies.
     assert many < few + 110_000
