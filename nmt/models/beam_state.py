@@ -1,0 +1,114 @@
+"""What the decoder of `inference.py` knows besides its input: the memory, and the past of each hypothesis.
+
+The past stays where it was written. The K hypotheses of a sentence share one table of keys and values, to which
+each step adds K columns, and a mask says which columns are a hypothesis's own past. Where hypotheses branch and
+die, rows of the mask are copied instead of keys and values. Columns from which no hypothesis descends are dropped
+when the table is full, before it grows.
+
+Shapes: B sentences, K beam size, R = B*K rows, S source length, N columns of the past, L layers, H heads,
+E head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FIRST_CAPACITY = 64  # columns
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """The encoded source as all decoder layers attend to it.
+
+    Attributes:
+        parts: (L, 2, B, H, S, E), the keys and the values for each layer.
+        padding: (B, S), -inf at padding and else 0, to be added to scores.
+    """
+
+    parts: Tensor
+    padding: Tensor
+
+    def select(self, sentences: Tensor) -> InferenceMemory:
+        """Return the memory of the sentences (B',). Where they are fewer, it is made in place of this one."""
+        if sentences.numel() >= self.padding.size(0):
+            return InferenceMemory(self.parts[:, :, sentences], self.padding[sentences])
+        return InferenceMemory(_move_(self.parts, sentences), self.padding[sentences])
+
+
+class BeamState:
+    """What the decoder remembers of K hypotheses for each of B sentences.
+
+    Attributes:
+        length: Number of positions that have been decoded.
+        num_columns: Number of columns that are filled; the K of the newest position stand last.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.num_columns = 0
+        self._past = torch.empty(0)  # (L, 2, B, H, capacity, E): keys and values of each layer
+        self._mask = torch.empty(0)  # (B, K, capacity): 0 where a column belongs to the hypothesis, else -inf
+
+    def reorder_(self, rows: Tensor) -> None:
+        """Let new row i go on from old row `rows[i]`, (R',) int64; the rows of a sentence stay together."""
+        num_sentences, beam_size, capacity = self._mask.shape
+        self._mask = self._mask.flatten(0, 1)[rows].view(-1, beam_size, capacity)
+        if rows.numel() < num_sentences * beam_size:
+            self._past = _move_(self._past, rows.view(-1, beam_size)[:, 0] // beam_size)
+
+    def branch(self, beam_size: int) -> None:
+        """Let K hypotheses go on from the single one that there is for each sentence."""
+        self._mask = self._mask.expand(-1, beam_size, -1).contiguous()
+
+    def add_columns(self, like: Tensor, beam_size: int) -> tuple[Tensor, Tensor | None]:
+        """Make columns for a new position, and return all: the newest K are to be filled.
+
+        Args:
+            like: (L, 2, B, H, S, E), the memory: the past has its sizes and its type.
+            beam_size: K.
+
+        Returns:
+            (L, 2, B, H, N, E) keys and values, and the mask (B, 1, K, N), None where K is 1.
+        """
+        if self.length == 0:
+            self._past = like.new_empty((*like.shape[:4], _FIRST_CAPACITY, like.size(5)))
+            self._mask = like.new_full((like.size(2), beam_size, _FIRST_CAPACITY), -torch.inf)
+        elif self.num_columns + beam_size > self._mask.size(2):
+            self._make_room(beam_size)
+        first, self.num_columns = self.num_columns, self.num_columns + beam_size
+        self.length += 1
+        mask = self._mask[:, :, : self.num_columns]
+        mask[:, :, first:].diagonal(dim1=1, dim2=2).zero_()
+        past = self._past[:, :, :, :, : self.num_columns]
+        return past, mask[:, None] if beam_size > 1 else None
+
+    def _make_room(self, beam_size: int) -> None:
+        """Drop the columns that belong to no hypothesis; double the capacity if half of it is still filled."""
+        mask = self._mask[:, :, : self.num_columns]
+        is_alive = (mask == 0).any(dim=1)  # (B, N)
+        width = int(is_alive.sum(dim=1).max())
+        # The columns alive come first, in their order. A sentence that has fewer keeps some that are masked.
+        order = is_alive.byte().argsort(dim=1, descending=True, stable=True)[:, :width]  # (B, width)
+        capacity = self._mask.size(2)
+        if 2 * (width + beam_size) > capacity:
+            capacity = 2 * max(capacity, width + beam_size)
+        old_past = self._past
+        *sizes, _, head_size = old_past.shape
+        self._past = old_past.new_empty((*sizes, capacity, head_size))
+        places = order[:, None, :, None].expand(-1, sizes[3], -1, head_size)  # (B, H, width, E)
+        for layer in range(sizes[0]):
+            for side in range(2):
+                self._past[layer, side, :, :, :width] = old_past[layer, side].gather(2, places)
+        self._mask = mask.new_full((*mask.shape[:2], capacity), -torch.inf)
+        self._mask[:, :, :width] = mask.gather(2, order[:, None].expand(-1, beam_size, -1))
+        self.num_columns = width
+
+
+def _move_(parts: Tensor, sentences: Tensor) -> Tensor:
+    """Let the sentences (B',) of (L, 2, B, ...), fewer than B, take the first B' places; copy those that move."""
+    moves = (sentences != torch.arange(sentences.numel(), device=sentences.device)).nonzero().squeeze(1)
+    parts[:, :, moves] = parts[:, :, sentences[moves]]
+    return parts[:, :, : sentences.numel()]
