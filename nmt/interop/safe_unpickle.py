@@ -11,6 +11,7 @@ each storage its number of elements as int64 and its bytes. Both are little endi
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import pickle
@@ -60,8 +61,12 @@ def read_torch_file(path: Path) -> Any:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
         return _read_zip(path) if is_zip else _read_legacy(path)
-    except (UserError, OSError):
+    except UserError:
         raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a damaged archive names places before its beginning
+            raise
+        raise UserError(f"`{path}` must be a complete checkpoint, but is damaged: {error.strerror}.") from None
     # Damaged bytes can mislead the interpreter of pickles in any way; none of them is a fault of ours.
     except Exception as error:
         raise UserError(
@@ -340,7 +345,9 @@ def _read_entry(path: Path, name: str) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(name)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise UserError(f"`{path}` must be a complete checkpoint, but is damaged: {error}.") from None
 
 
