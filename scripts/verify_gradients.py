@@ -37,8 +37,9 @@ from nmt.config import parse_command, peek, read_yaml
 from nmt.data.batch_iterator import BatchIterator, MicroBatch
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
-from nmt.optim import build_optimizer, build_schedule
+from nmt.optim import build_optimizer
 from nmt.options import TrainConfig
+from nmt.schedule import build_schedule
 from nmt.task import Examples, Task, load_task
 from nmt.trainer import Trainer
 
@@ -230,7 +231,7 @@ def slow_updates(job: Job) -> dict[str, Any]:
     with join_world(config.device) as world:
         task, model = build(config, world.device)
         optimizer = build_optimizer(model, config.optimization)
-        schedule = build_schedule(config.optimization, max_update=config.optimization.max_update)
+        schedule = build_schedule(config.optimization, updates_per_epoch=len(job.updates))
         examples = ChosenExamples(task.open_split("train"), job.indices)
         parameters = list(model.parameters())
         start = flat(parameters, model)
@@ -246,7 +247,7 @@ def slow_updates(job: Job) -> dict[str, Any]:
                 nn.utils.clip_grad_norm_(parameters, config.optimization.clip_norm)
             gradients.append(flat([parameter.grad for parameter in parameters], model))
             for group in optimizer.param_groups:
-                group["lr"] = config.optimization.lr * schedule(number)
+                group["lr"] = config.optimization.lr * schedule(number, 1)
             optimizer.step()
             optimizer.zero_grad()
         return {"gradients": gradients, "start": start, "parameters": flat(parameters, model)}
@@ -303,10 +304,10 @@ def train_rank(world: World, job: Job, num_batches: int, folder: str) -> None:
     trainer = Trainer(
         task,
         model,
-        job.config.optimization,
+        replace(job.config.optimization, precision="fp32"),  # that is, in the model's own float64
         world=world,
         seed=job.config.seed,
-        updates_per_epoch=len(updates),
+        updates_per_epoch=len(job.updates),
     )
     gradients: list[Tensor] = []
     trainer.optimizer.register_step_pre_hook(

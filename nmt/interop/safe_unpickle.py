@@ -66,7 +66,9 @@ def read_torch_file(path: Path) -> Any:
     except OSError as error:
         if error.errno != errno.EINVAL:  # a damaged archive names places before its beginning
             raise
-        raise UserError(f"`{path}` must be a complete checkpoint, but is damaged: {error.strerror}.") from None
+        raise UserError(
+            f"`{path}` must be a complete checkpoint, but is damaged: {error.strerror}."
+        ) from None
     # Damaged bytes can mislead the interpreter of pickles in any way; none of them is a fault of ours.
     except Exception as error:
         raise UserError(
