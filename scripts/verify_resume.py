@@ -176,7 +176,7 @@ def outcome(folder: Path, update: int) -> dict[str, Any]:
     for path in sorted(checkpoint(folder, update).rglob("*")):
         if path.name == "state.json":
             state = json.loads(path.read_text(encoding="utf-8"))
-            del state["progress"]["interval_seconds"], state["records_size"]  # times, and how long they are
+            del state["clock"], state["records_size"]  # times, and how long they are
             found[path.name] = state
         elif path.is_file() and path.name != "config.yaml":
             found[path.name] = path.read_bytes()
