@@ -1,4 +1,4 @@
-"""One update, one validation pass, and the state that outlives them.
+"""One update, and the state that outlives it.
 
 The update is exact: the gradient is (sum over the targets of all ranks and micro-batches) / (their number).
 The number is known before the forward pass, so each summed loss is scaled by world_size / number, and the
