@@ -43,7 +43,7 @@ def forecast(
     rows += [("", f"{count:>13,} {part}") for part, count in parameter_counts(trainer.model).items()]
     sums = sum_of_sizes(train_examples)
     sizes = " / ".join(f"{size:,}" for size in sums)
-    # Where each example has the size 1, as images have, there is nothing to add.
+    # Where each example has the size 1 there is nothing to add.
     in_size = "" if sums == [len(train_examples)] else f" of {sizes} in size"
     rows += [
         (
@@ -77,7 +77,7 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
 
 
 def sum_of_sizes(examples: "Examples[Any]") -> list[int]:
-    """Return the sum of each column of the sizes: source and target tokens, or the number of images."""
+    """Return the sum of each column of the sizes: source and target tokens, for one."""
     sizes = examples.sizes
     starts = range(0, len(sizes), _BLOCK)
     sums = [np.asarray(sizes[start : start + _BLOCK]).sum(axis=0, dtype=np.int64) for start in starts]

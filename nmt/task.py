@@ -35,7 +35,7 @@ class Batch(Protocol):
 
     @property
     def num_targets(self) -> int:
-        """The denominator of the gradient: target tokens without padding, or images."""
+        """The denominator of the gradient: target tokens without padding, or examples."""
 
     def to(self, device: torch.device, /) -> Self:
         """Return the batch on a device."""
@@ -58,7 +58,7 @@ class Examples(Protocol[B_co]):
     def __getitem__(self, index: int, /) -> Any:
         """Return one example, in the form that `collate` takes.
 
-        What is random here or in `collate`, such as the augmentation of images, may be drawn from the global
+        What is random here or in `collate`, such as augmentation, may be drawn from the global
         generators of torch, NumPy and Python. They are seeded for each batch of an epoch, so that it does not
         depend on worker processes or on where a run was resumed.
         """

@@ -1,6 +1,6 @@
 """Reading planned batches: in this process, or ahead of it by worker processes.
 
-Whatever is random in reading, such as the augmentation of images, is seeded batch by batch, so that the same
+Whatever is random in reading, such as augmentation, is seeded batch by batch, so that the same
 plan gives the same batches for any number of worker processes, interrupted or not.
 """
 
