@@ -173,7 +173,11 @@ def choose_examples(config: TrainConfig[Any], examples: Examples[Any]) -> Job:
     indices = order[:size]
     sizes = examples.sizes[np.asarray(indices)]
     updates = updates_of(config, Places(sizes), BATCHES_PER_UPDATE, num_updates=NUM_UPDATES)
-    return Job(config, indices, [[place for batch, _ in update for place in batch] for update in updates])
+    return Job(
+        config,
+        indices,
+        [[place for micro_batch in update for place in micro_batch.batch] for update in updates],
+    )
 
 
 def updates_of(
