@@ -289,7 +289,8 @@ def report(
     num_lines = len(next(iter(rounds.values()))[0]["texts"])
     print(f"\nbeam {beam}, {num_lines:,} lines, {args.threads} threads, medians of {args.rounds} rounds")
     print(
-        "engine | sentences/s | tokens/s | process s | first s | p50 ms | p95 ms | MB | same as first | BLEU"
+        "engine | sentences/s | tokens/s | CPU s | process s | first s | p50 ms | p95 ms | MB | "
+        "same as first | BLEU"
     )
     engines = list(rounds)
     for name in engines:
