@@ -411,7 +411,9 @@ def test_memory_does_not_grow_with_the_number_of_lines(
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
 ) -> None:
-    def instantly(_: Generator, source: torch.Tensor, prefixes: object = None) -> list[list[Hypothesis]]:
+    def instantly(
+        _: Generator, source: torch.Tensor, prefixes: object = None, *, lines: object = None
+    ) -> list[list[Hypothesis]]:
         assert prefixes is None
         return [[Hypothesis(row[:3], -1.0, [-1.0] * 4)] for row in source.tolist()]
 

@@ -64,7 +64,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", make_update_and_ask)
         last = train(config(tmp_path / "parts"), stop=stop)
-    assert last.resolve().name <= f"update-{at:07d}"
+    assert last.best.resolve().name <= f"update-{at:07d}"
     assert (tmp_path / "parts" / "checkpoints" / "last").readlink() == Path(f"update-{at:07d}")
     line = (tmp_path / "parts" / "train.log").read_text().rstrip("\n").split("\n")[-1]
     assert f"stopped: the test after update {at}, which is saved; the same command goes on" in line
