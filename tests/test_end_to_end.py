@@ -118,6 +118,15 @@ def test_it_learns_to_reverse_unseen_strings(files: Files, tmp_path: Path) -> No
     assert re.search(r"^chrF2 \d+\.\d+ \| nrefs:1\|", result.stdout, re.MULTILINE)
 
 
+def test_each_split_is_measured_against_its_own_references(files: Files) -> None:
+    """The test set has three times as many sentences as the validation set; the training set keeps no raw text."""
+    for split in ("valid", "test", "train"):
+        found = json.loads(
+            succeed("nmt-validate", files.run / "checkpoints" / "best", "--split", split).stdout
+        )
+        assert found["split"] == split and found["bleu"] > 90
+
+
 def test_standard_input_is_translated_in_order_and_blank_stays_blank(files: Files) -> None:
     result = succeed(
         "nmt-generate", "--model", files.run / "checkpoints" / "last", text="1 2 3\n\n7 8 9 1 2\n4 5"

@@ -72,8 +72,13 @@ class ParallelDataset:
     Pickles as its two sides.
     """
 
-    def __init__(self, source: Sentences, target: Sentences) -> None:
+    def __init__(self, source: Sentences, target: Sentences, *, split: str | None = None) -> None:
         """Pair two sides.
+
+        Args:
+            source: Sentences of ids.
+            target: Their translations.
+            split: The name of the split, where it has one.
 
         Raises:
             UserError: they have different numbers of sentences.
@@ -85,6 +90,7 @@ class ParallelDataset:
             )
         self._source = source
         self._target = target
+        self.split = split
 
     def __len__(self) -> int:
         """Return the number of pairs."""

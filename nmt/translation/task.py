@@ -86,6 +86,7 @@ class TranslationTask:
         dataset = ParallelDataset(
             IndexedDataset(directory.split_prefix(split, directory.source_lang)),
             IndexedDataset(directory.split_prefix(split, directory.target_lang)),
+            split=split,
         )
         if split == "valid" and self.options.eval_bleu:
             bleu(["a"], ["a"], target_lang=self.target_lang)  # a tokeniser that is missing is found out here
@@ -118,7 +119,7 @@ class TranslationTask:
         return {**means, "ppl": math.exp(min(means["nll"], 700.0))}  # float64 ends at exp(709)
 
     def evaluate(self, model: nn.Module, examples: ParallelDataset, world: World) -> dict[str, float]:
-        """Translate the validation set and return its BLEU, or nothing if `eval_bleu` is off."""
+        """Translate the examples and return their BLEU, or nothing if `eval_bleu` is off."""
         if not self.options.eval_bleu:
             return {}
         assert isinstance(model, Transformer)
@@ -162,10 +163,10 @@ class TranslationTask:
         return translations
 
     def _references(self, examples: ParallelDataset) -> list[str]:
-        """Return the raw target text of the validation set, or its pieces where no raw text was kept."""
+        """Return the raw target text of a split, or its pieces where no raw text was kept."""
         directory = self._data_directory()
-        if directory.has_raw_text:
-            return _read_lines(directory.raw_path("valid", self.target_lang))
+        if directory.has_raw_text and examples.split in ("valid", "test"):
+            return _read_lines(directory.raw_path(examples.split, self.target_lang))
         return self.target_segmenter.decode(
             [target for _, target in map(examples.__getitem__, range(len(examples)))]
         )
