@@ -15,10 +15,10 @@ from torch import Tensor
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.generation import generator as generator_module
-from nmt.generation.beam_search import Beam, Candidates, Continuations, Hypothesis
+from nmt.generation.beam_search import Beam, Candidates, Hypothesis
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
-from nmt.generation.select import best_tokens, rank
+from nmt.generation.select import best_candidates
 from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
 
@@ -75,7 +75,7 @@ def tokens_of(results: list[list[Hypothesis]]) -> list[list[list[int]]]:
 
 @contextmanager
 def recorded_gaps() -> Iterator[list[float]]:
-    """Record the distances between neighbours in rank, at each step: within hypotheses, and between all."""
+    """Record the distances between neighbours in rank, at each step."""
     gaps: list[float] = []
 
     def record(values: Tensor, count: int) -> None:
@@ -83,19 +83,12 @@ def recorded_gaps() -> Iterator[list[float]]:
         distances = ranked[:, :-1] - ranked[:, 1:]
         gaps.extend(distances[distances.isfinite()].tolist())
 
-    def best_tokens_and_record(scores: Tensor, width: int) -> Tensor:
-        record(scores, width + 1)
-        return best_tokens(scores, width)
+    def choose_and_record(scores: Tensor, normalizers: Tensor, beam: Beam) -> Candidates:
+        log_probs = (scores - normalizers).unflatten(0, beam.scores.shape)  # (B, K, V)
+        record((beam.scores[:, :, None] + log_probs).flatten(1), 2 * beam.scores.size(1) + 1)
+        return best_candidates(scores, normalizers, beam)
 
-    def rank_and_record(beam: Beam, continuations: Continuations) -> Candidates:
-        totals = beam.scores[:, :, None] + continuations.token_scores
-        record(totals.flatten(1), 2 * beam.scores.size(1) + 1)
-        return rank(beam, continuations)
-
-    with (
-        mock.patch.object(generator_module, "best_tokens", best_tokens_and_record),
-        mock.patch.object(generator_module, "rank", rank_and_record),
-    ):
+    with mock.patch.object(generator_module, "best_candidates", choose_and_record):
         yield gaps
 
 

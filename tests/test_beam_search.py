@@ -13,7 +13,7 @@ from table_model import BOS, EOS, PAD, UNK, A, B, NextProbabilities, TableModel,
 from nmt.generation.beam_search import Candidates, Hypothesis, best, extend, keep, start
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
-from nmt.generation.select import best_tokens, num_candidates, rank, score_tokens
+from nmt.generation.select import best_candidates, num_candidates
 
 # With 2 beams:
 # step 0: a .6, b .4                                                   both go on
@@ -291,8 +291,7 @@ def test_selection_equals_sorting_with_ties(
     beam, _ = start(torch.tensor([1]), beam_size=beam_size, dtype=torch.float64)
     beam = replace(beam, scores=torch.zeros_like(beam.scores))
     scores = log_probs[0]
-    tokens = best_tokens(scores, num_candidates(beam_size))
-    chosen = rank(beam, score_tokens(scores, torch.zeros(beam_size, 1), tokens, beam_size=beam_size))
+    chosen = best_candidates(scores, torch.zeros(beam_size, 1), beam)
     places = (chosen.parents * vocabulary_size + chosen.tokens)[0].tolist()
     expected = sorted(range(size), key=lambda place: (-numbers[place], place))[: num_candidates(beam_size)]
     assert [numbers[place] for place in places] == [numbers[place] for place in expected]
@@ -303,26 +302,39 @@ def test_selection_equals_sorting_with_ties(
     assert chosen.token_scores[0].tolist() == [numbers[place] for place in places]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     data=st.data(),
     seed=st.integers(0, 10**6),
     size=st.integers(100, 700),
-    width=st.integers(1, 40),
+    beam_size=st.integers(1, 20),
     is_coarse=st.booleans(),
 )
-def test_best_tokens_are_those_of_a_sort(
-    data: st.DataObject, seed: int, size: int, width: int, is_coarse: bool
+def test_best_candidates_are_those_of_a_sort(
+    data: st.DataObject, seed: int, size: int, beam_size: int, is_coarse: bool
 ) -> None:
-    # Around the width and the depth from which rows are searched as tables; coarse values make for ties.
-    scores = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))
+    # Around the depth from which rows are searched as tables; coarse values make for ties.
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3 * beam_size, size, generator=generator)
+    normalizers = torch.randn(3 * beam_size, 1, generator=generator)
+    so_far = torch.randn(3, beam_size, generator=generator)
     if is_coarse:
-        scores = (4 * scores).round()
-    scores[1, data.draw(st.integers(0, size - 1)) :] = -math.inf
-    places = best_tokens(scores, width)
-    assert places.tolist() == [sorted(set(row)) for row in places.tolist()]
-    found = scores.gather(1, places).sort(dim=1, descending=True).values
-    assert torch.equal(found, scores.sort(dim=1, descending=True).values[:, :width])
+        scores, normalizers, so_far = (4 * scores).round(), normalizers.round(), so_far.round()
+    scores[1, data.draw(st.integers(1, size - 1)) :] = -math.inf
+    so_far[2, 1:] = -math.inf
+    beam, _ = start(torch.tensor([1, 1, 1]), beam_size=beam_size, dtype=torch.float32)
+    beam = replace(beam, scores=so_far)
+    chosen = best_candidates(scores, normalizers, beam)
+    log_probs = (scores - normalizers).view(3, beam_size, size)
+    totals = (so_far[:, :, None] + log_probs).flatten(1)
+    ordered = totals.sort(dim=1, descending=True).values
+    assert torch.equal(chosen.scores, ordered[:, : num_candidates(beam_size)])
+    places = chosen.parents * size + chosen.tokens
+    assert torch.equal(totals.gather(1, places), chosen.scores)
+    assert torch.equal(log_probs.flatten(1).gather(1, places), chosen.token_scores)
+    for row, values in zip(places.tolist(), chosen.scores.tolist(), strict=True):
+        ranked = list(zip([-x for x in values], row, strict=True))
+        assert ranked == sorted(set(ranked))
 
 
 def _two_best(tokens: list[list[int]]) -> Candidates:

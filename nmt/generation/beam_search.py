@@ -19,11 +19,12 @@ has reached its length limit. Nothing compares finished hypotheses with those th
 With K = 1 one candidate is enough: if it ends the sentence, the sentence is done, and if not, it goes on.
 
 Shapes: B sentences in the batch now, N sentences in it at the start, K beam size, R = B*K rows, C candidates
-(2K, or 1 where K is 1), W continuations of a hypothesis, t tokens so far, L longest limit. The hypotheses of a
-sentence are adjacent rows: row = b*K + k.
+(2K, or 1 where K is 1), t tokens so far, L longest limit. The hypotheses of a sentence are adjacent rows:
+row = b*K + k.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,14 +37,6 @@ class Hypothesis:
     tokens: list[int]  # without eos
     score: float  # natural log: sum(token_scores) / length**lenpen, where the length counts eos
     token_scores: list[float]  # one per token, and the last one for eos
-
-
-@dataclass(frozen=True)
-class Continuations:
-    """What may follow each hypothesis."""
-
-    token_scores: Tensor  # (B, K, W) log-probabilities; -inf for what must not follow
-    tokens: Tensor  # (B, K, W) int64
 
 
 @dataclass(frozen=True)
@@ -154,29 +147,24 @@ def extend(
     return extended, (first_rows + chosen.parents).flatten()
 
 
-def copy_first(beam: Beam, continuations: Continuations, *, where: Tensor) -> tuple[Beam, Continuations]:
-    """Let the first hypothesis of the sentences `where` (B,) take all places of the beam.
+def copy_first(candidates: Candidates, *, where: Tensor) -> Candidates:
+    """Let the best candidate of the sentences `where` (B,) take all places.
 
     For a forced prefix that ends the sentence, where fairseq returns K times the same translation. Such a
     sentence is done with this step, so the decoder's state need not follow.
-
-    Args:
-        beam: The hypotheses so far.
-        continuations: What may follow them; those of the first are copied with it.
-        where: (B,) bool.
     """
-    chosen = where[:, None]  # (B, 1)
+    ranks = torch.arange(candidates.tokens.size(1), device=where.device).expand_as(candidates.tokens)
+    return candidates.take(ranks.masked_fill(where[:, None], 0))
 
-    def first(values: Tensor) -> Tensor:
-        return torch.where(chosen[:, :, None], values[:, :1], values)  # (B, K, ...)
 
-    copied = replace(
-        beam,
-        tokens=first(beam.tokens),
-        token_scores=first(beam.token_scores),
-        scores=torch.where(chosen, beam.scores[:, :1], beam.scores),
+def concatenate(parts: Sequence[Candidates]) -> Candidates:
+    """Join the candidates of the parts of a batch."""
+    return Candidates(
+        scores=torch.cat([part.scores for part in parts]),
+        token_scores=torch.cat([part.token_scores for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+        parents=torch.cat([part.parents for part in parts]),
     )
-    return copied, Continuations(first(continuations.token_scores), first(continuations.tokens))
 
 
 def take(beam: Beam, sentences: Tensor | slice) -> Beam:

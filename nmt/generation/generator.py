@@ -1,7 +1,6 @@
 """One or several models and a search: padded sources in, hypotheses out.
 
-Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, D model, V vocabulary,
-W continuations of a hypothesis.
+Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, D model, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from nmt.generation.adjust import adjust_, combine, penalize_repetition_
 from nmt.generation.beam_search import (
     Beam,
-    Continuations,
+    Candidates,
     Hypothesis,
     best,
+    concatenate,
     copy_first,
     extend,
     keep,
@@ -25,7 +25,7 @@ from nmt.generation.beam_search import (
 )
 from nmt.generation.options import DecodingOptions
 from nmt.generation.random import start_streams, uniform
-from nmt.generation.select import best_tokens, num_candidates, rank, sample_tokens, score_tokens
+from nmt.generation.select import best_candidates, drawn_candidates, sample_tokens
 
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
 _ROWS_AT_ONCE = {"cpu": 128}
@@ -166,10 +166,10 @@ class Generator:
             if prefixes is not None and beam.step < prefixes.size(1):
                 forced = prefixes[beam.sentences, beam.step]
             numbers = None if streams is None else uniform(streams[beam.sentences], beam.step)
-            continuations = self._continue(beam, features, forced, numbers, first_limit=first_limit)
+            candidates = self._choose(beam, features, forced, numbers, first_limit=first_limit)
             if forced is not None:
-                beam, continuations = copy_first(beam, continuations, where=forced == self.eos_id)
-            beam, rows = extend(beam, rank(beam, continuations), finished, eos_id=self.eos_id, lenpen=lenpen)
+                candidates = copy_first(candidates, where=forced == self.eos_id)
+            beam, rows = extend(beam, candidates, finished, eos_id=self.eos_id, lenpen=lenpen)
             num_done = int(beam.is_done.sum())  # the one read from the device in a step
             num_sentences = beam.is_done.numel()
             if num_done == num_sentences:
@@ -182,7 +182,7 @@ class Generator:
                 state.reorder_(rows)
             last_tokens = beam.tokens[:, :, -1]
 
-    def _continue(
+    def _choose(
         self,
         beam: Beam,
         features: Sequence[Tensor],
@@ -190,8 +190,8 @@ class Generator:
         numbers: Tensor | None,
         *,
         first_limit: int,
-    ) -> Continuations:
-        """Return what may follow each hypothesis: its best continuations, or one that is drawn.
+    ) -> Candidates:
+        """Return each sentence's best candidates, or the one that is drawn for it.
 
         Args:
             beam: The hypotheses so far.
@@ -226,13 +226,11 @@ class Generator:
                 forced=None if forced is None else forced[part],
             )
             if numbers is None:
-                tokens = best_tokens(scores, num_candidates(beam_size))
+                parts.append(best_candidates(scores, normalizers, hypotheses))
             else:
                 tokens = sample_tokens(scores, numbers[rows], self.options)
-            parts.append(score_tokens(scores, normalizers, tokens, beam_size=beam_size))
-        return Continuations(
-            torch.cat([part.token_scores for part in parts]), torch.cat([part.tokens for part in parts])
-        )
+                parts.append(drawn_candidates(scores, normalizers, tokens, hypotheses))
+        return concatenate(parts)
 
     def _limits(self, source: Tensor) -> Tensor:
         """Return the length limit (B,) of each translation, eos not counted, from its own source's length."""

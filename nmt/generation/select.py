@@ -1,12 +1,12 @@
 """How the candidates of a step are chosen among all continuations: the best ones, or one at random.
 
-Shapes: B sentences, K beam size, R = B*K rows, V vocabulary, W continuations of a hypothesis, C candidates.
+Shapes: B sentences, K beam size, R = B*K rows, V vocabulary, C candidates.
 """
 
 import torch
 from torch import Tensor
 
-from nmt.generation.beam_search import Beam, Candidates, Continuations
+from nmt.generation.beam_search import Beam, Candidates
 from nmt.generation.options import DecodingOptions
 
 _NUM_COLUMNS = 128  # of the table in which the best tokens are looked for
@@ -17,25 +17,75 @@ def num_candidates(beam_size: int) -> int:
     return 1 if beam_size == 1 else 2 * beam_size
 
 
-def best_tokens(scores: Tensor, width: int) -> Tensor:
-    """Return the places (R, width) of the `width` largest of each row (R, V), in the order of places.
+def best_candidates(scores: Tensor, normalizers: Tensor, beam: Beam) -> Candidates:
+    """Choose for each sentence the C continuations with the highest sum of log-probabilities.
 
-    The row is laid out as a table of 128 columns. The `width` largest stand in the `width` columns with the
-    largest maxima, so only those are searched: on a CPU many times as fast as `torch.topk`. If several are equal
-    at the edge, any of them is returned.
+    Equal sums are ordered by place in the beam, then by token; of those that are equal at the edge of the best C
+    any take part. What is not a number, because the model's output is none, has no probability.
+
+    Each row of V scores is laid out as a table of 128 columns. The C best continuations of a sentence stand in
+    the C columns, of its K * 128, with the best maxima, so only these are searched: on a CPU many times as fast as
+    `torch.topk` over all.
+
+    Args:
+        scores: (R, V); -inf for what must not follow.
+        normalizers: (R, 1); log-probability = score - normalizer.
+        beam: The hypotheses so far.
     """
+    num_sentences, beam_size = beam.scores.shape
     size = scores.size(1)
+    num_chosen = min(num_candidates(beam_size), beam_size * size)
     depth = size // _NUM_COLUMNS
-    if depth < 2 or width * 4 > _NUM_COLUMNS:
-        return scores.topk(min(width, size), dim=1, sorted=False).indices.sort(dim=1).values
-    table = scores[:, : depth * _NUM_COLUMNS].unflatten(1, (depth, _NUM_COLUMNS))
-    columns = table.amax(dim=1).topk(width, dim=1, sorted=False).indices  # (R, width)
-    chosen = table.gather(2, columns[:, None].expand(-1, depth, -1)).flatten(1)  # (R, depth*width)
-    rest = scores[:, depth * _NUM_COLUMNS :]  # what is left of a row below the table
-    places = torch.cat([chosen, rest], dim=1).topk(width, dim=1, sorted=False).indices
-    in_table = columns.gather(1, places % width) + places // width * _NUM_COLUMNS
-    below = places + (depth * _NUM_COLUMNS - chosen.size(1))
-    return torch.where(places < chosen.size(1), in_table, below).sort(dim=1).values
+    if depth < 2:
+        places = torch.arange(beam_size * size, device=scores.device).expand(num_sentences, -1)
+    else:
+        in_table = depth * _NUM_COLUMNS
+        maxima = scores[:, :in_table].unflatten(1, (depth, _NUM_COLUMNS)).amax(dim=1)  # (R, 128)
+        totals = _totals(_log_probs(maxima, normalizers).view(num_sentences, beam_size, -1), beam)
+        columns = totals.topk(num_chosen, dim=1, sorted=False).indices  # (B, C)
+        tops = columns // _NUM_COLUMNS * size + columns % _NUM_COLUMNS  # places in a sentence's K*V scores
+        rows = torch.arange(0, in_table, _NUM_COLUMNS, device=scores.device)
+        below = torch.arange(in_table, size, device=scores.device)  # the rest of each row, less than 128
+        firsts = torch.arange(0, beam_size * size, size, device=scores.device)
+        rests = (firsts[:, None] + below).flatten().expand(num_sentences, -1)
+        places = torch.cat([(tops[:, :, None] + rows).flatten(1), rests], dim=1)  # (B, C*depth + K*rest)
+    log_probs = scores.view(num_sentences, -1).gather(1, places)
+    parents = places // size
+    log_probs = _log_probs(log_probs, normalizers.view(num_sentences, -1).gather(1, parents))
+    totals = beam.scores.gather(1, parents) + log_probs
+    chosen = totals.topk(num_chosen, dim=1, sorted=False).indices
+    # Ordered by place first, which a stable sort then keeps among equals.
+    chosen = chosen.gather(1, places.gather(1, chosen).argsort(dim=1))
+    ordered, ranks = totals.gather(1, chosen).sort(dim=1, descending=True, stable=True)
+    chosen = chosen.gather(1, ranks)
+    places = places.gather(1, chosen)
+    return Candidates(
+        scores=ordered,
+        token_scores=log_probs.gather(1, chosen),
+        tokens=places % size,
+        parents=places // size,
+    )
+
+
+def _totals(log_probs: Tensor, beam: Beam) -> Tensor:
+    return (beam.scores[:, :, None] + log_probs).flatten(1)  # (B, K, n) -> (B, K*n)
+
+
+def _log_probs(scores: Tensor, normalizers: Tensor) -> Tensor:
+    return (scores - normalizers).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+
+
+def drawn_candidates(scores: Tensor, normalizers: Tensor, tokens: Tensor, beam: Beam) -> Candidates:
+    """Return as the only candidate of each sentence, whose beam is of one, the token that was drawn for it.
+
+    Args:
+        scores: (B, V).
+        normalizers: (B, 1), as above.
+        tokens: (B, 1) int64.
+        beam: The hypotheses so far.
+    """
+    log_probs = _log_probs(scores.gather(1, tokens), normalizers)
+    return Candidates(beam.scores + log_probs, log_probs, tokens, torch.zeros_like(tokens))
 
 
 def sample_tokens(scores: Tensor, numbers: Tensor, options: DecodingOptions) -> Tensor:
@@ -68,36 +118,3 @@ def sample_tokens(scores: Tensor, numbers: Tensor, options: DecodingOptions) -> 
     drawn = torch.searchsorted(ends, numbers[:, None] * total, right=True)
     drawn.clamp_(max=scores.size(1) - 1)  # of a row of NaN
     return drawn if order is None else order.gather(1, drawn)
-
-
-def score_tokens(scores: Tensor, normalizer: Tensor, tokens: Tensor, *, beam_size: int) -> Continuations:
-    """Return tokens (R, W) with their log-probabilities, given scores (R, V) and normalisers (R, 1).
-
-    What is not a number, because the model's output is none, has no probability.
-    """
-    log_probs = scores.gather(1, tokens).sub_(normalizer).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-    return Continuations(log_probs.unflatten(0, (-1, beam_size)), tokens.unflatten(0, (-1, beam_size)))
-
-
-def rank(beam: Beam, continuations: Continuations) -> Candidates:
-    """Choose for each sentence the C continuations with the highest sum of log-probabilities.
-
-    Equal sums are ordered by place in the beam, then by token. (If several tokens of one hypothesis are equal
-    at the very edge of its own best W, any of them take part.)
-
-    Args:
-        beam: The hypotheses so far.
-        continuations: Of each hypothesis, its best C or all there are, in the order of tokens: no hypothesis has
-            more than its own best C among the best C of all.
-    """
-    beam_size, width = continuations.tokens.shape[1:]
-    totals = (beam.scores[:, :, None] + continuations.token_scores).flatten(1)  # (B, K, W) -> (B, K*W)
-    scores, places = totals.sort(dim=1, descending=True, stable=True)
-    size = num_candidates(beam_size)
-    places = places[:, :size]
-    return Candidates(
-        scores=scores[:, :size],
-        token_scores=continuations.token_scores.flatten(1).gather(1, places),
-        tokens=continuations.tokens.flatten(1).gather(1, places),
-        parents=places // width,
-    )

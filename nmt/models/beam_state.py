@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 _FIRST_CAPACITY = 64  # columns
+LEAST_WIDTH = 16
+"""Rows of attention scores are at least so wide: PyTorch's softmax on a CPU takes narrower ones one by one, ten
+times as slowly."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class InferenceMemory:
         """Return the memory of the sentences (B',). Where they are fewer, it is made in place of this one."""
         if sentences.numel() >= self.padding.size(0):
             return InferenceMemory(self.parts[:, :, sentences], self.padding[sentences])
-        return InferenceMemory(_move_(self.parts, sentences), self.padding[sentences])
+        _move_(self.parts, sentences)
+        return InferenceMemory(self.parts[:, :, : sentences.numel()], self.padding[sentences])
 
 
 class BeamState:
@@ -57,33 +61,39 @@ class BeamState:
         num_sentences, beam_size, capacity = self._mask.shape
         self._mask = self._mask.flatten(0, 1)[rows].view(-1, beam_size, capacity)
         if rows.numel() < num_sentences * beam_size:
-            self._past = _move_(self._past, rows.view(-1, beam_size)[:, 0] // beam_size)
+            sentences = rows.view(-1, beam_size)[:, 0] // beam_size
+            _move_(self._past[:, :, :, :, : self.num_columns], sentences)
+            self._past = self._past[:, :, : sentences.numel()]
 
     def branch(self, beam_size: int) -> None:
         """Let K hypotheses go on from the single one that there is for each sentence."""
         self._mask = self._mask.expand(-1, beam_size, -1).contiguous()
 
-    def add_columns(self, like: Tensor, beam_size: int) -> tuple[Tensor, Tensor | None]:
-        """Make columns for a new position, and return all: the newest K are to be filled.
+    def add_columns(self, like: Tensor, beam_size: int) -> tuple[Tensor, Tensor | None, slice]:
+        """Make columns for a new position, and return all.
 
         Args:
             like: (L, 2, B, H, S, E), the memory: the past has its sizes and its type.
             beam_size: K.
 
         Returns:
-            (L, 2, B, H, N, E) keys and values, and the mask (B, 1, K, N), None where K is 1.
+            (L, 2, B, H, N, E) keys and values; the mask (B, 1, K, N), None where every row sees every column; and
+            which K columns are new: they are to be filled.
         """
         if self.length == 0:
             self._past = like.new_empty((*like.shape[:4], _FIRST_CAPACITY, like.size(5)))
+            self._past[:, :, :, :, :LEAST_WIDTH] = 0.0  # masked, but not to be anything
             self._mask = like.new_full((like.size(2), beam_size, _FIRST_CAPACITY), -torch.inf)
         elif self.num_columns + beam_size > self._mask.size(2):
             self._make_room(beam_size)
-        first, self.num_columns = self.num_columns, self.num_columns + beam_size
+        new = slice(self.num_columns, self.num_columns + beam_size)
+        self.num_columns += beam_size
         self.length += 1
-        mask = self._mask[:, :, : self.num_columns]
-        mask[:, :, first:].diagonal(dim1=1, dim2=2).zero_()
-        past = self._past[:, :, :, :, : self.num_columns]
-        return past, mask[:, None] if beam_size > 1 else None
+        self._mask[:, :, new].diagonal(dim1=1, dim2=2).zero_()
+        width = max(self.num_columns, LEAST_WIDTH)
+        sees_all = beam_size == 1 and width == self.num_columns
+        mask = None if sees_all else self._mask[:, None, :, :width]
+        return self._past[:, :, :, :, :width], mask, new
 
     def _make_room(self, beam_size: int) -> None:
         """Drop the columns that belong to no hypothesis; double the capacity if half of it is still filled."""
@@ -107,8 +117,7 @@ class BeamState:
         self.num_columns = width
 
 
-def _move_(parts: Tensor, sentences: Tensor) -> Tensor:
+def _move_(parts: Tensor, sentences: Tensor) -> None:
     """Let the sentences (B',) of (L, 2, B, ...), fewer than B, take the first B' places; copy those that move."""
     moves = (sentences != torch.arange(sentences.numel(), device=sentences.device)).nonzero().squeeze(1)
     parts[:, :, moves] = parts[:, :, sentences[moves]]
-    return parts[:, :, : sentences.numel()]

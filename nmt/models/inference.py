@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models.beam_state import BeamState, InferenceMemory
-from nmt.models.blocks import Residual
+from nmt.models.beam_state import LEAST_WIDTH, BeamState, InferenceMemory
+from nmt.models.blocks import FeedForward, Residual
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
@@ -73,8 +73,10 @@ class InferenceTransformer:
         parts = projected.unflatten(2, (len(self.layers), 2, self.num_heads, -1)).permute(2, 3, 0, 4, 1, 5)
         # A CPU takes longer for small products of bfloat16 than of float32: there, attention is in float32.
         is_slow = self.dtype == torch.bfloat16 and source.device.type == "cpu"
-        parts = parts.to(torch.float32 if is_slow else self.dtype).contiguous()
-        return InferenceMemory(parts, _additive(padding_mask, parts.dtype))
+        parts = parts.to(torch.float32 if is_slow else self.dtype)
+        missing = max(0, LEAST_WIDTH - source.size(1))
+        parts = F.pad(parts, (0, 0, 0, missing)) if missing else parts.contiguous()
+        return InferenceMemory(parts, _additive(F.pad(padding_mask, (0, missing), value=True), parts.dtype))
 
     def start_state(self) -> BeamState:
         """Return the state of rows of which nothing has been decoded."""
@@ -102,11 +104,11 @@ class InferenceTransformer:
     def _step(
         self, target_input: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int
     ) -> Tensor:
-        past, past_mask = state.add_columns(memory.parts, beam_size)
+        past, past_mask, new = state.add_columns(memory.parts, beam_size)
         padding = memory.padding[:, None, None]  # (B, 1, 1, S)
         x = self.embedding(target_input, start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
         for i, layer in enumerate(self.layers):
-            x = layer.attend_to_past(x, past[i], past_mask)
+            x = layer.attend_to_past(x, past[i], past_mask, new)
             x = layer.attend_to_source(x, memory.parts[i], padding)
             x = layer.feed_forward(x)
         return self.final_norm(x)[:, None]
@@ -138,14 +140,14 @@ class _Layer:
         self.around_source = _residual(layer.around_cross_attention, dtype)
         self.around_feed_forward = _residual(layer.around_feed_forward, dtype)
 
-    def attend_to_past(self, x: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
-        """(R, D) -> (R, D). The last K columns of the past (2, B, H, N, E) are filled."""
+    def attend_to_past(self, x: Tensor, past: Tensor, mask: Tensor | None, new: slice) -> Tensor:
+        """(R, D) -> (R, D). The new K columns of the past (2, B, H, N, E) are filled."""
 
         def block(y: Tensor) -> Tensor:
             _, num_sentences, num_heads, _, head_size = past.shape
             # (R, 3D) -> (3, B, H, K, E)
             qkv = self.qkv(y).view(num_sentences, -1, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
-            past[:, :, :, -qkv.size(3) :] = qkv[1:]
+            past[:, :, :, new] = qkv[1:]
             return self.past_out(_attend(qkv[0], past[0], past[1], mask))
 
         return self.around_past(x, block)
@@ -208,9 +210,9 @@ def linear_map(
 class _Product(nn.Module):
     """A linear map that computes in another type than it takes and returns."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, activation: _Map | None = None) -> None:
         super().__init__()
-        self.product = linear_map(linear.weight, linear.bias, dtype)
+        self.product = linear_map(linear.weight, linear.bias, dtype, activation=activation)
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,6 +222,9 @@ class _Product(nn.Module):
 
 def _replace_products_(module: nn.Module, dtype: torch.dtype) -> None:
     """Put `_Product`s in the places of a module's linear maps."""
+    if isinstance(module, FeedForward):
+        setattr(module, "expand", _Product(module.expand, dtype, module.activation))  # noqa: B010 (not of its type)
+        module.activation = nn.Identity()
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, _Product(child, dtype))

@@ -206,7 +206,7 @@ class Translator:
             )
 
         starts = itertools.chain(prefixes or (), itertools.repeat(_NOTHING))  # a line may have none
-        work = _Work(search, BatchRunner(batching or Batching()), too_long, lenpen, on_progress or _ignore)
+        work = _Work(search, self._runner(batching), too_long, lenpen, on_progress or _ignore)
         return self._in_buffers(lines, starts, work)
 
     def score_lines(
@@ -238,7 +238,7 @@ class Translator:
         ) -> list[list[Hypothesis]]:
             return self.score_ids(sources, targets)
 
-        work = _Work(score, BatchRunner(batching or Batching()), too_long, 1.0, on_progress or _ignore)
+        work = _Work(score, self._runner(batching), too_long, 1.0, on_progress or _ignore)
         return self._in_buffers(lines, endless, work)
 
     def score_ids(
@@ -269,6 +269,12 @@ class Translator:
     def longest_source(self) -> int:
         """The most pieces that a source may have."""
         return min(model.max_source_positions for model in self.models) - 1  # eos takes a position too
+
+    def _runner(self, batching: Batching | None) -> BatchRunner:
+        # On a CPU each core takes a batch of its own: the steps of a search are too small to be divided among
+        # cores without most of them waiting. PyTorch lets go of Python's lock while it computes.
+        num_at_once = torch.get_num_threads() if self.device.type == "cpu" else 1
+        return BatchRunner(batching or Batching(), num_at_once=num_at_once)
 
     def _generator(self, options: DecodingOptions, models: Sequence[TranslationModel]) -> Generator:
         return Generator(models, options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)

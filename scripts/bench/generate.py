@@ -112,7 +112,7 @@ def list_engines(args: argparse.Namespace, folder: Path) -> dict[str, tuple[dict
                 sys.executable,
                 "-m",
                 "nmt.cli.convert",
-                str(args.model),
+                str(args.model.resolve()),
                 "--to",
                 "ctranslate2",
                 str(exported),

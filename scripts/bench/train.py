@@ -180,7 +180,14 @@ class Job:
         self.iterator = iter(self.batches)
         torch.manual_seed(config.seed)
         model = task.build_model()
-        self.trainer = Trainer(task, model, config.optimization, world=world, seed=config.seed)
+        self.trainer = Trainer(
+            task,
+            model,
+            config.optimization,
+            world=world,
+            seed=config.seed,
+            updates_per_epoch=self.batches.updates_per_epoch,
+        )
 
     def describe(self) -> str:
         size = sum(parameter.numel() for parameter in self.trainer.model.parameters())
