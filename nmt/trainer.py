@@ -171,8 +171,8 @@ class Trainer:
 
     @property
     def is_past_warmup(self) -> bool:
-        """True once the learning rate has reached its peak."""
-        return self.update >= self.num_warmup_updates
+        """True once an update has been made at the learning rate's peak."""
+        return self.update >= max(self.num_warmup_updates, 1)
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """Let the model have, within the block, the weights that are validated and saved."""
