@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World
+from nmt.late import Late
 from nmt.task import LossOutput
 
 
@@ -21,14 +22,15 @@ class Cancelled:
     update: int
     examples: list[int]
     """Training examples of the batches whose loss was not finite; of all of the update's if every loss was."""
+    is_overflow: bool = False
+    """The losses were finite, and the loss scale of float16 was too high: it has been lowered, and all is well."""
 
 
 @dataclass(frozen=True)
 class _Unread:
     update: int
-    flags: Tensor
-    """(1 + micro-batches,) bool, on its way to the CPU: is the update cancelled, is each loss not finite."""
-    copied: torch.cuda.Event | None
+    flags: Late
+    """(2 + micro-batches,) bool: is the update cancelled, can the scale be lowered, is each loss not finite."""
     batches: list[Sequence[int]]
 
 
@@ -47,26 +49,34 @@ class Cancellations:
         is_cancelled: Tensor,
         outputs: Sequence[LossOutput],
         micro_batches: Sequence[MicroBatch],
+        *,
+        can_lower_scale: Tensor,
     ) -> None:
-        """Take in an update; what is known of the one before is read now. Every rank must call this."""
+        """Take in an update; what is known of the one before is read now. Every rank must call this.
+
+        Args:
+            update: Its number.
+            is_cancelled: Scalar bool on the device, the same on every rank.
+            outputs: The losses of this rank's micro-batches.
+            micro_batches: What they are of.
+            can_lower_scale: Scalar bool on the device: the gradient may have been finite at a lower loss scale.
+        """
         self._read()
         losses = torch.stack([output.loss.detach().reshape(()).float() for output in outputs])
-        flags = torch.cat([is_cancelled.reshape(1), ~losses.isfinite()])
-        copied = None
-        if flags.is_cuda:
-            flags = flags.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
+        flags = torch.cat([torch.stack([is_cancelled, can_lower_scale]), ~losses.isfinite()])
         batches = [micro_batch.indices if micro_batch.weight else () for micro_batch in micro_batches]
-        self._unread = _Unread(update, flags, copied, batches)
+        self._unread = _Unread(update, Late(flags), batches)
 
     def num_in_a_row(self) -> int:
-        """Return how many updates up to the last one were cancelled, waiting for the device."""
+        """Return how many updates up to the last one were bad, waiting for the device.
+
+        Bad is what was cancelled for another reason than an overflow; an overflow neither counts nor ends the row.
+        """
         self._read()
         return self._num_in_a_row
 
     def known_in_a_row(self) -> int:
-        """Return how many updates up to the last but one were cancelled."""
+        """Return the same of the updates up to the last but one."""
         return self._num_in_a_row
 
     def take(self) -> list[Cancelled]:
@@ -78,15 +88,15 @@ class Cancellations:
         unread, self._unread = self._unread, None
         if unread is None:
             return
-        if unread.copied is not None:
-            unread.copied.synchronize()
-        is_cancelled, *bad = unread.flags.tolist()
+        is_cancelled, can_lower_scale, *bad = unread.flags.read()
         if not is_cancelled:
             self._num_in_a_row = 0
             return
-        self._num_in_a_row += 1
         # Every rank has the same gradient, so all of them are here.
         mine = [(is_bad, list(batch)) for is_bad, batch in zip(bad, unread.batches, strict=True)]
         everywhere = [pair for rank in self._world.gather(mine) for pair in rank]
-        blamed = [batch for is_bad, batch in everywhere if is_bad] or [batch for _, batch in everywhere]
-        self._found.append(Cancelled(unread.update, sorted(index for batch in blamed for index in batch)))
+        blamed = [batch for is_bad, batch in everywhere if is_bad]
+        is_overflow = can_lower_scale and not blamed
+        self._num_in_a_row += not is_overflow
+        examples = sorted(index for batch in blamed or [batch for _, batch in everywhere] for index in batch)
+        self._found.append(Cancelled(unread.update, examples, is_overflow))

@@ -84,31 +84,6 @@ class World:
             self.sum_(torch.zeros(1, device=self.device)).item()
 
 
-class LateNumber:
-    """A number that is computed on the device, and read when the next one comes: the host need not wait for it.
-
-    On the CPU, where there is nothing to wait for, it is read at once.
-    """
-
-    def __init__(self) -> None:
-        """Begin with nothing to read."""
-        self._waiting: tuple[Tensor, torch.cuda.Event] | None = None
-
-    def exchange(self, number: Tensor) -> float:
-        """Hand in a scalar, and return the one before it (on the CPU: this one), or 0."""
-        if number.device.type != "cuda":
-            return number.item()
-        before, event = self._waiting, torch.cuda.Event()
-        copy = torch.empty((), dtype=number.dtype, pin_memory=True)
-        copy.copy_(number, non_blocking=True)
-        event.record()
-        self._waiting = copy, event
-        if before is None:
-            return 0.0
-        before[1].synchronize()  # long reached: an update lies in between
-        return before[0].item()
-
-
 def sum_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -2,12 +2,14 @@
 
 import math
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nmt.compilation import uncompiled
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batching import padded_size
 from nmt.memory import peak_memory
@@ -39,8 +41,9 @@ def forecast(
     device = f"{world.size} x {world.device.type}"
     flop, seconds = _measure(trainer, train_examples, batches)
     seconds *= config.batching.update_freq
-    rows = [("model", f"{sum(parameter_counts(trainer.model).values()):,} parameters")]
-    rows += [("", f"{count:>13,} {part}") for part, count in parameter_counts(trainer.model).items()]
+    counts = parameter_counts(trainer.model)
+    rows = [("model", f"{sum(counts.values()):,} parameters")]
+    rows += [("", f"{count:>13,} {part}") for part, count in counts.items()]
     sums = sum_of_sizes(train_examples)
     sizes = " / ".join(f"{size:,}" for size in sums)
     # Where each example has the size 1 there is nothing to add.
@@ -96,6 +99,17 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {name}" for count, name in parts[:2] if count) or "0 s"
 
 
+def flop_counter() -> FlopCounterMode:
+    """Return torch's counter of the floating-point operations in products, which knows oneDNN's too."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return FlopCounterMode(display=False)
+
+    def linear(x_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return 2 * math.prod(out_shape) * int(x_shape[-1])
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear})
+
+
 def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator) -> tuple[float, float]:
     """Return the floating-point operations a target and the seconds of a batch of middling size."""
     ordered = sorted(batches.first_batches, key=lambda batch: padded_size(examples.sizes, batch))
@@ -105,7 +119,8 @@ def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator
             : max(1, len(middling) * batches.split_above // padded_size(examples.sizes, middling))
         ]
     batch = examples.collate([examples[index] for index in middling.tolist()])
-    with FlopCounterMode(display=False, custom_mapping=_other_products()) as counter:
+    in_steps = uncompiled() if trainer.options.compile else nullcontext()
+    with in_steps, flop_counter() as counter:
         trainer.probe(batch)
     _wait(trainer.world.device)
     start = time.perf_counter()
@@ -113,17 +128,6 @@ def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator
     _wait(trainer.world.device)
     seconds = time.perf_counter() - start
     return counter.get_total_flops() / max(batch.num_targets, 1), seconds
-
-
-def _other_products() -> dict[Any, Any]:
-    """Return how many floating-point operations oneDNN's products take, which torch's counter does not know."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return {}
-
-    def linear(x_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-        return 2 * math.prod(out_shape) * int(x_shape[-1])
-
-    return {torch.ops.mkldnn._linear_pointwise: linear}
 
 
 def _wait(device: torch.device) -> None:

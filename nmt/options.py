@@ -65,7 +65,7 @@ class OptimizationOptions:
     the model of each checkpoint. 0 for none."""
     max_bad_updates: int = 20
     """After this many updates in a row without a finite gradient, go back to the last checkpoint and go on with
-    half the learning rate."""
+    half the learning rate. Overflows of fp16 that a lower loss scale may mend do not count."""
     max_epoch: int | None = None
     """Stop after this many epochs."""
     max_update: int | None = None
@@ -76,6 +76,9 @@ class OptimizationOptions:
     """Stop when the learning rate has fallen to this."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What updates compute in; weights stay in float32. auto: bf16 on a GPU that has it, else fp32."""
+    compile: bool = False
+    """Compile the model for its updates (torch.compile): a minute or more before the first one, on a GPU shorter
+    ones thereafter. See docs/training.md for where it pays."""
     patience: int | None = None
     """Stop after this many validations in a row without a better `best-checkpoint-metric`."""
 
@@ -102,6 +105,8 @@ class OptimizationOptions:
                 raise UserError("`lr-milestones` must be given with `lr-scheduler` milestones. Give some.")
             if list(self.lr_milestones) != sorted({m for m in self.lr_milestones if m > 0}):
                 raise UserError(f"`lr-milestones` must rise from above 0, but are {self.lr_milestones}.")
+        if self.stop_min_lr is not None and self.stop_min_lr >= self.lr:
+            raise UserError(f"`stop-min-lr` must be below `lr` ({self.lr}), but is {self.stop_min_lr}.")
         if self.nesterov and self.momentum == 0:
             raise UserError("`nesterov` must have a `momentum` above 0, but it is 0.")
 
@@ -165,6 +170,7 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
         "lr_shrink": ("milestones", "plateau"),
         "lr_patience": ("plateau",),
         "lr_threshold": ("plateau",),
+        "stop_min_lr": ("inverse_sqrt", "cosine", "polynomial", "milestones", "plateau"),
     },
 }
 

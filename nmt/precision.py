@@ -22,6 +22,8 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # As torch.amp.GradScaler: begin high, halve on an overflow, double after this many updates without one.
 _FIRST_SCALE = 2.0**16
+# A mean gradient that overflows as it is must not be made smaller, but looked at.
+_LOWEST_SCALE = 1.0
 _GROWTH_INTERVAL = 2000
 
 
@@ -37,6 +39,7 @@ class Precision:
         if self.dtype == torch.float16:
             self._scale = torch.full((), _FIRST_SCALE, device=device)
             self._num_good = torch.zeros((), dtype=torch.int32, device=device)
+        self._is_never = torch.zeros((), dtype=torch.bool, device=device)
 
     def wrap(self, objective: nn.Module, model: nn.Module) -> nn.Module:
         """Return a module that computes what `objective` does, with the parameters in this type.
@@ -58,8 +61,12 @@ class Precision:
             # The scale is a power of two: both it and its inverse are exact.
             torch._foreach_mul_(list(gradients), self._scale.reciprocal())
 
+    def can_lower_scale(self) -> Tensor:
+        """Return whether a gradient that is not finite may be so only because of the scale: scalar bool."""
+        return self._is_never if self._scale is None else self._scale > _LOWEST_SCALE
+
     def adapt_(self, is_cancelled: Tensor) -> None:
-        """Lower the scale if the update overflowed, and raise it after a long time without an overflow.
+        """Lower the scale, to 1 at most, if the update overflowed; raise it after a long time without an overflow.
 
         Args:
             is_cancelled: scalar bool on the device, the same on every rank.
@@ -68,6 +75,7 @@ class Precision:
             torch._amp_update_scale_(
                 self._scale, self._num_good, is_cancelled.float(), 2.0, 0.5, _GROWTH_INTERVAL
             )
+            self._scale.clamp_(min=_LOWEST_SCALE)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scale in JSON types; empty where there is none."""

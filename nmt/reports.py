@@ -103,6 +103,11 @@ class Reports:
     def cancelled(self) -> None:
         """Log the updates that are newly known to have been cancelled."""
         for cancelled in self.trainer.cancellations.take():
+            if cancelled.is_overflow:
+                self.log.say(
+                    f"update {cancelled.update} cancelled: an overflow in fp16; the loss scale is halved"
+                )
+                continue
             shown = " ".join(map(str, cancelled.examples[:_NUM_SHOWN]))
             more = f" and {left:,} more" if (left := len(cancelled.examples) - _NUM_SHOWN) > 0 else ""
             self.log.say(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nmt.checkpoint import CheckpointFolder, load_weights
+from nmt.compilation import compile_failures, compile_model
 from nmt.config import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.determinism import deterministic_algorithms
@@ -57,6 +58,7 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
     check_options(config)
     timeout = timedelta(minutes=config.rank_timeout)
     with (
+        compile_failures(config.optimization.compile),
         deterministic_algorithms(config.deterministic),
         join_world(config.device, timeout=timeout) as world,
         closing(Run(config, world, stop or StopRequest())) as run,
@@ -90,6 +92,9 @@ class Run:
         self.valid_examples: Examples[Any] = self.task.open_split("valid")
         torch.manual_seed(config.seed)
         model = self.task.build_model().to(world.device)
+        if config.optimization.compile:
+            sizes = self.train_examples.sizes
+            compile_model(model, has_one_shape=bool((sizes == sizes[:1]).all()))
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
         self.config = config = with_max_tokens(
             config, self.task, model, self.train_examples, world=world, checkpoints=self.checkpoints

@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nmt.cancellations import Cancellations
 from nmt.data.batch_iterator import MicroBatch
-from nmt.distributed import LateNumber, World
+from nmt.distributed import World
 from nmt.errors import UserError
+from nmt.late import LateNumber
 from nmt.metrics import Metrics, merge_states
 from nmt.optim import build_optimizer, step
 from nmt.options import OptimizationOptions
@@ -108,6 +109,7 @@ class Trainer:
                 scale = self.precision.scale(weight * self.world.size / num_targets)
                 (output.loss * scale).backward()
             outputs.append(output)
+        can_lower_scale = self.precision.can_lower_scale()
         is_cancelled = self._apply_gradient(epoch)
         if self.world.size > 1:
             self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
@@ -119,7 +121,9 @@ class Trainer:
             sums = batch_sums(output, batch)
             # What was cancelled is not counted, or one loss that is not a number would spoil the whole epoch's.
             self.metrics.add({key: torch.where(is_cancelled, 0.0, weight * sums[key]) for key in sums})
-        self.cancellations.note(self.update, is_cancelled, outputs, micro_batches)
+        self.cancellations.note(
+            self.update, is_cancelled, outputs, micro_batches, can_lower_scale=can_lower_scale
+        )
 
     def probe(self, batch: Batch) -> None:
         """Run a batch forward and backward, as an update would, and change nothing.
@@ -167,8 +171,8 @@ class Trainer:
 
     @property
     def is_past_warmup(self) -> bool:
-        """True once the learning rate has reached its peak."""
-        return self.update >= self.num_warmup_updates
+        """True once an update has been made at the learning rate's peak."""
+        return self.update >= max(self.num_warmup_updates, 1)
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """Let the model have, within the block, the weights that are validated and saved."""

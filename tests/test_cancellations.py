@@ -1,26 +1,34 @@
 """Cancelled updates are known one update later, on all ranks, with the examples that are to blame."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from ranks import run_ranks
+from torch import nn
 from toy_task import PointExamples, Points, PointTask
 
 from nmt.cancellations import Cancelled
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, single
 from nmt.options import OptimizationOptions
+from nmt.task import LossOutput
 from nmt.trainer import Trainer
 
+Precision = Literal["fp32", "bf16", "fp16"]
+CPU = single(torch.device("cpu"))
 OPTIONS = OptimizationOptions(warmup_updates=0, lr=0.1)
 
 
-def make_trainer(world: World) -> Trainer:
+def make_trainer(world: World, *, precision: Precision = "fp32", scale: float = 1.0) -> Trainer:
     torch.manual_seed(1)
-    task = PointTask()
-    return Trainer(task, task.build_model(), OPTIONS, world=world, seed=1, updates_per_epoch=1)
+    task, options = PointTask(), replace(OPTIONS, precision=precision)
+    trainer = Trainer(task, task.build_model(), options, world=world, seed=1, updates_per_epoch=1)
+    trainer.precision.load_state_dict({"scale": scale, "num_good": 0})
+    return trainer
 
 
 def batch(first: int, *, bad: bool = False) -> MicroBatch:
@@ -31,7 +39,7 @@ def batch(first: int, *, bad: bool = False) -> MicroBatch:
 
 
 def test_what_is_found_comes_with_the_next_update_and_names_the_bad_micro_batch() -> None:
-    trainer = make_trainer(single(torch.device("cpu")))
+    trainer = make_trainer(CPU)
     trainer.train_step([batch(0), batch(10, bad=True)])
     assert trainer.cancellations.take() == []
     trainer.train_step([batch(20)])
@@ -41,18 +49,67 @@ def test_what_is_found_comes_with_the_next_update_and_names_the_bad_micro_batch(
 
 
 def test_a_run_of_bad_updates_is_counted_through_a_resume() -> None:
-    trainer = make_trainer(single(torch.device("cpu")))
+    trainer = make_trainer(CPU)
     trainer.train_step([batch(0, bad=True)])
     trainer.train_step([batch(0, bad=True)])
     tensors, values = trainer.state_dict()
-    resumed = make_trainer(single(torch.device("cpu")))
+    resumed = make_trainer(CPU)
     resumed.load_state_dict(tensors, json.loads(json.dumps(values)))
     assert resumed.cancellations.known_in_a_row() == 2
     resumed.train_step([batch(0, bad=True)])
     assert resumed.cancellations.num_in_a_row() == 3
 
 
+def test_an_overflow_in_fp16_lowers_the_scale_and_is_not_counted_among_the_bad() -> None:
+    trainer = make_trainer(CPU, precision="fp16", scale=2.0**40)
+    for _ in range(5):
+        trainer.train_step([batch(0)])
+    assert trainer.cancellations.num_in_a_row() == 0
+    assert trainer.cancellations.take() == [
+        Cancelled(update, [0, 1, 2, 3], is_overflow=True) for update in (1, 2, 3, 4, 5)
+    ]
+    assert trainer.precision.state_dict() == {"scale": 2.0**35, "num_good": 0}
+
+
+def test_an_overflow_neither_counts_nor_ends_a_row_of_bad_updates() -> None:
+    trainer = make_trainer(CPU, precision="fp16", scale=2.0**40)
+    for is_bad in (True, False, True):
+        trainer.train_step([batch(0, bad=is_bad)])
+    assert trainer.cancellations.num_in_a_row() == 2
+    assert [cancelled.is_overflow for cancelled in trainer.cancellations.take()] == [False, True, False]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_loss_that_is_not_finite_is_bad_at_any_scale(precision: Precision) -> None:
+    trainer = make_trainer(CPU, precision=precision, scale=2.0**10)
+    trainer.train_step([batch(0, bad=True)])
+    assert trainer.cancellations.num_in_a_row() == 1
+    assert not trainer.cancellations.take()[0].is_overflow
+
+
+def test_a_gradient_that_overflows_at_the_lowest_scale_is_bad() -> None:
+    class SteepTask(PointTask):
+        def compute_loss(self, model: nn.Module, batch: Points) -> LossOutput:
+            output = super().compute_loss(model, batch)
+            return LossOutput(output.loss * 1e9, output.sums)
+
+    trainer = make_trainer(CPU, precision="fp16", scale=4.0)
+    trainer.local_objective.objective.task = SteepTask()
+    for _ in range(4):
+        trainer.train_step([batch(0)])
+    # At 4 and at 2 the scale could still be lowered; at 1 it stays.
+    assert trainer.cancellations.num_in_a_row() == 2
+    assert [cancelled.is_overflow for cancelled in trainer.cancellations.take()] == [True, True, False, False]
+    assert trainer.precision.state_dict() == {"scale": 1.0, "num_good": 0}
+
+
 def train_on_two_ranks(world: World, folder: str) -> None:
+    in_float16 = make_trainer(world, precision="fp16", scale=2.0**40)
+    in_float16.train_step([batch(40 * world.rank)])
+    in_float16.train_step([batch(40 * world.rank, bad=world.rank == 1)])
+    num_bad, (first, second) = in_float16.cancellations.num_in_a_row(), in_float16.cancellations.take()
+    assert num_bad == 1 and first.is_overflow and not second.is_overflow
+
     trainer = make_trainer(world)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     statistics = [value.clone() for value in trainer.statistics]

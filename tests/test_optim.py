@@ -30,6 +30,11 @@ from nmt.options import OptimizationOptions
         ({"lr_scheduler": "plateau", "lr_shrink": 1.0}, "`lr-shrink` must be above 0 and below 1"),
         ({"ema_decay": 1.0}, "`ema-decay` must be at least 0 and below 1"),
         ({"optimizer": "sgd", "momentum": 0.0, "nesterov": True}, "`nesterov` must have a `momentum`"),
+        ({"stop_min_lr": 5e-4}, "`stop-min-lr` must be below `lr`"),
+        (
+            {"lr_scheduler": "constant", "stop_min_lr": 1e-5},
+            "`stop-min-lr` must go with `lr-scheduler` inverse_sqrt or",
+        ),
         ({"stop_time_hours": 0.0}, "`stop-time-hours` must be above 0"),
         ({"lr_scheduler": "cosine", "max_epoch": 1, "end_learning_rate": 1.0}, "`end-learning-rate` must be"),
     ],

@@ -1,6 +1,6 @@
 """Updates in low precision: float32 parameters and sums, the loss scale of float16, any task."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 from ranks import run_ranks
 from test_trainer import ALL, SIZES, UNEVEN, PairTask, collate
 from torch import Tensor, nn
-from toy_task import PointExamples, Points, PointTask
+from toy_run import config, log, records
+from toy_task import PointExamples, PointOptions, Points, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, single
@@ -17,6 +18,7 @@ from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions
 from nmt.precision import Precision
 from nmt.task import LossOutput
+from nmt.train_loop import train
 from nmt.trainer import Trainer
 
 CPU = single(torch.device("cpu"))
@@ -154,6 +156,32 @@ def fp16_trainer(scale: float | None = None) -> Trainer:
     if scale is not None:
         trainer.precision.load_state_dict({"scale": scale, "num_good": 0})
     return trainer
+
+
+def test_a_run_whose_scale_begins_too_high_comes_down_and_is_never_taken_back(tmp_path: Path) -> None:
+    """The first scale, 2**16, times the gradient is made to overflow by a loss 256 times as large."""
+
+    class LoudTask(PointTask):
+        def compute_loss(self, model: nn.Module, batch: Points) -> LossOutput:
+            output = super().compute_loss(model, batch)
+            return LossOutput(output.loss * 2.0**8, output.sums)
+
+    @dataclass(frozen=True)
+    class LoudOptions(PointOptions):
+        def build(self, assets: Path | None) -> PointTask:
+            return LoudTask()
+
+    train(
+        config(
+            tmp_path / "run",
+            task_options=LoudOptions(),
+            optimization={"precision": "fp16", "max_bad_updates": 2, "max_update": 30, "clip_norm": 1.0},
+        )
+    )
+    said = log(tmp_path / "run")
+    assert said.count("cancelled: an overflow in fp16; the loss scale is halved") > 2
+    assert records(tmp_path / "run", "back") == []
+    assert records(tmp_path / "run", "valid")[-1]["update"] == 30
 
 
 def test_a_scale_that_overflows_cancels_the_update_and_is_halved() -> None:

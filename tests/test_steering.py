@@ -125,6 +125,13 @@ def test_it_stops_out_of_time_and_when_the_rate_has_fallen(tmp_path: Path) -> No
     assert updates(tmp_path / "rate")[-1] == 20
 
 
+def test_a_run_without_warm_up_does_not_take_its_first_rate_for_fallen(tmp_path: Path) -> None:
+    """0.02 (1 + cos(pi (n - 1) / 100)) / 2 <= 0.019 from n - 1 = 14.4 on."""
+    schedule = {"lr_scheduler": "cosine", "warmup_updates": 0, "stop_min_lr": 0.019}
+    train(config(tmp_path / "run", optimization=schedule))
+    assert updates(tmp_path / "run")[-1] == 16
+
+
 def test_time_counts_on_from_where_the_run_was_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(config(folder, optimization={"max_update": 5}))

@@ -15,7 +15,6 @@ without padding needs; it can exceed 100%, since PyTorch's own products in float
 """
 
 import argparse
-import math
 import multiprocessing as mp
 import os
 import random
@@ -221,15 +220,10 @@ class Job:
 
     def check_flops(self) -> str:
         """Count an update's products once more by PyTorch's counter, which sees the padding too."""
-        import torch
-        from torch.utils.flop_counter import FlopCounterMode
-
-        def linear_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-            return 2 * math.prod(out_shape) * x[-1]
+        from nmt.forecast import flop_counter
 
         micro_batches = self._next()
-        products = {torch.ops.mkldnn._linear_pointwise: linear_flops}
-        with FlopCounterMode(display=False, custom_mapping=products) as counter:
+        with flop_counter() as counter:
             self.trainer.train_step(micro_batches)
         counted = counter.get_total_flops()
         ours = sum(self._count_flops(micro_batch.batch, padded=True) for micro_batch in micro_batches)

@@ -1,0 +1,106 @@
+"""Models that are compiled for their updates (`--compile`): torch.compile around what their layers compute.
+
+Compiled is the model's forward; of a model that has none, such as the Transformer, the forward of each of its
+parts (encoder, decoder). All around stays as it is: the loss, precision, DDP, the names of the weights. So does
+all that is no update: validation and decoding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from nmt.errors import UserError
+from nmt.models.traced import trace_plain_operations
+
+_REMEDY = "Leave it out."
+
+
+def compile_model(model: nn.Module, *, has_one_shape: bool) -> None:
+    """Let torch compile, in place, what a model computes in updates; it does so when that is first called.
+
+    Args:
+        model: Its weights keep their names.
+        has_one_shape: Examples are all of one shape, so that a program for each number of them is worth its while.
+            Otherwise there is one program for all shapes.
+
+    Raises:
+        UserError: torch compiles nothing under this Python.
+    """
+    # DDP stands around the model and waits for the gradients of a whole program. To cut the program at DDP's
+    # buckets would let some be sent earlier, but torch cannot do so with shapes that vary.
+    torch._dynamo.config.optimize_ddp = False
+    trace_plain_operations()
+    parts = [model] if _has_forward(model) else [part for part in model.children() if _has_forward(part)]
+    for part in parts:
+        plain = part.forward
+        try:
+            compiled = torch.compile(plain, dynamic=not has_one_shape)
+        except RuntimeError as error:
+            raise UserError(f"`compile` must be off here: {_first_sentence(error)}. {_REMEDY}") from error
+        # In the instance: a module that is wrapped, or whose call is compiled, would have other names or its hooks
+        # within the program.
+        part.forward = _in_updates(part, compiled, plain)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let compiled models compute as if they were not: what is to be observed must be called."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def compile_failures(is_compiled: bool) -> Iterator[None]:
+    """Turn what torch says when it cannot compile into a line.
+
+    Raises:
+        UserError: There is no compiler, or the model cannot be compiled.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        causes = {type(cause).__name__: cause for cause in _causes(error)}
+        if "InvalidCxxCompiler" in causes:
+            raise UserError(
+                "`compile` must have a C++ compiler (g++, clang++, or what CXX names), but there "
+                "is none. Install one, or leave it out."
+            ) from error
+        for name, package in (("TritonMissing", "Triton"), ("GPUTooOldForTriton", "a newer GPU for Triton")):
+            if name in causes:
+                raise UserError(f"`compile` must have {package} here, but has not. {_REMEDY}") from error
+        deepest = list(causes.values())[-1]
+        raise UserError(
+            "`compile` must be off where torch cannot compile the model, but it says: "
+            f"{_first_sentence(deepest)}. {_REMEDY}"
+        ) from error
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _in_updates(
+    module: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        is_update = module.training and torch.is_grad_enabled()
+        return (compiled if is_update else plain)(*args, **kwargs)
+
+    return forward
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = getattr(seen, "inner_exception", None) or seen.__cause__ or seen.__context__
+
+
+def _first_sentence(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
