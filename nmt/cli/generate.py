@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nmt.cli.command import run_command
@@ -177,7 +176,6 @@ def _translate(
 ) -> Iterator[Translation]:
     """Translate the input, or score its reference."""
     from nmt.translation.batches import Batching
-    from nmt.translation.mbr import rerank
 
     lines = read_text(options.input)
     batching = Batching(buffer_size, options.max_tokens, options.batch_size)
@@ -192,20 +190,14 @@ def _translate(
     prefixes = None
     if options.prefix_size > 0:
         prefixes = (ids[: options.prefix_size] for ids in references.ids())
-    decoding = options.decoding
-    if options.mbr is not None:
-        decoding = replace(decoding, nbest=decoding.beam)
-    translations = translator.translate_lines(
+    return translator.translate_lines(
         lines,
-        decoding,
+        options.decoding,
         batching=batching,
         prefixes=prefixes,
         too_long=options.too_long,
         on_progress=on_progress,
     )
-    if options.mbr is None:
-        return translations
-    return (rerank(translation, nbest=options.decoding.nbest) for translation in translations)
 
 
 class _Lines:

@@ -32,8 +32,6 @@ class GenerateOptions:
     too_long: Literal["split", "truncate", "error"] = "split"
     """What becomes of a line of more pieces than the model takes: it is split at punctuation and its parts are
     translated apart; or its end is cut off (always so with score-reference); or it is an error."""
-    mbr: Literal["chrf"] | None = None
-    """Of all `beam` hypotheses take the one with the highest mean chrF against the others (minimum Bayes risk)."""
     print_alignment: bool = False
     """Show which word of the source each word comes from, as `0-0 1-2`: after ` ||| ` (text), as an A- line
     (fairseq), or as `alignment` (jsonl)."""
@@ -79,10 +77,8 @@ class GenerateOptions:
                 raise UserError(f"`{flag}` must have a reference, but there is none. Give --reference FILE.")
         if self.score_reference and self.format == "text":
             raise UserError("`score-reference` must come with `format` fairseq or jsonl, which show scores.")
-        if self.mbr is not None and (self.score_reference or self.decoding.beam == 1):
-            raise UserError(
-                "`mbr` must have hypotheses to choose from: `beam` above 1, no `score-reference`."
-            )
+        if self.decoding.mbr is not None and self.score_reference:
+            raise UserError("`mbr` must be left out with `score-reference`, which translates nothing.")
         if self.alignment_layer != -1 and not (self.print_alignment or self.plot_attention):
             raise UserError("`alignment-layer` must come with `print-alignment` or `plot-attention`.")
         if self.baseline is not None and (self.reference is None or self.score_reference):
