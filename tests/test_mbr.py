@@ -148,7 +148,9 @@ def test_from_python(translator: Translator) -> None:
     assert translator.translate(["the dog", ""], mbr="chrf", samples=8)[1] == ""
     (found,) = translator.translate_with_scores(["the dog"], mbr="bleu", beam=4, nbest=3)
     (searched,) = translator.translate_with_scores(["the dog"], beam=4, nbest=4)
-    assert 1 < len(found) <= 3 and set(map(str, found)) <= set(map(str, searched))  # scores go with their texts
+    assert 1 < len(found) <= 3 and set(map(str, found)) <= set(
+        map(str, searched)
+    )  # scores go with their texts
 
 
 @pytest.mark.parametrize(

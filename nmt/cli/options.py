@@ -23,7 +23,8 @@ class GenerateOptions:
     reference: Path | None = None
     """Reference translations, as many lines as the input: BLEU, chrF and TER of the best ones are printed."""
     baseline: Path | None = None
-    """Translations of the same input by another system, a line each: is the difference to them chance?"""
+    """Another system: its translations of the same input, a line each, or a model folder, which translates with
+    the same options. Is the difference to it chance?"""
     format: Literal["text", "jsonl", "fairseq"] = "text"
     """text: translations alone; jsonl: a JSON object a line, with scores and flags that tell which lines to read;
     fairseq: its S-, T-, H-, D- and P- lines, scores to the base 2."""
@@ -63,6 +64,11 @@ class GenerateOptions:
         """The model folders that `model` names."""
         return _folders(self.model)
 
+    @property
+    def baseline_is_model(self) -> bool:
+        """Whether the baseline is a model, which is to translate, and not a file."""
+        return self.baseline is not None and self.baseline.is_dir()
+
     def check(self) -> None:
         """Raise `UserError` for sizes below 1, and for an output that would overwrite what is being read."""
         for name in ("buffer_size", "max_tokens", "batch_size", "num_threads"):
@@ -84,6 +90,12 @@ class GenerateOptions:
         if self.baseline is not None and (self.reference is None or self.score_reference):
             raise UserError(
                 "`baseline` must come with a reference to score both against, and without `score-reference`."
+            )
+        if self.baseline_is_model and (self.prefix_size or self.input_is_pieces):
+            flag = "prefix-size" if self.prefix_size else "input-is-pieces"
+            raise UserError(
+                f"`baseline` must be a file of translations with `{flag}`, but {self.baseline} is a folder: "
+                "another model may have other pieces."
             )
         for name, path in (("input", self.input), ("reference", self.reference), ("baseline", self.baseline)):
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():

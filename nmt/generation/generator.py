@@ -30,7 +30,7 @@ from nmt.generation.select import best_tokens, num_candidates, rank, sample_toke
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
 _ROWS_AT_ONCE = {"cpu": 128}
 _ROWS_AT_ONCE_ELSEWHERE = 2048
-_ROWS_DRAWN_AT_ONCE = {"cpu": 1024}  # each with a memory of its own
+_ROWS_DRAWN_AT_ONCE = {"cpu": 512}  # each with a memory of its own
 _ROWS_DRAWN_AT_ONCE_ELSEWHERE = 8192
 _DONE_SHARE = 16  # done sentences leave the batch when they are at least one in so many
 

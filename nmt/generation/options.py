@@ -76,8 +76,8 @@ class DecodingOptions:
     """Candidates of `mbr` that are drawn for a sentence, with the model's probabilities; `temperature`,
     `sampling-topk` and `sampling-topp` shape these alone."""
     mbr_over: Literal["nbest", "samples", "both"] | None = None
-    """The candidates of `mbr`: the `beam` best of the search, what is drawn, or both. If it is left out, what is drawn
-    where there are `samples`, else the best of the search."""
+    """The candidates of `mbr`: the `beam` best of the search, what is drawn, or both. If it is left out, what is
+    drawn where there are `samples`, else the best of the search."""
     ensemble_by: Literal["probabilities", "log-probabilities"] = "probabilities"
     """What is averaged over several models; log-probabilities are normalised again."""
     ensemble_weights: tuple[float, ...] = ()
@@ -145,7 +145,9 @@ class DecodingOptions:
                 "`sampling` must be left out with `mbr`. Say by `samples` how many candidates to draw."
             )
         if self.samples and self.candidates == "nbest":
-            raise UserError("`samples` must be left out with `mbr-over` nbest. Take `mbr-over` both for both.")
+            raise UserError(
+                "`samples` must be left out with `mbr-over` nbest. Take `mbr-over` both for both."
+            )
         if not self.samples and self.candidates != "nbest":
             raise UserError(
                 f"`mbr-over` {self.candidates} must come with `samples`, but there are none. Add --samples 64."

@@ -1,7 +1,7 @@
 """Minimum-Bayes-risk decoding: the candidate that agrees most with all the others (Eikema and Aziz, 2020).
 
-Candidates are the n best of a search, translations that are drawn, or both. Agreement is sacreBLEU's sentence chrF2
-or sentence BLEU, computed for all pairs at once.
+Candidates are the n best of a search, translations that are drawn, or both. Agreement is sacreBLEU's sentence
+chrF2 or sentence BLEU, computed for all pairs at once.
 
 Shapes: N candidates of one sentence, M occurrences of n-grams of one order in all of them, G columns.
 """
@@ -70,12 +70,9 @@ def candidate_options(options: DecodingOptions) -> list[DecodingOptions]:
     passes = []
     if options.candidates != "samples":
         # What shapes the distribution that is drawn from is not for the search.
-        shape = {"temperature": 1.0} if options.samples else {}
-        passes.append(
-            replace(
-                plain, nbest=options.beam, sampling_topk=None, sampling_topp=None, seed=None, **shape
-            )
-        )
+        temperature = 1.0 if options.samples else options.temperature
+        searched = replace(plain, nbest=options.beam, temperature=temperature)
+        passes.append(replace(searched, sampling_topk=None, sampling_topp=None, seed=None))
     if options.candidates != "nbest":
         passes.append(replace(plain, sampling=True, beam=options.samples, nbest=options.samples))
     return passes
@@ -155,8 +152,8 @@ def _matches(
     """Count the n-grams of N sequences of symbols, and those that each two have in common.
 
     Yields:
-        For each order from 1: how many n-grams each has (N,), and the matches of each pair (N, N), an n-gram counting
-        as often as it comes in both.
+        For each order from 1: how many n-grams each has (N,), and the matches of each pair (N, N), an n-gram
+        counting as often as it comes in both.
     """
     owners = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
     _, symbols = np.unique(np.concatenate([*sequences, np.empty(0, np.int64)]), return_inverse=True)
@@ -173,9 +170,7 @@ def _matches(
         yield np.bincount(owners[starts], minlength=len(sequences)), table @ table.T
 
 
-def _occurrences(
-    owners: NDArray[np.int64], codes: NDArray[np.int64], num_owners: int
-) -> NDArray[np.float32]:
+def _occurrences(owners: NDArray[np.int64], codes: NDArray[np.int64], num_owners: int) -> NDArray[np.float32]:
     """Return a table (N, G) of ones: N owners, and a column for the first, the second... time of each code (M,).
 
     So the product of two rows is the number of codes that both have, the rarer one's number of times.
