@@ -1,6 +1,6 @@
 """A translation does not depend on how sentences are batched: random Transformers, random sentences."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -219,11 +219,9 @@ def test_lines_are_translated_alike_in_any_order_and_batching(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_ten_thousand_lines_are_translated_alike_in_any_order_and_batching(
-    tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_ten_thousand_lines_are_translated_alike_in_any_order_and_batching(tmp_path: Path) -> None:
     num_ties = compare_batchings(write_tiny_model(tmp_path / "model"), 10_000)
-    record_property("ties", num_ties)  # in the report of --junit-xml
+    print(f"{num_ties} of 10,000 lines have a tie")  # pytest -rP shows it
     assert num_ties <= 20
 
 
