@@ -191,13 +191,3 @@ def test_matplotlib_is_named_where_it_is_missing(
         generate("--plot-attention", str(tmp_path / "plots"))
     assert error.value.code == 2
     assert "matplotlib must be installed for `plot-attention`, but is missing." in capsys.readouterr().err
-
-
-def test_minimum_bayes_risk_chooses_among_the_beam(generate: Callable[..., list[str]], model: Path) -> None:
-    from nmt.translation.mbr import rerank
-
-    chosen = generate("--mbr", "chrf", "--beam", "4", "--nbest", "2")
-    candidates = Translator.load(model).translate_lines(LINES, DecodingOptions(beam=4, nbest=4))
-    expected = [rerank(x, nbest=2).texts or ["", ""] for x in candidates]
-    assert chosen == [text for texts in expected for text in texts]
-    assert chosen != generate("--beam", "4", "--nbest", "2")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_transformer import VOCABULARY_SIZE, random_transformer
+from tiny_translation_model import WORDS, write_tiny_model
 from torch import Tensor
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
@@ -21,6 +23,9 @@ from nmt.generation.options import DecodingOptions
 from nmt.generation.select import best_candidates
 from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
+from nmt.translation.batches import Batching
+from nmt.translation.long_sentences import split_ids
+from nmt.translation.translator import Translation, Translator
 
 TIE = 1e-5  # totals that are nearer than this may change places in float32
 
@@ -149,6 +154,63 @@ def test_a_thousand_sentences_for_each_of_ten_models(seed: int, sampling: bool) 
     assert len(differing) <= 5  # of 1,000
     if not sampling:  # a number that falls on the edge between two tokens is the tie of sampling
         assert all(has_tie(exact, sentences[i]) for i in differing)
+
+
+OPTIONS = DecodingOptions(beam=3, nbest=3, max_len_a=1.0, max_len_b=4)
+LARGE = [Batching(), Batching(700, 600), Batching(3000, 2048, 40), Batching(10**6, 10**5, 200)]
+SMALL = [Batching(1, 1), Batching(), Batching(7, 60), Batching(20, 2048, 9)]
+
+
+def through_the_translator(
+    translator: Translator, lines: list[str], batching: Batching, seed: int
+) -> list[Translation]:
+    """Translate in a random order, as the commands do; return results in the order of lines."""
+    order = Random(seed).sample(range(len(lines)), len(lines))
+    found = translator.translate_lines((lines[i] for i in order), OPTIONS, batching=batching)
+    results = dict(zip(order, found, strict=True))
+    return [results[i] for i in range(len(lines))]
+
+
+def compare_batchings(folder: Path, num_lines: int, batchings: list[Batching]) -> int:
+    """Translate random lines, long ones too, each batching in another order; return how many tie in float32."""
+    random = Random(num_lines)
+    lines = [
+        " ".join(random.choices(WORDS, k=random.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 40))))
+        for _ in range(num_lines)
+    ]
+    rounded, exact = (Translator.load(folder) for _ in range(2))
+    exact = Translator([model.double() for model in exact.models], exact.task, device="cpu")
+    search = Generator(exact.fast_models, OPTIONS, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
+    strict, first = (
+        [through_the_translator(x, lines, batching, seed) for seed, batching in enumerate(batchings)]
+        for x in (exact, rounded)
+    )
+    for results in strict[1:]:
+        for one, other in zip(strict[0], results, strict=True):
+            assert (one.texts, one.num_parts) == (other.texts, other.num_parts)
+            for a, b in zip(one.hypotheses, other.hypotheses, strict=True):
+                assert a.tokens == b.tokens and a.score == pytest.approx(b.score, abs=1e-10)
+    differing = {
+        i
+        for results in first[1:]
+        for i, (one, other) in enumerate(zip(first[0], results, strict=True))
+        if one.texts != other.texts
+    }
+    for i in differing:
+        parts = split_ids(first[0][i].source_ids.tolist())
+        assert any(has_tie(search, part) for part in parts), lines[i]
+    return len(differing)
+
+
+def test_lines_are_translated_alike_in_any_order_and_batching(tmp_path: Path) -> None:
+    assert compare_batchings(write_tiny_model(tmp_path / "model"), 60, SMALL) <= 1
+
+
+@pytest.mark.slow
+def test_ten_thousand_lines_are_translated_alike_in_any_order_and_batching(tmp_path: Path) -> None:
+    num_ties = compare_batchings(write_tiny_model(tmp_path / "model"), 10_000, LARGE)
+    print(f"{num_ties} of 10,000 lines have a tie")  # pytest -rP shows it
+    assert num_ties <= 20
 
 
 @settings(max_examples=15, deadline=None)

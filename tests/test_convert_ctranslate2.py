@@ -88,6 +88,7 @@ def test_quantising_is_compared_and_leaves_the_model_as_it_is(
     arguments = ["--to", "ctranslate2", str(tmp_path / "ct2"), "--sample", str(sample)]
     main([str(model), *arguments, "--quantization", "int8"])
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("translates like the model, what quantisation changes aside")
     assert lines[1].startswith("float32: 5 of 5 translations equal")
     assert re.match(r"int8: 5 of 5 translations equal, .* [1-9]\.\de-0\d on average", lines[2])
     # CTranslate2 quantises arrays in place: they must not be the model's own.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_translation_model import WORDS, write_tiny_model
+from tiny_translation_model import WORDS, write_learned_model, write_tiny_model
 
 from nmt.cli.generate import _buffer_size, main
 from nmt.cli.options import GenerateOptions
@@ -328,6 +328,69 @@ def test_a_baseline_is_compared_in_words(
     assert lines[7].startswith("Better than the baseline, and not by chance")
     generate(*files, "--baseline", reference)
     assert capsys.readouterr().out.splitlines()[-1] == "The two are equal."
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pairs = {line: line.replace("the", "a") for line in LINES[:3]}
+    return write_learned_model(tmp_path_factory.mktemp("other") / "model", pairs)
+
+
+def test_a_baseline_may_be_a_model_which_translates_in_the_same_way(
+    generate: Callable[..., None],
+    other_model: Path,
+    source: Path,
+    expected: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference = write(tmp_path / "reference", "\n".join(expected) + "\n")
+    translations = Translator.load(other_model).translate(LINES, beam=2)
+    baseline = write(tmp_path / "baseline", "\n".join(translations) + "\n")
+    files = ("--output", tmp_path / "output", "--reference", reference)
+    generate("--input", source, *files, "--baseline", baseline)
+    wanted = capsys.readouterr().out.replace(str(baseline), str(other_model))
+    generate("--input", source, *files, "--baseline", other_model)
+    assert capsys.readouterr().out == wanted
+    with source.open() as stream:  # a stream can be read but once
+        monkeypatch.setattr("sys.stdin", stream)
+        generate(*files, "--baseline", other_model, "--buffer-size", 3)
+    assert capsys.readouterr().out == wanted
+    assert read_lines(tmp_path / "output") == expected
+
+
+@pytest.mark.parametrize("option", [("--prefix-size", 1), ("--input-is-pieces",)])
+def test_a_model_as_baseline_is_not_given_pieces_of_another(
+    generate: Callable[..., None],
+    other_model: Path,
+    source: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: tuple[object, ...],
+) -> None:
+    arguments = ("--input", source, "--reference", source, "--baseline", other_model, *option)
+    assert "`baseline` must be a file of translations with" in fails(capsys, lambda: generate(*arguments))
+
+
+def test_a_folder_that_is_no_model_is_refused_as_baseline_and_as_input(
+    generate: Callable[..., None], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--input", source, "--reference", source, "--baseline", tmp_path)
+    assert f"{tmp_path}" in fails(capsys, lambda: generate(*arguments))
+    error = fails(capsys, lambda: generate("--input", tmp_path))
+    assert f"{tmp_path} must be a file of text, but is a folder." in error
+
+
+def test_minimum_bayes_risk_from_the_command_line(
+    generate: Callable[..., None], model: Path, source: Path, tmp_path: Path
+) -> None:
+    options = ("--mbr", "bleu", "--samples", 8, "--mbr-over", "both", "--seed", 5, "--nbest", 2)
+    generate("--input", source, "--output", tmp_path / "output", *options)
+    nbest = Translator.load(model).translate_with_scores(
+        LINES, mbr="bleu", samples=8, mbr_over="both", seed=5, beam=2, nbest=2
+    )
+    texts = [[x.text for x in found] + [""] * (2 - len(found)) for found in nbest]
+    assert read_lines(tmp_path / "output") == [text for of_line in texts for text in of_line]
 
 
 MODES = [(), ("--format", "fairseq"), ("--format", "jsonl"), ("--prefix-size", "1"), ("--input-is-pieces",)]

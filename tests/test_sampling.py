@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slow_beam_search import next_log_probs, slow_greedy_search
 from table_model import EOS, PAD, UNK, NextProbabilities, TableModel, random_table
 
+from nmt.generation import generator as generator_module
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
@@ -149,6 +150,21 @@ def test_equals_the_slow_sampler(
         assert [x.score for x in hypotheses] == pytest.approx([score for _, score in expected], abs=1e-12)
         # The order of equal translations means nothing.
         assert sorted(x.tokens for x in hypotheses) == sorted(tokens for tokens, _ in expected)
+
+
+def test_what_is_drawn_does_not_depend_on_how_many_rows_are_drawn_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def draws() -> list[list[Hypothesis]]:
+        options = DecodingOptions(beam=7, nbest=7, sampling=True, seed=3)
+        return draw(
+            random_table(2, 9, sharpness=0.5), options, limit=6, names=(0, 1, 2, 3), lines=(5, 6, 8, 9)
+        )
+
+    together = draws()
+    for rows in (1, 3, 10):
+        monkeypatch.setattr(generator_module, "_ROWS_DRAWN_AT_ONCE", {"cpu": rows})
+        assert draws() == together
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:

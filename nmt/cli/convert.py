@@ -72,7 +72,8 @@ def export_model(options: ExportOptions) -> None:
     except DisagreementError as error:
         print(f"{PROG}: CTranslate2 does not translate like the model: {error}", file=sys.stderr)
         raise SystemExit(_EXIT_DISAGREEMENT) from None
-    print(f"{folder}: CTranslate2 translates like the model")
+    aside = "" if quantized is None else ", what quantisation changes aside"
+    print(f"{folder}: CTranslate2 translates like the model{aside}")
     print(f"float32: {exact}")
     if quantized is not None:
         print(f"{options.quantization}: {quantized}")

@@ -18,9 +18,11 @@ from nmt.config import parse_command
 from nmt.data.vocabulary import EOS_ID
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from nmt.translation.alignment import Links
+    from nmt.translation.batches import Batching
     from nmt.translation.translator import Translation, Translator
 
 PROG = "nmt-generate"
@@ -48,7 +50,8 @@ def generate(options: GenerateOptions) -> None:
         UserError: The texts or the model cannot be used; no output is left then. Or the reference or the baseline
             has another number of lines than a stream had, which shows at the end: the output is kept.
     """
-    num_lines = check_parallel(options.input, options.reference, options.baseline)
+    translated = None if options.baseline_is_model else options.baseline
+    num_lines = check_parallel(options.input, options.reference, translated)
 
     # Here, so that --help, a misspelt option and a missing file are answered at once.
     import torch
@@ -57,6 +60,7 @@ def generate(options: GenerateOptions) -> None:
     from nmt.distributed import join_world
     from nmt.translation.alignment import check_layer
     from nmt.translation.attention_plot import check_plotting
+    from nmt.translation.batches import Batching
     from nmt.translation.translator import Translator
 
     if options.num_threads is not None:
@@ -72,17 +76,22 @@ def generate(options: GenerateOptions) -> None:
         check_plotting()
         options.plot_attention.mkdir(parents=True, exist_ok=True)
     check_layer(translator, options.alignment_layer)
-    references = References(options, translator)
+    batching = Batching(_buffer_size(options), options.max_tokens, options.batch_size)
+    lines = read_text(options.input)
+    baseline = None if translated is None else read_text(translated)
+    if options.baseline_is_model:
+        lines, again = itertools.tee(lines)  # they are read in step, so that it holds one buffer
+        baseline = _translate_by_baseline(again, options, world.device, batching)
+    references = References(options, translator, baseline)
     report = _Report()
-    buffer_size = _buffer_size(options)
     # The bar is for a terminal that shows nothing else.
     hide_bar = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
     with (
         open_output(options.output) as output,
         tqdm(total=num_lines, unit=" lines", disable=hide_bar) as bar,
     ):
-        translations = _translate(translator, options, references, buffer_size, bar.update)
-        for chunk in _chunks(translations, buffer_size):
+        translations = _translate(translator, lines, options, references, batching, bar.update)
+        for chunk in _chunks(translations, batching.buffer_size):
             links = _align(translator, chunk, options)
             _plot(translator, chunk, options, first=report.num_lines)
             for translation, alignments in zip(chunk, links, strict=True):
@@ -170,17 +179,13 @@ def _plot(
 
 def _translate(
     translator: Translator,
+    lines: Iterable[str],
     options: GenerateOptions,
     references: References,
-    buffer_size: int,
+    batching: Batching,
     on_progress: Callable[[int], object],
 ) -> Iterator[Translation]:
     """Translate the input, or score its reference."""
-    from nmt.translation.batches import Batching
-    from nmt.translation.mbr import rerank
-
-    lines = read_text(options.input)
-    batching = Batching(buffer_size, options.max_tokens, options.batch_size)
     if options.score_reference:
         return translator.score_lines(
             lines,
@@ -192,20 +197,27 @@ def _translate(
     prefixes = None
     if options.prefix_size > 0:
         prefixes = (ids[: options.prefix_size] for ids in references.ids())
-    decoding = options.decoding
-    if options.mbr is not None:
-        decoding = replace(decoding, nbest=decoding.beam)
-    translations = translator.translate_lines(
+    return translator.translate_lines(
         lines,
-        decoding,
+        options.decoding,
         batching=batching,
         prefixes=prefixes,
         too_long=options.too_long,
         on_progress=on_progress,
     )
-    if options.mbr is None:
-        return translations
-    return (rerank(translation, nbest=options.decoding.nbest) for translation in translations)
+
+
+def _translate_by_baseline(
+    lines: Iterable[str], options: GenerateOptions, device: torch.device, batching: Batching
+) -> Iterator[str]:
+    """Translate with the model of the baseline, as with the other; what is for ensembles does not concern it."""
+    from nmt.translation.translator import Translator
+
+    assert options.baseline is not None
+    translator = Translator.load(options.baseline, device, precision=options.precision)
+    decoding = replace(options.decoding, nbest=1, ensemble_by="probabilities", ensemble_weights=())
+    translations = translator.translate_lines(lines, decoding, batching=batching, too_long=options.too_long)
+    return (translation.text for translation in translations)
 
 
 class _Lines:

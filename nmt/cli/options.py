@@ -23,7 +23,8 @@ class GenerateOptions:
     reference: Path | None = None
     """Reference translations, as many lines as the input: BLEU, chrF and TER of the best ones are printed."""
     baseline: Path | None = None
-    """Translations of the same input by another system, a line each: is the difference to them chance?"""
+    """Another system: its translations of the same input, a line each, or a model folder, which translates with
+    the same options. Is the difference to it chance?"""
     format: Literal["text", "jsonl", "fairseq"] = "text"
     """text: translations alone; jsonl: a JSON object a line, with scores and flags that tell which lines to read;
     fairseq: its S-, T-, H-, D- and P- lines, scores to the base 2."""
@@ -32,8 +33,6 @@ class GenerateOptions:
     too_long: Literal["split", "truncate", "error"] = "split"
     """What becomes of a line of more pieces than the model takes: it is split at punctuation and its parts are
     translated apart; or its end is cut off (always so with score-reference); or it is an error."""
-    mbr: Literal["chrf"] | None = None
-    """Of all `beam` hypotheses take the one with the highest mean chrF against the others (minimum Bayes risk)."""
     print_alignment: bool = False
     """Show which word of the source each word comes from, as `0-0 1-2`: after ` ||| ` (text), as an A- line
     (fairseq), or as `alignment` (jsonl)."""
@@ -65,6 +64,11 @@ class GenerateOptions:
         """The model folders that `model` names."""
         return _folders(self.model)
 
+    @property
+    def baseline_is_model(self) -> bool:
+        """Whether the baseline is a model, which is to translate, and not a file."""
+        return self.baseline is not None and self.baseline.is_dir()
+
     def check(self) -> None:
         """Raise `UserError` for sizes below 1, and for an output that would overwrite what is being read."""
         for name in ("buffer_size", "max_tokens", "batch_size", "num_threads"):
@@ -79,15 +83,19 @@ class GenerateOptions:
                 raise UserError(f"`{flag}` must have a reference, but there is none. Give --reference FILE.")
         if self.score_reference and self.format == "text":
             raise UserError("`score-reference` must come with `format` fairseq or jsonl, which show scores.")
-        if self.mbr is not None and (self.score_reference or self.decoding.beam == 1):
-            raise UserError(
-                "`mbr` must have hypotheses to choose from: `beam` above 1, no `score-reference`."
-            )
+        if self.decoding.mbr is not None and self.score_reference:
+            raise UserError("`mbr` must be left out with `score-reference`, which translates nothing.")
         if self.alignment_layer != -1 and not (self.print_alignment or self.plot_attention):
             raise UserError("`alignment-layer` must come with `print-alignment` or `plot-attention`.")
         if self.baseline is not None and (self.reference is None or self.score_reference):
             raise UserError(
                 "`baseline` must come with a reference to score both against, and without `score-reference`."
+            )
+        if self.baseline_is_model and (self.prefix_size or self.input_is_pieces):
+            flag = "prefix-size" if self.prefix_size else "input-is-pieces"
+            raise UserError(
+                f"`baseline` must be a file of translations with `{flag}`, but {self.baseline} is a folder: "
+                "another model may have other pieces."
             )
         for name, path in (("input", self.input), ("reference", self.reference), ("baseline", self.baseline)):
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():

@@ -25,14 +25,16 @@ class References:
     With a baseline all texts are kept, because a test of the difference needs them together.
     """
 
-    def __init__(self, options: GenerateOptions, translator: Translator) -> None:
-        """Open them; nothing is read yet."""
+    def __init__(
+        self, options: GenerateOptions, translator: Translator, baseline: Iterator[str] | None
+    ) -> None:
+        """Open the reference, and take the translations of the baseline; nothing is read yet."""
         from nmt.translation.scoring import RunningScores
 
         self._options = options
         self._translator = translator
         self._texts = iter(() if options.reference is None else read_text(options.reference))
-        self._baseline = iter(() if options.baseline is None else read_text(options.baseline))
+        self._baseline = iter(()) if baseline is None else baseline
         self._waiting: deque[tuple[str, NDArray[Any]]] = deque()  # read by the search, not yet by the output
         self._current: list[str] = []
         self._num_texts = 0

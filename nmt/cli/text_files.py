@@ -45,6 +45,8 @@ def check_parallel(*files: Path | None) -> int | None:
             continue
         if not path.exists():
             raise UserError(f"{path} must exist, but there is no such file.")
+        if path.is_dir():
+            raise UserError(f"{path} must be a file of text, but is a folder.")
         num_lines = check_file(path).num_lines
         first = first or (path, num_lines)
         if num_lines != first[1]:

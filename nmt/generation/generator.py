@@ -30,6 +30,8 @@ from nmt.generation.select import best_candidates, drawn_candidates, sample_toke
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
 _ROWS_AT_ONCE = {"cpu": 128}
 _ROWS_AT_ONCE_ELSEWHERE = 2048
+_ROWS_DRAWN_AT_ONCE = {"cpu": 512}  # each with a memory of its own
+_ROWS_DRAWN_AT_ONCE_ELSEWHERE = 8192
 _DONE_SHARE = 16  # done sentences leave the batch when they are at least one in so many
 
 
@@ -71,6 +73,7 @@ class Generator:
         unk_id: int,
     ) -> None:
         options.check()
+        assert options.mbr is None, "candidates are chosen by nmt.translation.mbr"
         options.check_models(len(models))
         self.models = models
         self.options = options
@@ -108,12 +111,15 @@ class Generator:
             1 if options.seed is None else options.seed, places if lines is None else lines, options.beam
         )
         each = places.repeat_interleave(options.beam)  # (B*K,)
-        drawn = self._search(
-            [memory.select(each) for memory in memories],
-            limits[each],
-            None if prefixes is None else prefixes[each],
-            streams,
-        )
+        drawn: list[list[Hypothesis]] = []
+        at_once = _ROWS_DRAWN_AT_ONCE.get(source.device.type, _ROWS_DRAWN_AT_ONCE_ELSEWHERE)
+        for rows, own_streams in zip(each.split(at_once), streams.split(at_once), strict=True):
+            drawn += self._search(
+                [memory.select(rows) for memory in memories],
+                limits[rows],
+                None if prefixes is None else prefixes[rows],
+                own_streams,
+            )
         together = [drawn[i : i + options.beam] for i in range(0, len(drawn), options.beam)]
         ranked = [sorted((x for (x,) in samples), key=lambda x: -x.score) for samples in together]
         return [samples[: options.nbest] for samples in ranked]

@@ -25,6 +25,9 @@ class DecodingKeywords(TypedDict, total=False):
     sampling_topk: int | None
     sampling_topp: float | None
     seed: int | None
+    mbr: Literal["chrf", "bleu"] | None
+    samples: int
+    mbr_over: Literal["nbest", "samples", "both"] | None
     ensemble_by: Literal["probabilities", "log-probabilities"]
     ensemble_weights: tuple[float, ...]
 
@@ -64,7 +67,17 @@ class DecodingOptions:
     sampling_topp: float | None = None
     """Draw among the fewest tokens that together have this probability."""
     seed: int | None = None
-    """Seed of `sampling`, 1 if left out: the same seed and line give the same translations in any batch."""
+    """Seed of `sampling` and `samples`, 1 if left out: the same seed and line give the same translations in any
+    batch."""
+    mbr: Literal["chrf", "bleu"] | None = None
+    """Minimum Bayes risk: of many candidates take not the most probable one, but the one that has the highest mean
+    sentence chrF, or BLEU, against all of them."""
+    samples: int = 0
+    """Candidates of `mbr` that are drawn for a sentence, with the model's probabilities; `temperature`,
+    `sampling-topk` and `sampling-topp` shape these alone."""
+    mbr_over: Literal["nbest", "samples", "both"] | None = None
+    """The candidates of `mbr`: the `beam` best of the search, what is drawn, or both. If it is left out, what is
+    drawn where there are `samples`, else the best of the search."""
     ensemble_by: Literal["probabilities", "log-probabilities"] = "probabilities"
     """What is averaged over several models; log-probabilities are normalised again."""
     ensemble_weights: tuple[float, ...] = ()
@@ -73,7 +86,9 @@ class DecodingOptions:
     def check(self) -> None:
         """Raise a `UserError` for the first value that makes no sense."""
         _require(self.beam >= 1, "beam", "at least 1", self.beam)
-        _require(1 <= self.nbest <= self.beam, "nbest", f"from 1 to beam ({self.beam})", self.nbest)
+        self._check_mbr()
+        limit, of_what = (self.beam, "beam") if self.mbr is None else (self.num_candidates, "candidates")
+        _require(1 <= self.nbest <= limit, "nbest", f"from 1 to {of_what} ({limit})", self.nbest)
         _require(math.isfinite(self.lenpen), "lenpen", "a finite number", self.lenpen)
         _require(
             not self.unnormalized or self.lenpen == 1.0, "lenpen", "left out with unnormalized", self.lenpen
@@ -91,7 +106,7 @@ class DecodingOptions:
         is_penalty = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
         _require(is_penalty, "repetition-penalty", "above 0", self.repetition_penalty)
         for name in ("sampling_topk", "sampling_topp", "seed"):
-            if getattr(self, name) is not None and not self.sampling:
+            if getattr(self, name) is not None and not (self.sampling or self.samples):
                 flag = name.replace("_", "-")
                 raise UserError(f"`{flag}` must come with `sampling`. Add --sampling or leave it out.")
         if self.sampling_topk is not None:
@@ -106,6 +121,42 @@ class DecodingOptions:
             _require(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1", self.seed)
         are_weights = all(math.isfinite(weight) and weight > 0 for weight in self.ensemble_weights)
         _require(are_weights, "ensemble-weights", "numbers above 0", self.ensemble_weights)
+
+    @property
+    def candidates(self) -> Literal["nbest", "samples", "both"]:
+        """Where the candidates of `mbr` come from."""
+        return self.mbr_over or ("samples" if self.samples else "nbest")
+
+    @property
+    def num_candidates(self) -> int:
+        """How many candidates `mbr` has to choose from."""
+        num_found = 0 if self.candidates == "samples" else self.beam
+        return num_found + (0 if self.candidates == "nbest" else self.samples)
+
+    def _check_mbr(self) -> None:
+        _require(self.samples >= 0, "samples", "at least 0", self.samples)
+        if self.mbr is None:
+            for name, is_given in (("samples", self.samples > 0), ("mbr-over", self.mbr_over is not None)):
+                if is_given:
+                    raise UserError(f"`{name}` must come with `mbr`. Add --mbr chrf or leave it out.")
+            return
+        if self.sampling:
+            raise UserError(
+                "`sampling` must be left out with `mbr`. Say by `samples` how many candidates to draw."
+            )
+        if self.samples and self.candidates == "nbest":
+            raise UserError(
+                "`samples` must be left out with `mbr-over` nbest. Take `mbr-over` both for both."
+            )
+        if not self.samples and self.candidates != "nbest":
+            raise UserError(
+                f"`mbr-over` {self.candidates} must come with `samples`, but there are none. Add --samples 64."
+            )
+        if self.num_candidates < 2:
+            raise UserError(
+                f"`mbr` must have candidates to choose from, but has {self.num_candidates}. Raise `beam`, or give "
+                "`samples`."
+            )
 
     def check_models(self, num_models: int) -> None:
         """Raise a `UserError` where the options of ensembles do not suit this many models."""

@@ -22,7 +22,7 @@ from nmt.data.vocabulary import EOS_ID, UNK_ID, Vocabulary
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
 from nmt.models.attention import CrossAttention, SelfAttention
-from nmt.models.blocks import Embedding, FeedForward
+from nmt.models.blocks import Embedding, FeedForward, Residual
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 from nmt.new_folder import new_folder
 from nmt.translation.translator import Translation, Translator
@@ -198,40 +198,32 @@ def _fill_encoder(encoder: Encoder) -> Any:
     from ctranslate2.specs import transformer_spec
 
     layers = [cast(EncoderLayer, layer) for layer in encoder.layers]
-    spec = transformer_spec.TransformerEncoderSpec(
-        len(layers), layers[0].self_attention.num_heads, **_variant(layers[0], encoder.embedding)
-    )
-    _fill_input(spec, spec.embeddings[0], encoder.embedding)
-    if layers[0].around_attention.pre_norm:
-        _fill_norm(spec.layer_norm, encoder.final_norm)
+    spec = transformer_spec.TransformerEncoderSpec(*_size(layers), **_variant(layers[0], encoder.embedding))
+    _fill_ends(spec, spec.embeddings[0], encoder)
     for filled, layer in zip(spec.layer, layers, strict=True):
-        _fill_self_attention(filled.self_attention, layer.self_attention)
-        _fill_norm(filled.self_attention.layer_norm, layer.around_attention.norm)
-        _fill_feed_forward(filled.ffn, layer.feed_forward)
-        _fill_norm(filled.ffn.layer_norm, layer.around_feed_forward.norm)
+        _fill_self_attention(filled.self_attention, layer.self_attention, layer.around_attention)
+        _fill_feed_forward(filled.ffn, layer.feed_forward, layer.around_feed_forward)
     return spec
 
 
 def _fill_decoder(model: Transformer) -> Any:
     from ctranslate2.specs import transformer_spec
 
-    decoder: Decoder = model.decoder
+    decoder = model.decoder
     layers = [cast(DecoderLayer, layer) for layer in decoder.layers]
-    spec = transformer_spec.TransformerDecoderSpec(
-        len(layers), layers[0].self_attention.num_heads, **_variant(layers[0], decoder.embedding)
-    )
-    _fill_input(spec, spec.embeddings, decoder.embedding)
+    spec = transformer_spec.TransformerDecoderSpec(*_size(layers), **_variant(layers[0], decoder.embedding))
+    _fill_ends(spec, spec.embeddings, decoder)
     spec.projection.weight = _array(model.output_weight)
-    if layers[0].around_self_attention.pre_norm:
-        _fill_norm(spec.layer_norm, decoder.final_norm)
     for filled, layer in zip(spec.layer, layers, strict=True):
-        _fill_self_attention(filled.self_attention, layer.self_attention)
-        _fill_norm(filled.self_attention.layer_norm, layer.around_self_attention.norm)
-        _fill_cross_attention(filled.attention, layer.cross_attention)
-        _fill_norm(filled.attention.layer_norm, layer.around_cross_attention.norm)
-        _fill_feed_forward(filled.ffn, layer.feed_forward)
-        _fill_norm(filled.ffn.layer_norm, layer.around_feed_forward.norm)
+        _fill_self_attention(filled.self_attention, layer.self_attention, layer.around_self_attention)
+        _fill_cross_attention(filled.attention, layer.cross_attention, layer.around_cross_attention)
+        _fill_feed_forward(filled.ffn, layer.feed_forward, layer.around_feed_forward)
     return spec
+
+
+def _size(layers: Sequence[EncoderLayer] | Sequence[DecoderLayer]) -> tuple[int, int]:
+    """Return the number of layers, and of heads."""
+    return len(layers), layers[0].self_attention.num_heads
 
 
 def _variant(layer: EncoderLayer | DecoderLayer, embedding: Embedding) -> dict[str, Any]:
@@ -246,28 +238,35 @@ def _variant(layer: EncoderLayer | DecoderLayer, embedding: Embedding) -> dict[s
     }
 
 
-def _fill_input(spec: Any, embeddings: Any, embedding: Embedding) -> None:
+def _fill_ends(spec: Any, embeddings: Any, stack: Encoder | Decoder) -> None:
+    """Fill what comes before the layers of a stack, and the norm after them."""
+    embedding = stack.embedding
     embeddings.weight = _array(embedding.tokens.weight)
     spec.scale_embeddings = embedding.scale
     spec.position_encodings.encodings = _array(embedding.positions[embedding.first_position :])
     if isinstance(embedding.norm, nn.LayerNorm):
         _fill_norm(spec.layernorm_embedding, embedding.norm)
+    if isinstance(stack.final_norm, nn.LayerNorm):
+        _fill_norm(spec.layer_norm, stack.final_norm)
 
 
-def _fill_self_attention(spec: Any, attention: SelfAttention) -> None:
+def _fill_self_attention(spec: Any, attention: SelfAttention, around: Residual) -> None:
     _fill_linear(spec.linear[0], attention.qkv_proj)
     _fill_linear(spec.linear[1], attention.out_proj)
+    _fill_norm(spec.layer_norm, around.norm)
 
 
-def _fill_cross_attention(spec: Any, attention: CrossAttention) -> None:
+def _fill_cross_attention(spec: Any, attention: CrossAttention, around: Residual) -> None:
     _fill_linear(spec.linear[0], attention.q_proj)
     _fill_linear(spec.linear[1], attention.kv_proj)
     _fill_linear(spec.linear[2], attention.out_proj)
+    _fill_norm(spec.layer_norm, around.norm)
 
 
-def _fill_feed_forward(spec: Any, feed_forward: FeedForward) -> None:
+def _fill_feed_forward(spec: Any, feed_forward: FeedForward, around: Residual) -> None:
     _fill_linear(spec.linear_0, feed_forward.expand)
     _fill_linear(spec.linear_1, feed_forward.contract)
+    _fill_norm(spec.layer_norm, around.norm)
 
 
 def _fill_linear(spec: Any, linear: nn.Linear) -> None:

@@ -47,7 +47,7 @@ def plot_attention(
         weights: (T, S), each row summing to 1.
         source: The S pieces of the source.
         target: The T pieces of the translation.
-        title: Stands above.
+        title: Stands below.
     """
     # Without pyplot, so that no window system is looked for and no figure stays in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,76 +1,187 @@
 """Minimum-Bayes-risk decoding: the candidate that agrees most with all the others (Eikema and Aziz, 2020).
 
-Agreement is sacreBLEU's sentence chrF2, computed for all pairs at once from counts of character n-grams.
+Candidates are the n best of a search, translations that are drawn, or both. Agreement is sacreBLEU's sentence
+chrF2 or sentence BLEU, computed for all pairs at once.
 
-Shapes: N candidates of one sentence, G different n-grams of one order among them.
+Shapes: N candidates of one sentence, M occurrences of n-grams of one order in all of them, G columns.
 """
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from nmt.translation.translator import Translation
+from nmt.generation.beam_search import Hypothesis
+from nmt.generation.generator import Generator
+from nmt.generation.options import DecodingOptions
+from nmt.translation.scoring import bleu_tokenizer
 
-_ORDERS = 6
+PairScores = Callable[[Sequence[str]], NDArray[np.float64]]
+"""Scores of N texts (rows), each against each as reference (columns): (N, N), 0 to 100."""
+
+_CHRF_ORDERS = 6
 _BETA_SQUARED = 4.0
+_BLEU_ORDERS = 4
 
 
-def rerank(translation: Translation, *, nbest: int) -> Translation:
-    """Put the candidates with the highest expected chrF first, and keep `nbest` of them.
+class MinimumRisk:
+    """Stands in for a `Generator`: gathers the candidates of one or two, and chooses among them."""
 
-    Each candidate is compared with all of them, itself included, and all count alike. Scores stay those of the
-    model; of equal candidates the one that the model ranked higher stays before the other.
+    def __init__(
+        self,
+        generators: Sequence[Generator],
+        *,
+        decode: Callable[[Iterable[Sequence[int]]], list[str]],
+        pair_scores: PairScores,
+        nbest: int,
+    ) -> None:
+        """Take what makes the candidates, what turns their tokens into text, and what compares texts."""
+        self.generators = generators
+        self.decode = decode
+        self.pair_scores = pair_scores
+        self.nbest = nbest
+
+    def generate(
+        self, source: Tensor, prefixes: Tensor | None = None, *, lines: Tensor | None = None
+    ) -> list[list[Hypothesis]]:
+        """Return for each sentence the `nbest` best candidates of different texts; see `Generator.generate`.
+
+        Scores stay those of the model.
+        """
+        found = [generator.generate(source, prefixes, lines=lines) for generator in self.generators]
+        chosen = []
+        for parts in zip(*found, strict=True):
+            candidates = [candidate for part in parts for candidate in part]
+            texts = self.decode([candidate.tokens for candidate in candidates])
+            places = choose(texts, pair_scores=self.pair_scores, nbest=self.nbest)
+            chosen.append([candidates[place] for place in places])
+        return chosen
+
+
+def candidate_options(options: DecodingOptions) -> list[DecodingOptions]:
+    """Return how the candidates of `mbr` are searched for, or drawn, or both; all of them are returned."""
+    plain = replace(options, mbr=None, samples=0, mbr_over=None)
+    passes = []
+    if options.candidates != "samples":
+        # What shapes the distribution that is drawn from is not for the search.
+        temperature = 1.0 if options.samples else options.temperature
+        searched = replace(plain, nbest=options.beam, temperature=temperature)
+        passes.append(replace(searched, sampling_topk=None, sampling_topp=None, seed=None))
+    if options.candidates != "nbest":
+        passes.append(replace(plain, sampling=True, beam=options.samples, nbest=options.samples))
+    return passes
+
+
+def pair_scores(metric: Literal["chrf", "bleu"], *, target_lang: str) -> PairScores:
+    """Return what compares texts by a metric.
+
+    Raises:
+        UserError: BLEU in this language needs a tokeniser that is not installed.
     """
-    order = np.argsort(-expected_chrf(translation.texts), kind="stable")[:nbest].tolist()
-    return replace(
-        translation,
-        texts=[translation.texts[i] for i in order],
-        hypotheses=[translation.hypotheses[i] for i in order],
-    )
+    return chrf_pairs if metric == "chrf" else partial(bleu_pairs, tokenize=bleu_tokenizer(target_lang))
 
 
-def expected_chrf(texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return for each of N texts its mean sentence chrF2 against all of them: (N,), 0 to 100."""
+def choose(texts: Sequence[str], *, pair_scores: PairScores, nbest: int) -> list[int]:
+    """Return the places of the `nbest` texts with the highest expected score, best first.
+
+    Each text is compared with all of them, itself and its repetitions included, and all count alike. A text that
+    comes several times is returned once, at its first place; of equals the first comes first.
+    """
     if not texts:
-        return np.empty(0)
-    unique, places, counts = np.unique(np.array(texts, dtype=object), return_inverse=True, return_counts=True)
-    return (chrf_matrix(unique.tolist()) @ counts / len(texts))[places]
+        return []
+    unique, firsts, counts = np.unique(np.array(texts, dtype=object), return_index=True, return_counts=True)
+    expected = pair_scores(unique.tolist()) @ counts / len(texts)
+    order = np.lexsort((firsts, -expected.round(9)))  # equals differ by rounding
+    return [int(place) for place in firsts[order[:nbest]]]
 
 
-def chrf_matrix(texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return sentence chrF2 of each of N texts (rows) against each as reference (columns): (N, N), 0 to 100."""
-    num_texts = len(texts)
-    precision, recall, num_orders = (np.zeros((num_texts, num_texts)) for _ in range(3))
-    for counts in _ngram_counts(texts):
-        sizes = counts.sum(axis=1)
-        matches = np.stack([np.minimum(counts, row).sum(axis=1) for row in counts], axis=1)
+def chrf_pairs(texts: Sequence[str]) -> NDArray[np.float64]:
+    """Return sentence chrF2 (Popović, 2015), white space left out; see `PairScores`."""
+    shape = (len(texts), len(texts))
+    precision, recall, num_orders = (np.zeros(shape) for _ in range(3))
+    characters = [
+        np.frombuffer("".join(text.split()).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        for text in texts
+    ]
+    for sizes, matches in _matches(characters, _CHRF_ORDERS):
         # An order counts where both have n-grams of it.
         is_there = (sizes[:, None] > 0) & (sizes[None, :] > 0)
-        precision += np.divide(matches, sizes[:, None], out=np.zeros(matches.shape), where=is_there)
-        recall += np.divide(matches, sizes[None, :], out=np.zeros(matches.shape), where=is_there)
+        precision += np.divide(matches, sizes[:, None], out=np.zeros(shape), where=is_there)
+        recall += np.divide(matches, sizes[None, :], out=np.zeros(shape), where=is_there)
         num_orders += is_there
     precision /= np.maximum(num_orders, 1)
     recall /= np.maximum(num_orders, 1)
     denominator = _BETA_SQUARED * precision + recall
     product = (1 + _BETA_SQUARED) * precision * recall
-    return 100 * np.divide(product, denominator, out=np.zeros(product.shape), where=denominator > 0)
+    return 100 * np.divide(product, denominator, out=np.zeros(shape), where=denominator > 0)
 
 
-def _ngram_counts(texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
-    """Yield for each order how often each text has each n-gram of characters, white space left out: (N, G)."""
-    joined = ["".join(text.split()) for text in texts]
-    owners = np.repeat(np.arange(len(texts)), [len(text) for text in joined])
-    characters = np.array([ord(character) for text in joined for character in text], dtype=np.int64)
-    starts, codes = np.arange(len(characters)), np.zeros(len(characters), dtype=np.int64)
-    for order in range(1, _ORDERS + 1):
-        # An n-gram is one of the (n-1)-grams and a character more, within the same text.
-        is_within = starts + order <= len(characters)
+def bleu_pairs(texts: Sequence[str], *, tokenize: Callable[[str], str]) -> NDArray[np.float64]:
+    """Return sentence BLEU, with effective order and exponential smoothing; see `PairScores`.
+
+    Args:
+        texts: Of N candidates.
+        tokenize: Puts blanks between words, as sacreBLEU's tokenisers do.
+    """
+    words = [tokenize(text.rstrip()).split() for text in texts]
+    ids = {word: index for index, word in enumerate(dict.fromkeys(word for own in words for word in own))}
+    shape = (len(texts), len(texts))
+    logs, num_orders, num_zeros, has_match = (np.zeros(shape) for _ in range(4))
+    for sizes, matches in _matches([np.array([ids[x] for x in own]) for own in words], _BLEU_ORDERS):
+        is_there = np.broadcast_to(sizes[:, None] > 0, shape)  # in the hypothesis, the row
+        num_zeros += is_there & (matches == 0)
+        # The k-th order without a match counts 1 / 2**k matches.
+        smoothed = np.where(matches > 0, matches, 0.5**num_zeros) / np.maximum(sizes[:, None], 1)
+        logs += np.where(is_there, np.log(smoothed), 0.0)
+        num_orders += is_there
+        has_match += matches
+    lengths = np.array([len(own) for own in words], dtype=np.float64)
+    brevity = np.minimum(1.0 - lengths[None, :] / np.maximum(lengths[:, None], 1.0), 0.0)  # a logarithm
+    return np.where(has_match > 0, 100 * np.exp(logs / np.maximum(num_orders, 1) + brevity), 0.0)
+
+
+def _matches(
+    sequences: Sequence[NDArray[np.integer]], max_order: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Count the n-grams of N sequences of symbols, and those that each two have in common.
+
+    Yields:
+        For each order from 1: how many n-grams each has (N,), and the matches of each pair (N, N), an n-gram
+        counting as often as it comes in both.
+    """
+    owners = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+    _, symbols = np.unique(np.concatenate([*sequences, np.empty(0, np.int64)]), return_inverse=True)
+    starts, codes = np.arange(len(symbols)), np.zeros(len(symbols), dtype=np.int64)
+    for order in range(1, max_order + 1):
+        # An n-gram is one of the (n-1)-grams and a symbol more, within the same sequence.
+        is_within = starts + order <= len(symbols)
         starts, codes = starts[is_within], codes[is_within]
         is_within = owners[starts] == owners[starts + order - 1]
         starts, codes = starts[is_within], codes[is_within]
-        extended = (codes << 21) | characters[starts + order - 1]  # a code point has at most 21 bits
-        unique, codes = np.unique(extended, return_inverse=True)
-        flat = np.bincount(owners[starts] * max(len(unique), 1) + codes, minlength=len(texts) * len(unique))
-        yield flat.reshape(len(texts), len(unique))
+        extended = codes * len(symbols) + symbols[starts + order - 1]
+        _, codes = np.unique(extended, return_inverse=True)
+        table = _occurrences(owners[starts], codes, len(sequences))
+        yield np.bincount(owners[starts], minlength=len(sequences)), table @ table.T
+
+
+def _occurrences(owners: NDArray[np.int64], codes: NDArray[np.int64], num_owners: int) -> NDArray[np.float32]:
+    """Return a table (N, G) of ones: N owners, and a column for the first, the second... time of each code (M,).
+
+    So the product of two rows is the number of codes that both have, the rarer one's number of times.
+    """
+    order = np.lexsort((codes, owners))
+    ranked = np.stack([owners, codes])[:, order]
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (ranked[:, 1:] != ranked[:, :-1]).any(axis=0)
+    places = np.arange(len(order))
+    times = places - np.maximum.accumulate(np.where(is_first, places, 0))  # how often it came before
+    columns, column = np.unique(ranked[1] * (len(order) + 1) + times, return_inverse=True)
+    table = np.zeros((num_owners, len(columns)), dtype=np.float32)
+    table[ranked[0], column] = 1.0
+    return table

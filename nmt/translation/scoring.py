@@ -1,6 +1,6 @@
 """Scores of translations against references, by sacreBLEU, with the signatures that make them comparable."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,12 @@ def bleu(translations: Sequence[str], references: Sequence[str], *, target_lang:
         UserError: The numbers differ, or the tokenisation needs a package that is not installed.
     """
     return _corpus_score(_bleu_metric(target_lang), translations, references)
+
+
+def bleu_tokenizer(target_lang: str) -> Callable[[str], str]:
+    """Return the tokenisation of `bleu`, which puts blanks between words; errors are the same."""
+    tokenizer: Callable[[str], str] = _bleu_metric(target_lang).tokenizer
+    return tokenizer
 
 
 def chrf(translations: Sequence[str], references: Sequence[str]) -> Score:

@@ -19,6 +19,7 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
+from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
 from nmt.translation.assets import TranslationAssets
@@ -154,7 +155,8 @@ class TranslationTask:
     ) -> dict[int, list[int]]:
         """Return the tokens of the best translation of each example in the batches of indices."""
         decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
-        generator = Generator([model], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
+        fast = InferenceTransformer(model)  # made each time: it holds the weights as they are now
+        generator = Generator([fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
         translations: dict[int, list[int]] = {}
         for indices in batches:
             source = examples.collate([examples[i] for i in indices]).source.to(world.device)

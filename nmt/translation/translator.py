@@ -25,6 +25,7 @@ from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
 from nmt.translation.batches import Batching, BatchRunner
 from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_text
+from nmt.translation.mbr import MinimumRisk, candidate_options, pair_scores
 from nmt.translation.task import TranslationTask
 
 Precision = Literal["fp32", "bf16"]
@@ -193,7 +194,7 @@ class Translator:
         Raises:
             UserError: A line is too long, and that is to be an error; or the memory does not suffice for one.
         """
-        generator = self._generator(options, self.fast_models)
+        generator = self._make_generator(options)
         lenpen = 0.0 if options.unnormalized else options.lenpen
 
         def search(
@@ -275,6 +276,18 @@ class Translator:
         # cores without most of them waiting. PyTorch lets go of Python's lock while it computes.
         num_at_once = torch.get_num_threads() if self.device.type == "cpu" else 1
         return BatchRunner(batching or Batching(), num_at_once=num_at_once)
+
+    def _make_generator(self, options: DecodingOptions) -> Generator | MinimumRisk:
+        """Return what finds translations: a search, or a choice among the candidates of one or two."""
+        options.check()
+        if options.mbr is None:
+            return self._generator(options, self.fast_models)
+        return MinimumRisk(
+            [self._generator(own, self.fast_models) for own in candidate_options(options)],
+            decode=self.task.target_segmenter.decode,
+            pair_scores=pair_scores(options.mbr, target_lang=self.task.target_lang),
+            nbest=options.nbest,
+        )
 
     def _generator(self, options: DecodingOptions, models: Sequence[TranslationModel]) -> Generator:
         return Generator(models, options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
