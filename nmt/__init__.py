@@ -8,7 +8,12 @@
 The names are looked up when they are first used, so that `import nmt` does not load torch.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# oneDNN keeps what it has prepared for each of the last 1,024 shapes, some 0.3 MB each. Batches come in ever new
+# shapes, so that most of it is never used again. It reads this when its first product is made.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 __version__ = "0.1.0"
 __all__ = ["TrainingResult", "Translator", "train", "train_config"]

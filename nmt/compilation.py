@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from nmt.errors import UserError
-from nmt.models.traced import trace_plain_operations
 
 _REMEDY = "Leave it out."
 
@@ -32,7 +31,6 @@ def compile_model(model: nn.Module, *, has_one_shape: bool) -> None:
     # DDP stands around the model and waits for the gradients of a whole program. To cut the program at DDP's
     # buckets would let some be sent earlier, but torch cannot do so with shapes that vary.
     torch._dynamo.config.optimize_ddp = False
-    trace_plain_operations()
     parts = [model] if _has_forward(model) else [part for part in model.children() if _has_forward(part)]
     for part in parts:
         plain = part.forward

@@ -180,8 +180,9 @@ class Generator:
             num_sentences = beam.is_done.numel()
             if num_done == num_sentences:
                 return best(finished, nbest=min(options.nbest, beam_size))
-            if num_done * _DONE_SHARE >= num_sentences:
-                live = _places_to_keep(beam.is_done, num_live=num_sentences - num_done)
+            num_kept = _round_up(num_sentences - num_done)
+            if num_done * _DONE_SHARE >= num_sentences > num_kept:
+                live = _places_to_keep(beam.is_done, num_kept=num_kept)
                 beam, rows = keep(beam, rows, live=live)
                 memories = [memory.select(live) for memory in memories]
             for state in states:
@@ -246,14 +247,24 @@ class Generator:
         return source.new_tensor([min(int(a * length + b), longest) for length in lengths])
 
 
-def _places_to_keep(is_done: Tensor, *, num_live: int) -> Tensor:
-    """Return the places (num_live,) of the sentences that go on, in the order in which the fewest have to move.
+def _round_up(num_sentences: int) -> int:
+    """Return how many sentences a batch keeps: above 8 a multiple of 8, so that few shapes come up.
 
-    Those in the first places stay there, and the others take the places of sentences that are done.
+    oneDNN prepares its products for each number of rows, and keeps what it has prepared.
     """
-    live = (~is_done).nonzero().squeeze(1)
-    places = torch.arange(num_live, device=is_done.device)
-    places[is_done[:num_live]] = live[live >= num_live]
+    return num_sentences if num_sentences <= 8 else -(-num_sentences // 8) * 8
+
+
+def _places_to_keep(is_done: Tensor, *, num_kept: int) -> Tensor:
+    """Return the places (num_kept,) of all sentences that go on, and of others if there are fewer.
+
+    In the order in which the fewest have to move: those in the first places stay there, and the others take the
+    places of sentences that are done.
+    """
+    places = torch.arange(num_kept, device=is_done.device)
+    late = (~is_done[num_kept:]).nonzero().squeeze(1) + num_kept
+    free = is_done[:num_kept].nonzero().squeeze(1)[: late.numel()]
+    places[free] = late
     return places
 
 

@@ -52,7 +52,7 @@ def split_heads(x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]
 
 def _is_for_fused(x: Tensor) -> bool:
     """Return whether this is training on a CPU, for which the fused operations are made."""
-    return torch.is_grad_enabled() and x.device.type == "cpu"
+    return torch.is_grad_enabled() and not fused.is_elsewhere(x)
 
 
 def _bias(query: Tensor, keys: Tensor, attention_mask: Tensor | None, *, is_causal: bool) -> Tensor:

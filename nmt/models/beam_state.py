@@ -38,7 +38,7 @@ class InferenceMemory:
         """Return the memory of the sentences (B',). Where they are fewer, it is made in place of this one."""
         if sentences.numel() >= self.padding.size(0):
             return InferenceMemory(self.parts[:, :, sentences], self.padding[sentences])
-        _move_(self.parts, sentences)
+        _move_(self.parts, sentences, dim=2)
         return InferenceMemory(self.parts[:, :, : sentences.numel()], self.padding[sentences])
 
 
@@ -53,7 +53,8 @@ class BeamState:
     def __init__(self) -> None:
         self.length = 0
         self.num_columns = 0
-        self._past = torch.empty(0)  # (L, 2, B, H, capacity, E): keys and values of each layer
+        # Of each layer keys and values, (2, B, H, capacity, E): apart, so that they can be replaced one by one.
+        self._past: list[Tensor] = []
         self._mask = torch.empty(0)  # (B, K, capacity): 0 where a column belongs to the hypothesis, else -inf
 
     def reorder_(self, rows: Tensor) -> None:
@@ -62,14 +63,15 @@ class BeamState:
         self._mask = self._mask.flatten(0, 1)[rows].view(-1, beam_size, capacity)
         if rows.numel() < num_sentences * beam_size:
             sentences = rows.view(-1, beam_size)[:, 0] // beam_size
-            _move_(self._past[:, :, :, :, : self.num_columns], sentences)
-            self._past = self._past[:, :, : sentences.numel()]
+            for past in self._past:
+                _move_(past[:, :, :, : self.num_columns], sentences, dim=1)
+            self._past = [past[:, : sentences.numel()] for past in self._past]
 
     def branch(self, beam_size: int) -> None:
         """Let K hypotheses go on from the single one that there is for each sentence."""
         self._mask = self._mask.expand(-1, beam_size, -1).contiguous()
 
-    def add_columns(self, like: Tensor, beam_size: int) -> tuple[Tensor, Tensor | None, slice]:
+    def add_columns(self, like: Tensor, beam_size: int) -> tuple[list[Tensor], Tensor | None, slice]:
         """Make columns for a new position, and return all.
 
         Args:
@@ -77,12 +79,14 @@ class BeamState:
             beam_size: K.
 
         Returns:
-            (L, 2, B, H, N, E) keys and values; the mask (B, 1, K, N), None where every row sees every column; and
-            which K columns are new: they are to be filled.
+            Keys and values (2, B, H, N, E) of each layer; the mask (B, 1, K, N), None where every row sees every
+            column; and which K columns are new: they are to be filled.
         """
         if self.length == 0:
-            self._past = like.new_empty((*like.shape[:4], _FIRST_CAPACITY, like.size(5)))
-            self._past[:, :, :, :, :LEAST_WIDTH] = 0.0  # masked, but not to be anything
+            shape = (*like.shape[1:4], _FIRST_CAPACITY, like.size(5))
+            self._past = [like.new_empty(shape) for _ in like]
+            for past in self._past:
+                past[:, :, :, :LEAST_WIDTH] = 0.0  # masked, but not to be anything
             self._mask = like.new_full((like.size(2), beam_size, _FIRST_CAPACITY), -torch.inf)
         elif self.num_columns + beam_size > self._mask.size(2):
             self._make_room(beam_size)
@@ -93,10 +97,10 @@ class BeamState:
         width = max(self.num_columns, LEAST_WIDTH)
         sees_all = beam_size == 1 and width == self.num_columns
         mask = None if sees_all else self._mask[:, None, :, :width]
-        return self._past[:, :, :, :, :width], mask, new
+        return [past[:, :, :, :width] for past in self._past], mask, new
 
     def _make_room(self, beam_size: int) -> None:
-        """Drop the columns that belong to no hypothesis; double the capacity if half of it is still filled."""
+        """Drop the columns that belong to no hypothesis; if half of the table is still filled, let it grow."""
         mask = self._mask[:, :, : self.num_columns]
         is_alive = (mask == 0).any(dim=1)  # (B, N)
         width = int(is_alive.sum(dim=1).max())
@@ -104,20 +108,21 @@ class BeamState:
         order = is_alive.byte().argsort(dim=1, descending=True, stable=True)[:, :width]  # (B, width)
         capacity = self._mask.size(2)
         if 2 * (width + beam_size) > capacity:
-            capacity = 2 * max(capacity, width + beam_size)
-        old_past = self._past
-        *sizes, _, head_size = old_past.shape
-        self._past = old_past.new_empty((*sizes, capacity, head_size))
-        places = order[:, None, :, None].expand(-1, sizes[3], -1, head_size)  # (B, H, width, E)
-        for layer in range(sizes[0]):
-            for side in range(2):
-                self._past[layer, side, :, :, :width] = old_past[layer, side].gather(2, places)
+            capacity = max(capacity, width + beam_size) * 3 // 2
+        for layer, old in enumerate(self._past):
+            *sizes, _, head_size = old.shape
+            new = old.new_empty((*sizes, capacity, head_size))
+            places = order[None, :, None, :, None].expand(
+                2, -1, sizes[2], -1, head_size
+            )  # (2, B, H, width, E)
+            new[:, :, :, :width] = old.gather(3, places)
+            self._past[layer] = new
         self._mask = mask.new_full((*mask.shape[:2], capacity), -torch.inf)
         self._mask[:, :, :width] = mask.gather(2, order[:, None].expand(-1, beam_size, -1))
         self.num_columns = width
 
 
-def _move_(parts: Tensor, sentences: Tensor) -> None:
-    """Let the sentences (B',) of (L, 2, B, ...), fewer than B, take the first B' places; copy those that move."""
+def _move_(parts: Tensor, sentences: Tensor, *, dim: int) -> None:
+    """Let the sentences (B',), fewer than B, take the first B' places of a dimension; copy those that move."""
     moves = (sentences != torch.arange(sentences.numel(), device=sentences.device)).nonzero().squeeze(1)
-    parts[:, :, moves] = parts[:, :, sentences[moves]]
+    parts.index_copy_(dim, moves, parts.index_select(dim, sentences[moves]))

@@ -29,10 +29,16 @@ def _has_onednn() -> bool:
     )
 
 
+def is_elsewhere(x: Tensor) -> bool:
+    """Return whether PyTorch's own operations are to be taken: on other devices, and by its compiler."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    is_float32 = x.dtype == weight.dtype == torch.float32
+    if is_elsewhere(x) or not x.dtype == weight.dtype == torch.float32:
+        return False
     # It has no products without any multiplication.
-    return is_float32 and x.device.type == "cpu" and x.numel() > 0 and weight.numel() > 0 and _has_onednn()
+    return x.numel() > 0 and weight.numel() > 0 and _has_onednn()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -81,7 +87,7 @@ class Dropout(nn.Module):
 
     PyTorch draws one 32-bit random number an element there; cutting 64-bit numbers into four gives the
     same masks' distribution, with the probability rounded to a multiple of 2**-16 (and the scale to match,
-    so that the expectation is exact), several times as fast. Other devices use PyTorch's own.
+    so that the expectation is exact), several times as fast. A mask takes a byte an element.
     """
 
     def __init__(self, p: float) -> None:
@@ -91,25 +97,38 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
-        if x.device.type != "cpu":
+        if is_elsewhere(x):
             return F.dropout(x, self.p)
-        return x * random_mask(x, self.p)
+        return cast(Callable[..., Tensor], _Drop.apply)(x, *random_mask(x, self.p))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def random_mask(x: Tensor, p: float) -> Tensor:
-    """Draw a mask of x's shape and dtype that is 0 with probability `p` and else 1 / (1 - p)."""
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return (x * mask).mul_(scale)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return (grad * ctx.saved_tensors[0]).mul_(ctx.scale), None, None
+
+
+def random_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """Draw a uint8 mask of x's shape, 0 with probability `p` and else 1, and the scale of what is kept."""
     threshold = min(round(p * 65536), 65535)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     numbers = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return (numbers >= threshold - 32768).to(x.dtype).mul_(65536 / (65536 - threshold))
+    return (numbers >= threshold - 32768).view(torch.uint8), 65536 / (65536 - threshold)
 
 
 def embed(token_ids: Tensor, weight: Tensor, *, pad_id: int) -> Tensor:
     """Look up rows of (V, D); on a CPU the gradient of a row is summed in float32, whatever the type."""
-    if not torch.is_grad_enabled() or token_ids.device.type != "cpu":
+    if not torch.is_grad_enabled() or is_elsewhere(token_ids):
         return F.embedding(token_ids, weight, pad_id)
     return cast(Callable[..., Tensor], _Embed.apply)(token_ids, weight, pad_id)
 
@@ -184,10 +203,10 @@ class _Attention(torch.autograd.Function):
         bias = bias.expand(batch, heads, -1, -1).flatten(0, 1)
         scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=size**-0.5)
         weights = torch.softmax(scores, dim=-1, out=scores)  # (B*H, T, S), formed in float32
-        mask = random_mask(weights, dropout) if dropout else None
+        mask, ctx.scale = random_mask(weights, dropout) if dropout else (None, 1.0)
         ctx.save_for_backward(q, k, v, weights, mask)
         ctx.heads = heads
-        attended = torch.bmm(weights if mask is None else weights * mask, v)
+        attended = torch.bmm(weights if mask is None else (weights * mask).mul_(ctx.scale), v)
         return attended.view(batch, heads, length, size).transpose(1, 2).reshape(batch, length, heads * size)
 
     @staticmethod
@@ -196,11 +215,11 @@ class _Attention(torch.autograd.Function):
         q, k, v, weights, mask = ctx.saved_tensors
         # (B, T, D) -> (B*H, T, E)
         grad = grad.unflatten(-1, (ctx.heads, -1)).transpose(1, 2).flatten(0, 1)
-        used = weights if mask is None else weights * mask
+        used = weights if mask is None else (weights * mask).mul_(ctx.scale)
         grad_v = torch.bmm(used.transpose(1, 2), grad)
         grad_weights = torch.bmm(grad, v.transpose(1, 2))
         if mask is not None:
-            grad_weights *= mask
+            grad_weights.mul_(mask).mul_(ctx.scale)
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_scores *= q.size(-1) ** -0.5
         grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
