@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 # oneDNN keeps what it has prepared for each of the last 1,024 shapes, some 0.3 MB each. Batches come in ever new
 # shapes, so that most of it is never used again. It reads this when its first product is made.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 __version__ = "0.1.0"
 __all__ = ["TrainingResult", "Translator", "train", "train_config"]

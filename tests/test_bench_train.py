@@ -2,6 +2,9 @@
 
 import importlib.util
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -55,3 +58,15 @@ def test_padding_is_left_out_of_the_work_that_a_batch_needs() -> None:
     decoder = 6 * 4 + 2 * 6 + 2 * 2 + 2 * 2 + 2 * 4  # and keys and values of the source
     expected = 6 * (encoder + decoder + 2 * 5)
     assert math.isclose(bench.count_flops(iter([(1, 1)]), 1, one, vocabulary_size=5), expected)
+
+
+@pytest.mark.slow
+def test_the_script_runs_and_reports_both_precisions() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "bench" / "train.py"
+    small = ["--encoder-layers", "1", "--decoder-layers", "1", "--max-tokens", "512"]
+    command = [sys.executable, str(script), "--precision", "fp32", "bf16", "--rounds", "1", "--updates", "2"]
+    done = subprocess.run([*command, *small], check=True, capture_output=True, text=True)
+    for precision in ("fp32", "bf16"):
+        (line,) = re.findall(rf"^{precision} +[0-9].*$", done.stdout, flags=re.MULTILINE)
+        # Counted in thousands with commas: tokens a second, of which there must be some.
+        assert int(line.split()[1].replace(",", "")) > 0

@@ -28,7 +28,7 @@ class Batching:
     """How lines are gathered for translation. It changes the speed and the memory, never the results."""
 
     buffer_size: int = 10_000  # lines read before their translations are returned; they are sorted by length
-    max_tokens: int = 1024  # sentences of a batch times pieces of the longest one
+    max_tokens: int = 2048  # sentences of a batch times pieces of the longest one
     batch_size: int | None = None  # most sentences of a batch
 
 

@@ -15,8 +15,9 @@ in turn, so that a machine that becomes slower becomes slower for all. The media
   memory     the largest resident set of the process
 
 Engines: `nmt fp32` and `nmt bf16`; with --peer ctranslate2, CTranslate2 in float32 and int8 on the same weights,
-sentences and threads (the model is exported by `nmt-convert --to ctranslate2`, or already lies in --peer-model
-DIR); with --baseline CHECKOUT, the package in another checkout of this repository.
+sentences and threads, which work on one batch together or on one each (`at once`; in nmt always the latter); the
+model is exported by `nmt-convert --to ctranslate2`, or already lies in --peer-model DIR; with --baseline CHECKOUT,
+the package in another checkout of this repository.
 
 The floor is counted: the multiply-adds of the products that a decoder row and an encoder position need, times
 their numbers without any padding or waiting, over the rate at which this machine makes a decoder step's products,
@@ -119,8 +120,14 @@ def list_engines(args: argparse.Namespace, folder: Path) -> dict[str, tuple[dict
             ]
             subprocess.run(command, check=True, stdout=sys.stderr, cwd=CHECKOUT)
         for kind in ("float32", "int8"):
-            options = {"engine": "ctranslate2", "kind": kind, "exported": str(exported.resolve())}
-            engines[f"CTranslate2 {kind}"] = (options, CHECKOUT)
+            for at_once in sorted({1, args.threads}):
+                options = {
+                    "engine": "ctranslate2",
+                    "kind": kind,
+                    "exported": str(exported.resolve()),
+                    "at_once": at_once,
+                }
+                engines[f"CTranslate2 {kind}, {at_once} at once"] = (options, CHECKOUT)
     return engines
 
 
@@ -204,7 +211,10 @@ def ctranslate2_engine(job: dict[str, Any]) -> tuple[Any, Any]:
     source_segmenter, target_segmenter = assets.make_segmenter(source), assets.make_segmenter(target)
     ids = {token: i for i, token in enumerate(target.tokens)}
     model = ctranslate2.Translator(
-        job["exported"], compute_type=job["kind"], inter_threads=1, intra_threads=job["threads"]
+        job["exported"],
+        compute_type=job["kind"],
+        inter_threads=job["at_once"],
+        intra_threads=job["threads"] // job["at_once"],
     )
 
     def translate(lines: list[str]) -> list[list[int]]:
