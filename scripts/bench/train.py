@@ -29,13 +29,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-REFERENCE_JOB = [
-    *("--encoder-layers", "3", "--decoder-layers", "3", "--share-all-embeddings"),
-    *("--encoder-embed-dim", "256", "--decoder-embed-dim", "256"),
-    *("--encoder-ffn-embed-dim", "1024", "--decoder-ffn-embed-dim", "1024"),
-    *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4"),
-    *("--max-tokens", "4096", "--dropout", "0.1", "--no-eval-bleu"),
-]
+REFERENCE_JOB = {
+    **{"--encoder-layers": "3", "--decoder-layers": "3"},
+    **{"--encoder-embed-dim": "256", "--decoder-embed-dim": "256"},
+    **{"--encoder-ffn-embed-dim": "1024", "--decoder-ffn-embed-dim": "1024"},
+    **{"--encoder-attention-heads": "4", "--decoder-attention-heads": "4"},
+    **{"--max-tokens": "4096", "--dropout": "0.1"},
+}
 GEMM_SIZE = 2048
 
 
@@ -58,7 +58,11 @@ def main() -> None:
     args, train_flags = parse_arguments()
     with TemporaryDirectory() as folder:
         data = args.data or generate_data(Path(folder))
-        flags = [str(data), "--save-dir", str(Path(folder) / "run"), *REFERENCE_JOB, *train_flags]
+        given = {flag.split("=")[0] for flag in train_flags}
+        job = [x for flag, value in REFERENCE_JOB.items() if flag not in given for x in (flag, value)]
+        flags = [str(data), "--save-dir", str(Path(folder) / "run"), "--no-eval-bleu", *job, *train_flags]
+        if not given & {"--share-all-embeddings", "--no-share-all-embeddings"}:
+            flags.append("--share-all-embeddings")
         workers = {name: Worker(flags, name, args) for name in args.precision}
         # All have started before the first is timed.
         for name, worker in workers.items():
@@ -76,14 +80,17 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", nargs="?", type=Path)
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=("fp32", "bf16", "fp16", "auto"))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each precision")
     parser.add_argument("--updates", type=int, default=8, help="updates in a turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of a worker on a CPU")
     parser.add_argument("--profile", action="store_true", help="print what one more turn spends its time on")
     parser.add_argument("--check-flops", action="store_true", help="compare the count with FlopCounterMode's")
-    return parser.parse_known_args()
+    # By hand: argparse would take the value of an option that it does not know for the data.
+    has_data = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+    args, train_flags = parser.parse_known_args(sys.argv[1 + has_data :])
+    args.data = Path(sys.argv[1]) if has_data else None
+    return args, train_flags
 
 
 def generate_data(folder: Path) -> Path:
