@@ -48,6 +48,19 @@ def test_batching_changes_no_translation(translator: Translator, batching: Batch
     assert [x.text for x in changed] == [x.text for x in translator.translate_lines(LINES, options)]
 
 
+def test_batches_in_several_threads_give_the_same_translations(translator: Translator) -> None:
+    options = DecodingOptions(beam=3, sampling=True, seed=4)
+    lines = LINES * 4
+    one_by_one = [x.text for x in translator.translate_lines(lines, options)]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        together = translator.translate_lines(lines, options, batching=Batching(max_tokens=12))
+        assert [x.text for x in together] == one_by_one
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 @pytest.mark.parametrize("blank", ["", " ", "\t", "\r", "\u2028", "\u200b\r"])
 def test_blank_in_blank_out(translator: Translator, blank: str) -> None:
     translations = translator.translate(["a dog", blank, "a cat"])
