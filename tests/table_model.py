@@ -16,6 +16,9 @@ class TableMemory:
     def __init__(self, names: list[int]) -> None:
         self.names = names
 
+    def keep(self, sentences: Tensor) -> "TableMemory":
+        return self.select(sentences)
+
     def select(self, sentences: Tensor) -> "TableMemory":
         return TableMemory([self.names[i] for i in sentences.tolist()])
 

@@ -247,3 +247,17 @@ def test_the_random_models_tell_sentences_apart_and_end_some_early() -> None:
         num_early += sum(len(tokens) < len(sentences[0]) + 1 + 4 for tokens in translations)
     assert num_different > 8 * 5
     assert num_early > 8
+
+
+def test_what_is_drawn_for_many_short_sentences_is_what_is_drawn_for_few() -> None:
+    # More sentences than are drawn at once: each part has fewer rows than there are sentences.
+    generator = make_generator([random_transformer(3, torch.float64)], 2, sampling=True)
+    sentences = [[UNK_ID + i % 9, UNK_ID + i % 7] for i in range(600)]
+    lines = list(range(600))
+    together = translate(generator, sentences, lines)
+    apart = [
+        result
+        for first in range(0, 600, 50)
+        for result in translate(generator, sentences[first : first + 50], lines[first : first + 50])
+    ]
+    assert tokens_of(together) == tokens_of(apart)

@@ -45,7 +45,8 @@ class TranslationModel(Protocol):
         """Iterate over the weights; if any is float64, scores are."""
 
     def encode(self, source: Tensor) -> Any:
-        """Encode (B, S) int64. The result has `select`, to keep the sentences at the places (B',)."""
+        """Encode (B, S) int64. The result has `select`, to take the sentences at the places (B',), and `keep`, the
+        same for sentences that go on, after which it is not used again."""
 
     def start_state(self) -> Any:
         """Return a state of empty prefixes. It has `reorder_`: new row i goes on from old row `rows[i]`."""
@@ -184,7 +185,7 @@ class Generator:
             if num_done * _DONE_SHARE >= num_sentences > num_kept:
                 live = _places_to_keep(beam.is_done, num_kept=num_kept)
                 beam, rows = keep(beam, rows, live=live)
-                memories = [memory.select(live) for memory in memories]
+                memories = [memory.keep(live) for memory in memories]
             for state in states:
                 state.reorder_(rows)
             last_tokens = beam.tokens[:, :, -1]

@@ -35,9 +35,11 @@ class InferenceMemory:
     padding: Tensor
 
     def select(self, sentences: Tensor) -> InferenceMemory:
-        """Return the memory of the sentences (B',). Where they are fewer, it is made in place of this one."""
-        if sentences.numel() >= self.padding.size(0):
-            return InferenceMemory(self.parts[:, :, sentences], self.padding[sentences])
+        """Return the memory of the sentences (B',), which may come several times."""
+        return InferenceMemory(self.parts[:, :, sentences], self.padding[sentences])
+
+    def keep(self, sentences: Tensor) -> InferenceMemory:
+        """Return the memory of the sentences (B',), fewer than B, in place of this one, which is lost."""
         _move_(self.parts, sentences, dim=2)
         return InferenceMemory(self.parts[:, :, : sentences.numel()], self.padding[sentences])
 

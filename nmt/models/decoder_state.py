@@ -27,6 +27,10 @@ class Memory:
     values: list[Tensor]
     padding_mask: Tensor
 
+    def keep(self, sentences: Tensor) -> Memory:
+        """Return the memory of the sentences that go on; the others are not needed any more."""
+        return self.select(sentences)
+
     def select(self, sentences: Tensor) -> Memory:
         """Return the memory of some sentences, given their (B',) int64 indices."""
         return Memory(
