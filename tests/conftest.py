@@ -1,8 +1,28 @@
 """What many tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_translation_model import write_tiny_model
+
+from nmt.translation.translator import Translator
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute on one thread: for small products it is the fastest, and test processes share cores."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def translator(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Translator:
+    """Return the small untrained model, ready for text."""
+    return Translator.load(write_tiny_model(tmp_path_factory.mktemp("run") / "model"))
 
 
 @pytest.fixture

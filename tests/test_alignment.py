@@ -3,7 +3,7 @@
 import json
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,8 @@ LINES = ["the old dog", "a cat sees the red bird", "", "the big cat sees a dog. 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield write_tiny_model(tmp_path_factory.mktemp("run") / "model")
-    torch.set_num_threads(num_threads)
+def model(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("run") / "model")
 
 
 @pytest.fixture(scope="module")

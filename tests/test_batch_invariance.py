@@ -27,20 +27,13 @@ from nmt.translation.batches import Batching
 from nmt.translation.long_sentences import split_ids
 from nmt.translation.translator import Translation, Translator
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TIE = 1e-5  # totals that are nearer than this may change places in float32
 
 SENTENCES = st.lists(
     st.lists(st.integers(UNK_ID, VOCABULARY_SIZE - 1), min_size=1, max_size=9), min_size=1, max_size=7
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Products this small are fastest on one thread, and slow where several test processes share cores."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def make_generator(models: list[Transformer], beam: int, *, sampling: bool = False) -> Generator:

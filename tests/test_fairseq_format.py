@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,16 +16,10 @@ from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.translation.translator import Translator
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINES = ["the old dog", "", "a cat \u2603", "the bird sees the tree"]
 REFERENCES = ["the cat", "a", "the \u2603", "a dog sings"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,11 +69,8 @@ def oracle() -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield converted(oracle / "checkpoint.pt", oracle, tmp_path_factory.mktemp("converted") / "model")
-    torch.set_num_threads(num_threads)
+def model(one_thread: None, oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(oracle / "checkpoint.pt", oracle, tmp_path_factory.mktemp("converted") / "model")
 
 
 @pytest.fixture(scope="module")

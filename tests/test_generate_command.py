@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,15 +20,9 @@ from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator
 from nmt.translation.translator import Translator
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINES = [f"the {WORDS[i % 16]} {WORDS[i % 11]}" for i in range(20)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from test_trainer import SIZES
 from torch import Tensor, nn
 
 from nmt.data.batch_iterator import BatchIterator, MicroBatch
 from nmt.data.options import BatchingOptions
 from nmt.data.parallel_dataset import TranslationBatch
 from nmt.distributed import World, single
-from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions
 from nmt.task import LossOutput
@@ -35,18 +35,6 @@ LAYOUTS = [(1, 1), (1, 4), (2, 2), (4, 1)]  # ranks x micro-batches: 4 batches a
 # of several ranks has a filler.
 BATCHING = BatchingOptions(max_tokens=36, batch_size=5, update_freq=4, required_batch_size_multiple=1)
 OPTIMIZATION = OptimizationOptions(lr=0.01, warmup_updates=3, clip_norm=0.3, adam_eps=1e-6)
-SIZES = TransformerOptions(
-    encoder_layers=1,
-    decoder_layers=2,
-    encoder_embed_dim=8,
-    decoder_embed_dim=8,
-    encoder_ffn_embed_dim=16,
-    decoder_ffn_embed_dim=16,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    share_all_embeddings=True,
-    dropout=0.0,
-)
 
 
 @dataclass(frozen=True)

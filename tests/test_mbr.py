@@ -1,15 +1,14 @@
 """Minimum Bayes risk: scores of all pairs at once, against sacreBLEU, one pair at a time; and what is chosen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from tiny_translation_model import MAX_POSITIONS, WORDS, write_tiny_model
+from tiny_translation_model import MAX_POSITIONS, WORDS
 
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
@@ -73,14 +72,6 @@ def test_equals_stay_in_their_order_and_repetitions_count_but_come_once() -> Non
 @pytest.mark.parametrize("texts", [[], [""], ["a"]])
 def test_nothing_to_choose_from_is_left_as_it_is(texts: list[str]) -> None:
     assert choose(texts, pair_scores=make_scores("chrf"), nbest=2) == list(range(len(texts)))
-
-
-@pytest.fixture(scope="module")
-def translator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Translator]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Translator.load(write_tiny_model(tmp_path_factory.mktemp("run") / "model"))
-    torch.set_num_threads(num_threads)
 
 
 def candidates(translator: Translator, lines: list[str], options: DecodingOptions) -> list[list[str]]:

@@ -1,11 +1,9 @@
 """nmt-score: by a reference, against a baseline, and by a model."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_translation_model import write_tiny_model
 
 from nmt.cli.score import main
@@ -17,11 +15,8 @@ REFERENCES = ["der Hund läuft schnell nach Hause", "eine Katze schläft dort", 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield write_tiny_model(tmp_path_factory.mktemp("run") / "model")
-    torch.set_num_threads(num_threads)
+def model(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("run") / "model")
 
 
 def write(path: Path, lines: list[str]) -> str:

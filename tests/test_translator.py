@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_translation_model import MAX_POSITIONS, WORDS, write_learned_model, write_tiny_model
+from tiny_translation_model import MAX_POSITIONS, WORDS, write_learned_model
 
 from nmt.errors import UserError
 from nmt.generation.generator import Generator
@@ -22,14 +22,6 @@ from nmt.translation.long_sentences import split_ids
 from nmt.translation.translator import Translator
 
 LINES = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) + f" {WORDS[i % 16]}" for i in range(40)]
-
-
-@pytest.fixture(scope="module")
-def translator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Translator]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Translator.load(write_tiny_model(tmp_path_factory.mktemp("run") / "model"))
-    torch.set_num_threads(num_threads)
 
 
 def test_translations_come_in_the_order_of_the_lines(translator: Translator) -> None:

@@ -49,8 +49,7 @@ class GenerateOptions:
     """Lines that are read, sorted by length and translated before they are written, in their own order; 10,000, or
     1 where lines are typed: with 1 a line is answered before the next one is read."""
     max_tokens: int = 2048
-    """Largest batch: its sentences times the pieces of the longest one. It changes speed and memory alone;
-    on a GPU more, such as 16384, are faster."""
+    """Largest batch: its sentences times the pieces of the longest one. It changes speed and memory alone."""
     batch_size: int | None = None
     """Most sentences of a batch."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -125,8 +124,7 @@ class ScoreOptions:
     input_is_pieces: bool = False
     """The source and the translations are split into pieces already, joined by blanks."""
     max_tokens: int = 2048
-    """Largest batch: its sentences times the pieces of the longest one. It changes speed and memory alone;
-    on a GPU more, such as 16384, are faster."""
+    """Largest batch: its sentences times the pieces of the longest one. It changes speed and memory alone."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
     num_threads: int | None = None

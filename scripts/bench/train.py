@@ -173,6 +173,7 @@ class Job:
     def __init__(self, config: Any, world: Any, *, updates: int) -> None:
         import torch
 
+        from nmt.compilation import compile_model
         from nmt.data.batch_iterator import BatchIterator
         from nmt.trainer import Trainer
 
@@ -186,6 +187,8 @@ class Job:
         self.iterator = iter(self.batches)
         torch.manual_seed(config.seed)
         model = task.build_model()
+        if config.optimization.compile:
+            compile_model(model, has_one_shape=False)
         self.trainer = Trainer(
             task,
             model,
