@@ -11,9 +11,13 @@ The names are looked up when they are first used, so that `import nmt` does not 
 import os
 from typing import TYPE_CHECKING, Any
 
-# oneDNN keeps what it has prepared for each of the last 1,024 shapes, some 0.3 MB each. Batches come in ever new
-# shapes, so that most of it is never used again. It reads this when its first product is made.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# These are read when the first product is made. oneDNN, and PyTorch's layer over it in each thread, keep what they
+# have prepared for the last 1,024 shapes, some 0.3 MB each. Batches come in ever new shapes, so that most of it is
+# never used again; 32 are enough for the layers of a batch to share theirs.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+# Tensors of 2 MB and more begin at huge pages: what one batch frees fits the next one better.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = ["TrainingResult", "Translator", "train", "train_config"]

@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nmt.models import fused, fused_loss
-from nmt.models.attention import attend
-from nmt.models.fused import Dropout, Linear, embed, random_mask, split_heads
-from nmt.models.fused_loss import linear_cross_entropy
+from nmt.models import fused
+from nmt.models.attention import attend, split_heads
+from nmt.models.fused import Dropout, Linear, embed, linear_cross_entropy, random_mask
 
 # Largest relative error of a rounding: half a unit in the last of 8 and of 24 bits.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-24, torch.float64: 2**-53}
@@ -174,7 +173,7 @@ def test_linear_cross_entropy_equals_the_plain_form(
     weight = torch.randn(classes, dim, dtype=torch.float64, generator=generator).requires_grad_()
     target = torch.randint(0, classes, (tokens,), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fused_loss._LOGITS_AT_ONCE, "cpu", at_once)
+        patch.setitem(fused._LOGITS_AT_ONCE, "cpu", at_once)
         loss, nll = linear_cross_entropy(features, weight, target, label_smoothing=eps)
     expected_loss, expected_nll = plain_loss(features, weight, target, eps)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-9)
@@ -218,7 +217,7 @@ def test_the_loss_in_low_precision_is_off_by_its_roundings_alone(dtype: torch.dt
     inputs = [features.requires_grad_(), weight.requires_grad_()]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fused_loss._LOGITS_AT_ONCE, "cpu", 100 * classes)
+        patch.setitem(fused._LOGITS_AT_ONCE, "cpu", 100 * classes)
         loss, nll = linear_cross_entropy(features, weight, target, label_smoothing=eps)
     expected_loss, expected_nll = plain_loss(*exact, target, eps)
     assert loss.dtype == nll.dtype == torch.float32

@@ -45,9 +45,10 @@ def attend(
 
 def split_heads(x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """(B, T, num_parts * D) -> num_parts times (B, H, T, E)."""
-    if _is_for_fused(x):
-        return fused.split_heads(x, num_parts, num_heads)
-    return x.unflatten(-1, (num_parts * num_heads, -1)).transpose(1, 2).chunk(num_parts, dim=1)
+    parts = x.unflatten(-1, (num_parts, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if _is_for_fused(x):  # its batched products, and their gradients, read each head's rows side by side
+        parts = parts.contiguous()
+    return parts.unbind()
 
 
 def _is_for_fused(x: Tensor) -> bool:

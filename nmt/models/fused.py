@@ -1,8 +1,8 @@
-"""Faster forms of a layer's operations for training on a CPU; their plain forms are in tests/test_fused.py.
+"""Faster forms of a model's operations for training on a CPU; their plain forms are in tests/test_fused.py.
 
-On other devices PyTorch's own are taken.
+On other devices PyTorch's own are taken, but for the loss.
 
-Shapes: B sentences, T and S lengths, D model, H heads, E head size, V vocabulary.
+Shapes: B sentences, T and S lengths, N tokens, D model, H heads, E head size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# Logits that are held at once. On a CPU few enough for its caches (16 MB in float32: 500 tokens of 8,000
+# classes), elsewhere enough to keep the device busy.
+_LOGITS_AT_ONCE = {"cpu": 4_000_000}
+_LOGITS_AT_ONCE_ELSEWHERE = 64_000_000
+
+
+def is_elsewhere(x: Tensor) -> bool:
+    """Return whether PyTorch's own operations are to be taken: on other devices, and by its compiler."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
 
 @cache
 def _has_onednn() -> bool:
@@ -21,17 +31,10 @@ def _has_onednn() -> bool:
 
     They are at least as fast as those of MKL, which PyTorch takes by itself; on AMD's processors twice as fast.
     """
-    has_name = hasattr(torch.ops, "mkldnn") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return (
-        has_name
-        and torch.backends.mkldnn.is_available()
-        and "AVX512" in torch.backends.cpu.get_cpu_capability()
-    )
-
-
-def is_elsewhere(x: Tensor) -> bool:
-    """Return whether PyTorch's own operations are to be taken: on other devices, and by its compiler."""
-    return x.device.type != "cpu" or torch.compiler.is_compiling()
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops, "mkldnn")):
+        return False
+    has_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return has_avx512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -82,40 +85,20 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     return product(a.t(), b) if a.size(1) <= b.size(1) else product(b.t(), a).t()
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """Dropout whose mask is drawn from random bytes on the CPU.
 
-    PyTorch draws one 32-bit random number an element there; cutting 64-bit numbers into four gives the
-    same masks' distribution, with the probability rounded to a multiple of 2**-16 (and the scale to match,
-    so that the expectation is exact), several times as fast. A mask takes a byte an element.
+    PyTorch draws one 32-bit random number an element there; cutting 64-bit numbers into four is several
+    times as fast. The probability is rounded to a multiple of 2**-16. A mask takes a byte an element.
     """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
         if is_elsewhere(x):
-            return F.dropout(x, self.p)
-        return cast(Callable[..., Tensor], _Drop.apply)(x, *random_mask(x, self.p))
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
-
-class _Drop(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.scale = scale
+            return super().forward(x)
+        mask, scale = random_mask(x, self.p)
         return (x * mask).mul_(scale)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return (grad * ctx.saved_tensors[0]).mul_(ctx.scale), None, None
 
 
 def random_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
@@ -127,52 +110,12 @@ def random_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 
 def embed(token_ids: Tensor, weight: Tensor, *, pad_id: int) -> Tensor:
-    """Look up rows of (V, D); on a CPU the gradient of a row is summed in float32, whatever the type."""
+    """Look up rows of (V, D); on a CPU the gradient of a row is summed in float32 at least."""
     if not torch.is_grad_enabled() or is_elsewhere(token_ids):
         return F.embedding(token_ids, weight, pad_id)
-    return cast(Callable[..., Tensor], _Embed.apply)(token_ids, weight, pad_id)
-
-
-class _Embed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, token_ids: Tensor, weight: Tensor, pad_id: int) -> Tensor:
-        ctx.save_for_backward(token_ids)
-        ctx.shape, ctx.pad_id = weight.shape, pad_id
-        return F.embedding(token_ids, weight)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        (token_ids,) = ctx.saved_tensors
-        accurate = torch.promote_types(grad.dtype, torch.float32)
-        total = torch.zeros(ctx.shape, dtype=accurate)
-        total.index_add_(0, token_ids.flatten(), grad.reshape(-1, grad.size(-1)).to(accurate))
-        total[ctx.pad_id] = 0.0
-        return None, total.to(grad.dtype), None
-
-
-def split_heads(x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, T, num_parts * D) -> num_parts times (B, H, T, E), of which each is contiguous."""
-    return cast(Callable[..., tuple[Tensor, ...]], _SplitHeads.apply)(x, num_parts, num_heads)
-
-
-class _SplitHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.shape = x.shape
-        return x.unflatten(-1, (num_parts, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind()
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
-        first = next(grad for grad in grads if grad is not None)
-        total = first.new_empty(ctx.shape)
-        num_heads = first.size(1)
-        for part, grad in zip(total.unflatten(-1, (len(grads), num_heads, -1)).unbind(2), grads, strict=True):
-            # (B, T, H, E) and (B, H, T, E)
-            part.zero_() if grad is None else part.copy_(grad.transpose(1, 2))
-        return total, None, None
+    # PyTorch sums in the type of the weights. No vector is changed by the way to float32 and back.
+    accurate = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return F.embedding(token_ids, accurate, pad_id).to(weight.dtype)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *, dropout: float) -> Tensor:
@@ -182,8 +125,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *, drop
 
     Args:
         query: (B, H, T, E).
-        keys: (B, H, S, E).
-        values: (B, H, S, E).
+        keys, values: (B, H, S, E).
         bias: Broadcastable to (B, H, T, S): 0 where attention is allowed, else minus infinity.
         dropout: Probability with which an attention weight is dropped.
 
@@ -213,8 +155,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights, mask = ctx.saved_tensors
-        # (B, T, D) -> (B*H, T, E)
-        grad = grad.unflatten(-1, (ctx.heads, -1)).transpose(1, 2).flatten(0, 1)
+        grad = grad.unflatten(-1, (ctx.heads, -1)).transpose(1, 2).flatten(0, 1)  # (B, T, D) -> (B*H, T, E)
         used = weights if mask is None else (weights * mask).mul_(ctx.scale)
         grad_v = torch.bmm(used.transpose(1, 2), grad)
         grad_weights = torch.bmm(grad, v.transpose(1, 2))
@@ -225,3 +166,83 @@ class _Attention(torch.autograd.Function):
         grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
         split = (x.unflatten(0, (-1, ctx.heads)) for x in (grad_q, grad_k, grad_v))
         return *split, None, None
+
+
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, target: Tensor, *, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Project features to the vocabulary and take the label-smoothed cross-entropy, summed over tokens.
+
+    The loss is fairseq's (criterions/label_smoothed_cross_entropy.py): the target class has probability
+    1 - eps and each of the V - 1 others eps / (V - 1). The (N, V) logits are never held as a whole:
+    both gradients are formed chunk by chunk in the forward pass. The softmax and the sums are formed in
+    float32 at least, whatever the type of the products.
+
+    Args:
+        features: (N, D) float.
+        weight: (V, D), the output embeddings.
+        target: (N,) int64.
+        label_smoothing: eps, 0 <= eps < 1.
+
+    Returns:
+        The loss and the negative log-likelihood, summed over the tokens, in nats: scalars in float32 (float64 for
+        float64 features). Only the loss carries a gradient.
+    """
+    if not torch.is_grad_enabled():  # or `apply` would still form the gradients
+        features, weight = features.detach(), weight.detach()
+    apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearCrossEntropy.apply)
+    return apply(features, weight, target, label_smoothing)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Write z = Wh, q for the smoothed target distribution, s = eps / (V - 1) and c = 1 - eps - s.
+
+    loss = logsumexp(z) - sum_v q_v z_v = logsumexp(z) - s * (h . sum_v W_v) - c * z_y
+    d loss / dz = softmax(z) - q. The c at y is subtracted before the products, so that the difference is what is
+    rounded to their type; the constant s is subtracted after them, where it is a rank-one term.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        needs_gradient = any(ctx.needs_input_grad)
+        num_tokens, vocabulary_size = features.size(0), weight.size(0)
+        accurate = torch.promote_types(features.dtype, torch.float32)
+        other = label_smoothing / (vocabulary_size - 1)
+        extra = 1.0 - label_smoothing - other
+        grad_features = torch.empty_like(features)
+        grad_weight = torch.zeros_like(weight, dtype=accurate)
+        loss = torch.zeros((), dtype=accurate, device=features.device)
+        nll = torch.zeros_like(loss)
+        at_once = _LOGITS_AT_ONCE.get(features.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
+        chunk = max(1, at_once // vocabulary_size)
+        for start in range(0, num_tokens, chunk):
+            h, y = features[start : start + chunk], target[start : start + chunk, None]
+            z = product(h, weight.t()).to(accurate)
+            z_target, z_max = z.gather(1, y).squeeze(1), z.amax(dim=1)
+            p = torch.softmax(z, dim=1, out=z)
+            # log p_max instead of log p_y: the largest probability cannot underflow.
+            log_normalizer = z_max - p.amax(dim=1).log()
+            nll += (log_normalizer - z_target).sum()
+            loss += log_normalizer.sum() - extra * z_target.sum()
+            if needs_gradient:
+                grad = p.scatter_(1, y, p.gather(1, y) - extra).to(features.dtype)
+                grad_features[start : start + chunk] = product(grad, weight)
+                grad_weight += product_over_rows(grad, h)
+        weight_sum = weight.sum(dim=0, dtype=accurate)
+        feature_sum = features.sum(dim=0, dtype=accurate)
+        loss -= other * (feature_sum @ weight_sum)
+        if needs_gradient:
+            grad_features -= (other * weight_sum).to(features.dtype)
+            grad_weight -= other * feature_sum
+        ctx.save_for_backward(grad_features, grad_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_features, grad_weight = ctx.saved_tensors
+        scale = grad_loss.to(grad_features.dtype)
+        return grad_features * scale, grad_weight * scale, None, None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nmt.data.parallel_dataset import TranslationBatch
 from nmt.data.vocabulary import PAD_ID
-from nmt.models.fused_loss import linear_cross_entropy
+from nmt.models.fused import linear_cross_entropy
 from nmt.models.transformer import Transformer
 from nmt.task import LossOutput
 
