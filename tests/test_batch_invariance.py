@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -254,3 +255,29 @@ def test_what_is_drawn_for_many_short_sentences_is_what_is_drawn_for_few() -> No
         for result in translate(generator, sentences[first : first + 50], lines[first : first + 50])
     ]
     assert tokens_of(together) == tokens_of(apart)
+
+
+def test_sentences_that_are_given_up_and_begun_anew_are_translated_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = Random(3)
+    lines = [" ".join(random.choices(WORDS, k=random.randint(1, 9))) for _ in range(120)]
+    loaded = Translator.load(write_tiny_model(tmp_path / "model"))
+    translator = Translator([model.double() for model in loaded.models], loaded.task, device="cpu")
+    batching = Batching(max_tokens=200)
+    expected = through_the_translator(translator, lines, batching, seed=0)
+    monkeypatch.setattr(generator_module, "_STRAGGLING_SHARE", 2)
+    monkeypatch.setattr(generator_module, "_STRAGGLING_TIMES", 1.0)
+    num_given_up = 0
+    generate = Generator.generate
+
+    def count(*args: Any, **options: Any) -> list[list[Hypothesis]]:
+        nonlocal num_given_up
+        results = generate(*args, **options)
+        num_given_up += results.count([])
+        return results
+
+    monkeypatch.setattr(Generator, "generate", count)
+    found = through_the_translator(translator, lines, batching, seed=0)
+    assert num_given_up > 10
+    assert [x.texts for x in found] == [x.texts for x in expected]

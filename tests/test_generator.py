@@ -200,3 +200,30 @@ def assert_same(results: list[list[Hypothesis]], expected: list[list[Hypothesis]
     ]
     for nbest, nbest_expected in zip(results, expected, strict=True):
         assert [x.score for x in nbest] == pytest.approx([x.score for x in nbest_expected])
+
+
+def ends_after_one_token_but_for_a(name: int, prefix: tuple[int, ...]) -> list[float]:
+    ends = name != A and len(prefix) == 1
+    return [0.0, 0.0, 1.0, 0.0, 0.0, 0.0] if ends else [0.0, 0.0, 0.1, 0.0, 0.5, 0.4]
+
+
+@pytest.mark.parametrize("beam", [1, 2])
+def test_stragglers_may_be_given_up_and_the_others_keep_their_results(beam: int) -> None:
+    options = DecodingOptions(beam=beam, nbest=1, max_len_a=0, max_len_b=9)
+    sources = torch.tensor([[A, EOS]] + [[B, EOS]] * 31)
+    search = generator([TableModel(ends_after_one_token_but_for_a)], options)
+    results = search.generate(sources)
+    found = search.generate(sources, may_drop_stragglers=True)
+    assert len(results[0]) == 1
+    assert found == [[], *results[1:]]
+
+
+def test_stragglers_are_given_up_at_twice_the_steps_of_half_of_the_sentences() -> None:
+    # The others are done with the second step, so what is left is given up with the fourth.
+    options = DecodingOptions(beam=1, max_len_a=0, max_len_b=9)
+    for num_stragglers, num_steps in ((2, 4), (3, 10)):  # one in 16 of 32 is two
+        model = TableModel(ends_after_one_token_but_for_a)
+        sources = torch.tensor([[A, EOS]] * num_stragglers + [[B, EOS]] * (32 - num_stragglers))
+        found = generator([model], options).generate(sources, may_drop_stragglers=True)
+        assert len(model.num_rows) == num_steps
+        assert [len(x) for x in found[:num_stragglers]] == [int(num_stragglers > 2)] * num_stragglers

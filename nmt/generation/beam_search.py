@@ -129,11 +129,17 @@ def extend(
     """
     num_sentences, beam_size = beam.scores.shape
     ends = candidates.tokens == eos_id  # (B, C)
-    _finish_(finished, beam, candidates, ends=ends[:, :beam_size], lenpen=lenpen)
+    first_ends = ends[:, :beam_size]
+    if (
+        first_ends.device.type != "cpu" or first_ends.any()
+    ):  # elsewhere, to ask takes longer than to write nothing
+        _finish_(finished, beam, candidates, ends=first_ends, lenpen=lenpen)
 
-    # A stable sort of the flag (bool cannot be sorted) puts those that go on first, best first.
-    ranks_going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam_size]
-    chosen = candidates.take(ranks_going_on)  # (B, C) -> (B, K)
+    chosen = candidates
+    if ends.size(1) > beam_size:
+        # A stable sort of the flag (bool cannot be sorted) puts those that go on first, best first.
+        ranks_going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam_size]
+        chosen = candidates.take(ranks_going_on)  # (B, C) -> (B, K)
     is_full = finished.counts[beam.sentences] == beam_size
     extended = Beam(
         tokens=_append(_gather_hypotheses(beam.tokens, chosen.parents), chosen.tokens),

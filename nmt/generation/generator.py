@@ -25,14 +25,18 @@ from nmt.generation.beam_search import (
 )
 from nmt.generation.options import DecodingOptions
 from nmt.generation.random import start_streams, uniform
-from nmt.generation.select import best_candidates, drawn_candidates, sample_tokens
+from nmt.generation.select import best_candidates, sample_tokens, single_candidates
 
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
-_ROWS_AT_ONCE = {"cpu": 128}
+_ROWS_AT_ONCE = {"cpu": 256}
 _ROWS_AT_ONCE_ELSEWHERE = 2048
 _ROWS_DRAWN_AT_ONCE = {"cpu": 512}  # each with a memory of its own
 _ROWS_DRAWN_AT_ONCE_ELSEWHERE = 8192
 _DONE_SHARE = 16  # done sentences leave the batch when they are at least one in so many
+# A few sentences go on where nearly all are done, often to the limit, and a step costs hardly less for few than
+# for many. They are stragglers when at most one in so many is left, after so many times the steps of half of them.
+_STRAGGLING_SHARE = 16
+_STRAGGLING_TIMES = 2.0
 
 
 class TranslationModel(Protocol):
@@ -84,7 +88,12 @@ class Generator:
 
     @torch.inference_mode()
     def generate(
-        self, source: Tensor, prefixes: Tensor | None = None, *, lines: Tensor | None = None
+        self,
+        source: Tensor,
+        prefixes: Tensor | None = None,
+        *,
+        lines: Tensor | None = None,
+        may_drop_stragglers: bool = False,
     ) -> list[list[Hypothesis]]:
         """Search for the translations of a batch, or draw them.
 
@@ -94,9 +103,11 @@ class Generator:
                 in eos is the whole translation, and fills all places of the beam.
             lines: (B,) int64, the number of each sentence, which with the seed determines what is drawn for it;
                 its place in the batch if left out.
+            may_drop_stragglers: Whether to give up a few sentences that take much longer than the others of a
+                search, for the caller to search again together with those of other batches.
 
         Returns:
-            For each sentence its `nbest` best hypotheses, best first.
+            For each sentence its `nbest` best hypotheses, best first; none for one that was given up.
         """
         assert not any(model.training for model in self.models), "call model.eval() before decoding"
         if source.size(0) == 0:
@@ -105,7 +116,7 @@ class Generator:
         memories = [model.encode(source) for model in self.models]
         limits = self._limits(source)
         if not options.sampling:
-            return self._search(memories, limits, prefixes)
+            return self._search(memories, limits, prefixes, may_drop_stragglers=may_drop_stragglers)
         # Translations are drawn independently: each is a sentence with a beam of one.
         places = torch.arange(source.size(0), device=source.device)
         streams = start_streams(
@@ -154,13 +165,21 @@ class Generator:
         ]
 
     def _search(
-        self, memories: list[Any], limits: Tensor, prefixes: Tensor | None, streams: Tensor | None = None
+        self,
+        memories: list[Any],
+        limits: Tensor,
+        prefixes: Tensor | None,
+        streams: Tensor | None = None,
+        *,
+        may_drop_stragglers: bool = False,
     ) -> list[list[Hypothesis]]:
         """Search for the best translations; with streams of random numbers (B,), draw one for each sentence."""
         options = self.options
         beam_size = 1 if options.sampling else options.beam
         lenpen = 0.0 if options.unnormalized else options.lenpen
         first_limit = int(limits.min())
+        most_stragglers = limits.numel() // _STRAGGLING_SHARE if may_drop_stragglers else 0
+        straggling_from = torch.inf  # the step, once half of the sentences are done
         states = [model.start_state() for model in self.models]
         beam, finished = start(limits, beam_size=beam_size, dtype=_score_dtype(self.models))
         last_tokens = torch.full_like(beam.scores, self.eos_id, dtype=torch.int64)  # fairseq starts from eos
@@ -179,9 +198,14 @@ class Generator:
             beam, rows = extend(beam, candidates, finished, eos_id=self.eos_id, lenpen=lenpen)
             num_done = int(beam.is_done.sum())  # the one read from the device in a step
             num_sentences = beam.is_done.numel()
-            if num_done == num_sentences:
-                return best(finished, nbest=min(options.nbest, beam_size))
-            num_kept = _round_up(num_sentences - num_done)
+            num_left = num_sentences - num_done
+            if 2 * num_left <= limits.numel():
+                straggling_from = min(straggling_from, _STRAGGLING_TIMES * beam.step)
+            if num_left == 0 or (num_left <= most_stragglers and beam.step >= straggling_from):
+                stragglers = set(beam.sentences[~beam.is_done].tolist())
+                results = best(finished, nbest=min(options.nbest, beam_size))
+                return [[] if i in stragglers else result for i, result in enumerate(results)]
+            num_kept = _round_up(num_left)
             if num_done * _DONE_SHARE >= num_sentences > num_kept:
                 live = _places_to_keep(beam.is_done, num_kept=num_kept)
                 beam, rows = keep(beam, rows, live=live)
@@ -237,7 +261,7 @@ class Generator:
                 parts.append(best_candidates(scores, normalizers, hypotheses))
             else:
                 tokens = sample_tokens(scores, numbers[rows], self.options)
-                parts.append(drawn_candidates(scores, normalizers, tokens, hypotheses))
+                parts.append(single_candidates(scores, normalizers, tokens, hypotheses))
         return concatenate(parts)
 
     def _limits(self, source: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ def best_candidates(scores: Tensor, normalizers: Tensor, beam: Beam) -> Candidat
         beam: The hypotheses so far.
     """
     num_sentences, beam_size = beam.scores.shape
+    if beam_size == 1:
+        return single_candidates(scores, normalizers, _best_tokens(scores), beam)
     size = scores.size(1)
     num_chosen = min(num_candidates(beam_size), beam_size * size)
     depth = size // _NUM_COLUMNS
@@ -67,6 +69,20 @@ def best_candidates(scores: Tensor, normalizers: Tensor, beam: Beam) -> Candidat
     )
 
 
+def _best_tokens(scores: Tensor) -> Tensor:
+    """Return the token (R, 1) with the highest of each row of (R, V) scores, by way of the same table."""
+    depth = scores.size(1) // _NUM_COLUMNS
+    if depth < 2:
+        return scores.argmax(dim=1, keepdim=True)
+    table = scores[:, : depth * _NUM_COLUMNS].unflatten(1, (depth, _NUM_COLUMNS))
+    columns = table.amax(dim=1).argmax(dim=1)  # (R,)
+    column = table.gather(2, columns[:, None, None].expand(-1, depth, 1)).squeeze(2)  # (R, depth)
+    places = torch.cat([column, scores[:, depth * _NUM_COLUMNS :]], dim=1).argmax(dim=1)
+    in_table = places * _NUM_COLUMNS + columns
+    below = places + (depth * _NUM_COLUMNS - depth)
+    return torch.where(places < depth, in_table, below)[:, None]
+
+
 def _totals(log_probs: Tensor, beam: Beam) -> Tensor:
     return (beam.scores[:, :, None] + log_probs).flatten(1)  # (B, K, n) -> (B, K*n)
 
@@ -75,8 +91,8 @@ def _log_probs(scores: Tensor, normalizers: Tensor) -> Tensor:
     return (scores - normalizers).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
 
 
-def drawn_candidates(scores: Tensor, normalizers: Tensor, tokens: Tensor, beam: Beam) -> Candidates:
-    """Return as the only candidate of each sentence, whose beam is of one, the token that was drawn for it.
+def single_candidates(scores: Tensor, normalizers: Tensor, tokens: Tensor, beam: Beam) -> Candidates:
+    """Return as the only candidate of each sentence, whose beam is of one, the token that was chosen for it.
 
     Args:
         scores: (B, V).

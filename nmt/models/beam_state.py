@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FIRST_CAPACITY = 64  # columns
 LEAST_WIDTH = 16
 """Rows of attention scores are at least so wide: PyTorch's softmax on a CPU takes narrower ones one by one, ten
 times as slowly."""
@@ -73,23 +72,27 @@ class BeamState:
         """Let K hypotheses go on from the single one that there is for each sentence."""
         self._mask = self._mask.expand(-1, beam_size, -1).contiguous()
 
-    def add_columns(self, like: Tensor, beam_size: int) -> tuple[list[Tensor], Tensor | None, slice]:
+    def add_columns(
+        self, like: Tensor, beam_size: int, *, later: int
+    ) -> tuple[list[Tensor], Tensor | None, slice]:
         """Make columns for a new position, and return all.
 
         Args:
             like: (L, 2, B, H, S, E), the memory: the past has its sizes and its type.
             beam_size: K.
+            later: K of the steps to come; at the first one it is 1.
 
         Returns:
             Keys and values (2, B, H, N, E) of each layer; the mask (B, 1, K, N), None where every row sees every
             column; and which K columns are new: they are to be filled.
         """
         if self.length == 0:
-            shape = (*like.shape[1:4], _FIRST_CAPACITY, like.size(5))
+            capacity = _first_capacity(like.size(4), later)
+            shape = (*like.shape[1:4], capacity, like.size(5))
             self._past = [like.new_empty(shape) for _ in like]
             for past in self._past:
-                past[:, :, :, :LEAST_WIDTH] = 0.0  # masked, but not to be anything
-            self._mask = like.new_full((like.size(2), beam_size, _FIRST_CAPACITY), -torch.inf)
+                past[:, :, :, :LEAST_WIDTH].zero_()  # masked, but not to be anything
+            self._mask = like.new_full((like.size(2), beam_size, capacity), -torch.inf)
         elif self.num_columns + beam_size > self._mask.size(2):
             self._make_room(beam_size)
         new = slice(self.num_columns, self.num_columns + beam_size)
@@ -124,7 +127,19 @@ class BeamState:
         self.num_columns = width
 
 
+def _first_capacity(source_length: int, beam_size: int) -> int:
+    """Return for how many columns there is room at first: most translations are hardly longer than their source.
+
+    Little more than is needed, because fresh memory costs more time than what is written into it. A third of the
+    hypotheses' columns or more can be dropped by then.
+    """
+    columns = source_length * (beam_size + 1) * 2 // 3
+    return -(-max(columns, 1) // LEAST_WIDTH) * LEAST_WIDTH
+
+
 def _move_(parts: Tensor, sentences: Tensor, *, dim: int) -> None:
     """Let the sentences (B',), fewer than B, take the first B' places of a dimension; copy those that move."""
     moves = (sentences != torch.arange(sentences.numel(), device=sentences.device)).nonzero().squeeze(1)
-    parts.index_copy_(dim, moves, parts.index_select(dim, sentences[moves]))
+    by_sentence = parts.movedim(dim, 0)
+    # An index, since `index_select` would first make all parts contiguous.
+    by_sentence[moves] = by_sentence[sentences[moves]]

@@ -95,16 +95,16 @@ class InferenceTransformer:
         """
         beam_size = target_input.size(0) // memory.padding.size(0)
         if state.length > 0 or beam_size == 1:
-            return self._step(target_input, memory, state, beam_size)
+            return self._step(target_input, memory, state, beam_size, later=beam_size)
         # At the first position all rows of a sentence are alike: one is computed.
-        features = self._step(target_input[::beam_size], memory, state, 1)
+        features = self._step(target_input[::beam_size], memory, state, 1, later=beam_size)
         state.branch(beam_size)
         return features.repeat_interleave(beam_size, dim=0)
 
     def _step(
-        self, target_input: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int
+        self, target_input: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int, *, later: int
     ) -> Tensor:
-        past, past_mask, new = state.add_columns(memory.parts, beam_size)
+        past, past_mask, new = state.add_columns(memory.parts, beam_size, later=later)
         padding = memory.padding[:, None, None]  # (B, 1, 1, S)
         x = self.embedding(target_input, start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
         for i, layer in enumerate(self.layers):

@@ -85,7 +85,7 @@ def attention(
     ]
     found: dict[int, Weights] = {}
 
-    def run(batch: list[int]) -> list[Weights]:
+    def run(batch: list[int], _: bool) -> list[Weights]:
         collated = collate_pairs([parts[i][1:] for i in batch]).to(translator.device)
         mean = sum(
             cross_attention_weights(model, collated.source, collated.target_input, layer=layer)

@@ -1,4 +1,7 @@
-"""Batches of sentences through a model: cut by length, several at once on a CPU, halved where memory ends."""
+"""Batches of sentences through a model: cut by length, several at once on a CPU, halved where memory ends.
+
+What a batch gives up because it takes much longer than the rest comes into batches of its own at the end.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,9 @@ from nmt.data.batching import cut_batches
 from nmt.errors import UserError
 
 T = TypeVar("T")
+Run = Callable[[list[int], bool], Sequence[T | None]]
+"""Takes places of sentences, and whether it may give up those that take much longer than the others; returns a
+result for each, or None for what it gave up."""
 
 # PyTorch raises a plain RuntimeError for these two.
 _OTHER_SIGNS = ("DefaultCPUAllocator", "MPS backend out of memory")
@@ -28,28 +34,27 @@ class Batching:
     """How lines are gathered for translation. It changes the speed and the memory, never the results."""
 
     buffer_size: int = 10_000  # lines read before their translations are returned; they are sorted by length
-    max_tokens: int = 2048  # sentences of a batch times pieces of the longest one
+    max_tokens: int | None = None  # sentences times pieces of the longest; 2,048, or 4,096 with a beam of 1
     batch_size: int | None = None  # most sentences of a batch
 
 
 class BatchRunner:
     """Runs batches, and remembers which size there was no memory for."""
 
-    def __init__(self, batching: Batching, *, num_at_once: int = 1) -> None:
+    def __init__(self, batching: Batching, *, num_at_once: int = 1, beam_size: int = 2) -> None:
         """Take the limits to cut batches by, and how many are run at once, each in a thread of one core."""
         self.batching = batching
+        self._max_tokens = batching.max_tokens or (4096 if beam_size == 1 else 2048)
         self.num_halved = 0
         self._num_at_once = num_at_once
         self._largest: float = np.inf  # padded size that is tried
 
-    def run(
-        self, lengths: NDArray[Any], run: Callable[[list[int]], Sequence[T]]
-    ) -> Iterator[tuple[list[int], Sequence[T]]]:
+    def run(self, lengths: NDArray[Any], run: Run[T]) -> Iterator[tuple[list[int], list[T]]]:
         """Run all sentences, those of like length together.
 
         Args:
             lengths: (N, C) of each sentence, on each of C sides.
-            run: Takes the places of sentences among the N and returns a result for each.
+            run: Runs a batch of the N sentences.
 
         Yields:
             Places and their results, in the order in which they are ready.
@@ -57,24 +62,37 @@ class BatchRunner:
         Raises:
             UserError: There is no memory for a single sentence.
         """
-        batches = cut_batches(
-            lengths, max_tokens=self.batching.max_tokens, max_sentences=self.batching.batch_size
-        )
-        # The longest first, so that the last ones to end are short.
-        waiting = deque(batch.tolist() for batch in sorted(batches, key=lambda x: -int(lengths[x].max())))
+        waiting = deque(self._cut(lengths, np.arange(len(lengths))))
         num_at_once = min(self._num_at_once, len(waiting))
+        may_drop = len(waiting) > 1  # or there is nothing that stragglers could be joined with
+        dropped: list[int] = []
         with _executor(num_at_once) as submit:
-            running: dict[Future[Sequence[T] | None], list[int]] = {}
-            while waiting or running:
+            running: dict[Future[Sequence[T | None] | None], list[int]] = {}
+            while waiting or running or dropped:
+                if not waiting and dropped and len(running) < num_at_once:
+                    batches = self._cut(lengths, np.array(dropped))
+                    # Long searches for few sentences: no core should wait for another.
+                    waiting.extend(_share(batches, num_at_once - len(running)))
+                    dropped, may_drop = [], False
                 while waiting and len(running) < num_at_once:
                     batch = waiting.popleft()
-                    running[submit(partial(self._try, run, batch, lengths))] = batch
+                    running[submit(partial(self._try, run, batch, may_drop, lengths))] = batch
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     batch, results = running.pop(done), done.result()
-                    if results is not None:
-                        yield batch, results
-                    else:
+                    if results is None:
                         waiting.extendleft(self._halve(batch, lengths))
+                        continue
+                    found = [
+                        (i, result) for i, result in zip(batch, results, strict=True) if result is not None
+                    ]
+                    dropped += set(batch).difference(i for i, _ in found)
+                    yield [i for i, _ in found], [result for _, result in found]
+
+    def _cut(self, lengths: NDArray[Any], places: NDArray[Any]) -> list[list[int]]:
+        """Cut batches of sentences of like length, the longest first, so that the last ones to end are short."""
+        own = lengths[places]
+        batches = cut_batches(own, max_tokens=self._max_tokens, max_sentences=self.batching.batch_size)
+        return [places[x].tolist() for x in sorted(batches, key=lambda x: -int(own[x].max()))]
 
     def _halve(self, batch: list[int], lengths: NDArray[Any]) -> tuple[list[int], list[int]]:
         if len(batch) == 1:
@@ -87,14 +105,14 @@ class BatchRunner:
         return batch[half:], batch[:half]
 
     def _try(
-        self, run: Callable[[list[int]], Sequence[T]], batch: list[int], lengths: NDArray[Any]
-    ) -> Sequence[T] | None:
+        self, run: Run[T], batch: list[int], may_drop: bool, lengths: NDArray[Any]
+    ) -> Sequence[T | None] | None:
         """Run a batch; None if there is no memory for it."""
         size = len(batch) * int(lengths[batch].max())
         if len(batch) > 1 and size > self._largest:
             return None
         try:
-            return run(batch)
+            return run(batch, may_drop)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise
@@ -103,6 +121,13 @@ class BatchRunner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
+
+
+def _share(batches: list[list[int]], num_parts: int) -> list[list[int]]:
+    """Cut batches that are fewer than `num_parts` into as many each."""
+    if len(batches) >= num_parts:
+        return batches
+    return [batch[i::num_parts] for batch in batches for i in range(min(num_parts, len(batch)))]
 
 
 @contextmanager

@@ -48,11 +48,16 @@ class MinimumRisk:
         self.nbest = nbest
 
     def generate(
-        self, source: Tensor, prefixes: Tensor | None = None, *, lines: Tensor | None = None
+        self,
+        source: Tensor,
+        prefixes: Tensor | None = None,
+        *,
+        lines: Tensor | None = None,
+        may_drop_stragglers: bool = False,
     ) -> list[list[Hypothesis]]:
         """Return for each sentence the `nbest` best candidates of different texts; see `Generator.generate`.
 
-        Scores stay those of the model.
+        Scores stay those of the model. No sentence is given up, since what was drawn for it would be lost too.
         """
         found = [generator.generate(source, prefixes, lines=lines) for generator in self.generators]
         chosen = []

@@ -198,16 +198,20 @@ class Translator:
         lenpen = 0.0 if options.unnormalized else options.lenpen
 
         def search(
-            sources: list[NDArray[Any]], starts: list[NDArray[Any]], numbers: NDArray[Any]
+            sources: list[NDArray[Any]],
+            starts: list[NDArray[Any]],
+            numbers: NDArray[Any],
+            may_drop_stragglers: bool,
         ) -> list[list[Hypothesis]]:
             return generator.generate(
                 self._padded(sources),
                 self._padded(starts) if prefixes is not None else None,
                 lines=torch.from_numpy(numbers).to(self.device),
+                may_drop_stragglers=may_drop_stragglers,
             )
 
         starts = itertools.chain(prefixes or (), itertools.repeat(_NOTHING))  # a line may have none
-        work = _Work(search, self._runner(batching), too_long, lenpen, on_progress or _ignore)
+        work = _Work(search, self._runner(batching, options.beam), too_long, lenpen, on_progress or _ignore)
         return self._in_buffers(lines, starts, work)
 
     def score_lines(
@@ -235,7 +239,7 @@ class Translator:
         endless = itertools.chain(references, itertools.repeat(_END))  # for lines that have none
 
         def score(
-            sources: list[NDArray[Any]], targets: list[NDArray[Any]], _: NDArray[Any]
+            sources: list[NDArray[Any]], targets: list[NDArray[Any]], _: NDArray[Any], __: bool
         ) -> list[list[Hypothesis]]:
             return self.score_ids(sources, targets)
 
@@ -271,11 +275,11 @@ class Translator:
         """The most pieces that a source may have."""
         return min(model.max_source_positions for model in self.models) - 1  # eos takes a position too
 
-    def _runner(self, batching: Batching | None) -> BatchRunner:
+    def _runner(self, batching: Batching | None, beam_size: int = 2) -> BatchRunner:
         # On a CPU each core takes a batch of its own: the steps of a search are too small to be divided among
         # cores without most of them waiting. PyTorch lets go of Python's lock while it computes.
         num_at_once = torch.get_num_threads() if self.device.type == "cpu" else 1
-        return BatchRunner(batching or Batching(), num_at_once=num_at_once)
+        return BatchRunner(batching or Batching(), num_at_once=num_at_once, beam_size=beam_size)
 
     def _make_generator(self, options: DecodingOptions) -> Generator | MinimumRisk:
         """Return what finds translations: a search, or a choice among the candidates of one or two."""
@@ -361,10 +365,13 @@ class Translator:
         results: list[list[list[Hypothesis]]] = [[] for _ in buffer]
         found: dict[int, list[Hypothesis]] = {}
 
-        def run(batch: list[int]) -> list[list[Hypothesis]]:
+        def run(batch: list[int], may_drop_stragglers: bool) -> list[list[Hypothesis] | None]:
             # The number of the line and of its part name the sentence to what draws random numbers.
             numbers = first_line + np.array([places[i][0] + (places[i][1] << 40) for i in batch])
-            return work.run([sources[i] for i in batch], [targets[i] for i in batch], numbers)
+            found = work.run(
+                [sources[i] for i in batch], [targets[i] for i in batch], numbers, may_drop_stragglers
+            )
+            return [hypotheses or None for hypotheses in found]
 
         for batch, hypotheses in work.runner.run(lengths, run):
             found.update(zip(batch, hypotheses, strict=True))
@@ -421,7 +428,8 @@ class _Sentences:
 class _Work:
     """What is done to the sentences of a stream of lines."""
 
-    run: Callable[[list[NDArray[Any]], list[NDArray[Any]], NDArray[Any]], list[list[Hypothesis]]]
+    # Of sources, targets, the numbers that name them, and whether stragglers may be given up (no hypotheses).
+    run: Callable[[list[NDArray[Any]], list[NDArray[Any]], NDArray[Any], bool], list[list[Hypothesis]]]
     runner: BatchRunner
     too_long: TooLong
     lenpen: float  # of the joined score of parts

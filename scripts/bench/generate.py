@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--beam", nargs="+", type=int, default=[5, 1])
     parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--max-tokens", type=int, default=2048, help="largest batch of nmt")
+    parser.add_argument("--max-tokens", type=int, help="largest batch of nmt; its own choice if left out")
     parser.add_argument("--max-length", type=int, default=200, help="most tokens of a translation")
     parser.add_argument("--peer", choices=("ctranslate2",))
     parser.add_argument("--peer-model", type=Path, help="the model as CTranslate2 reads it")
@@ -191,7 +191,7 @@ def nmt_engine(job: dict[str, Any]) -> tuple[Any, Any]:
     precision = {} if job["precision"] is None else {"precision": job["precision"]}
     translator = Translator.load(job["model"], **precision)
     options = DecodingOptions(beam=job["beam"], max_len_a=0, max_len_b=job["max_length"])
-    batching = Batching(max_tokens=job["max_tokens"])
+    batching = Batching(max_tokens=job["max_tokens"]) if job["max_tokens"] else Batching()
 
     def translate(lines: list[str]) -> list[list[int]]:
         translations = translator.translate_lines(lines, options, batching=batching)
