@@ -146,11 +146,12 @@ class Run:
 
     def describe(self) -> list[str]:
         """Return the lines that tell what the run is going to be; changes nothing."""
+        lines = left_out(self.batches, self.config)  # first, since it ends the run if nothing is left
         found = find_split(self.trainer, self.train_examples, self.batches.first_batches)
         # What a run was split by stays, or it would round otherwise when it is resumed with more memory.
         limits = [limit for limit in (found, self.batches.split_above) if limit is not None]
         self.batches.split_above = min(limits, default=None)
-        return left_out(self.batches, self.config) + forecast(
+        return lines + forecast(
             self.config,
             self.trainer,
             self.batches,

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
+from nmt.data.batching import Window, window_examples
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 
@@ -400,3 +401,19 @@ def test_the_updates_of_an_epoch_are_counted_beforehand():
         # Of five windows of the same size the first is a good estimate; of one it is the truth.
         tolerance = 0 if options.window_size >= 200 else 2
         assert abs(iterator.updates_per_epoch - num_updates) <= tolerance
+
+
+def test_what_batches_will_be_like_is_told_by_the_first_window_that_has_any():
+    """The first window of the epoch may hold nothing but examples that are left out."""
+    size = OPTIONS.window_size
+    examples = some_lengths(3 * size)
+    windows = [
+        window_examples(Window(seed=1, epoch=1, number=number, size=size), num_examples=len(examples))
+        for number in range(3)
+    ]
+    too_long = OPTIONS.max_tokens + 1
+    examples.sizes[windows[0]] = too_long
+    batches = BatchIterator(examples, OPTIONS, seed=1).first_batches
+    assert sorted(np.concatenate(batches)) == sorted(windows[1])
+    examples.sizes[:] = too_long
+    assert BatchIterator(examples, OPTIONS, seed=1).first_batches == []

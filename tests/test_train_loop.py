@@ -5,12 +5,13 @@ import math
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from toy_run import assert_bit_equal, config, log, records, tensors, without_time
-from toy_task import PointOptions, Points, PointTask
+from toy_task import PointExamples, PointOptions, Points, PointTask
 
 from nmt.checkpoint import CheckpointFolder
 from nmt.data.options import BatchingOptions
@@ -123,6 +124,28 @@ def test_a_parameter_without_a_gradient_is_no_hindrance(
     for max_update in (5, 10):
         train(config(tmp_path / "run", optimization={"max_update": max_update}))
     assert tensors(tmp_path / "run", 10)["unused"] == 1
+
+
+class LongPointTask(PointTask):
+    """Its examples have a length of 7."""
+
+    def open_split(self, split: str) -> PointExamples:
+        examples = super().open_split(split)
+        examples.sizes *= 7
+        return examples
+
+
+@dataclass(frozen=True)
+class LongPointOptions(PointOptions):
+    def build(self, assets: Path | None) -> PointTask:
+        return LongPointTask()
+
+
+def test_a_run_whose_examples_are_all_too_long_ends_with_a_line(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"task_options": LongPointOptions(), "batching": BatchingOptions(max_tokens=6)}
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match="but is 6 and all 500 are longer"):
+            train(config(tmp_path / "run", dry_run=dry_run, **settings))
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> None:

@@ -164,9 +164,16 @@ class BatchIterator:
 
     @cached_property
     def first_batches(self) -> list[Indices]:
-        """The batches of the first window of the first epoch, of all ranks: what batches will be like."""
-        window = Window(seed=self._seed, epoch=1, number=0, size=self._options.window_size)
-        return plan_window(self._examples.sizes, [(self._limits, 0)], window=window)
+        """The batches of the first window of the first epoch, of all ranks: what batches will be like.
+
+        A window of nothing but examples that are left out is passed over; there are none if all windows are so.
+        """
+        size = self._options.window_size
+        for number in range(num_windows(len(self._examples), size)):
+            window = Window(seed=self._seed, epoch=1, number=number, size=size)
+            if batches := plan_window(self._examples.sizes, [(self._limits, 0)], window=window):
+                return batches
+        return []
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Yield this rank's micro-batches of each update, from the position to the end of the epoch.
