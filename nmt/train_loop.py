@@ -309,10 +309,14 @@ class Run:
 
     def _link_best_and_prune(self) -> None:
         """Point `best` at the best checkpoint that is there, and remove those that need not be kept."""
-        options, saved = self.config.checkpoints, self.checkpoints.updates()
+        options = self.config.checkpoints
+        # Later ones are of a part that the run has gone back behind.
+        saved = [update for update in self.checkpoints.updates() if update <= self.trainer.update]
         best = [update for update in self.progress.ranking(self.better) if update in saved]
         if best:
             self.checkpoints.link("best", best[0])
+        else:
+            (self.checkpoints.path / "best").unlink(missing_ok=True)
         keep = {*saved[-options.keep_last :], *best[: options.keep_best], *self.progress.kept}
         self.checkpoints.prune(keep)
 
@@ -341,10 +345,6 @@ class Run:
         folder = self.checkpoints.at(update)
         refuse_other_run(self.task, self.config, folder)
         self._load(update)
-        if self.world.is_main:
-            # A process may have been killed before it did this.
-            self.checkpoints.link("last", update)
-            self._link_best_and_prune()
         self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
 
     def _load(self, update: int) -> None:
@@ -361,9 +361,13 @@ class Run:
         self.log.cut_records(state["records_size"], update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()
+        if self.world.is_main:
+            # A process may have been killed before it did this.
+            self.checkpoints.link("last", update)
+            self._link_best_and_prune()
 
     def _go_back(self) -> None:
-        """Take the last checkpoint up again with half the learning rate, after too many cancelled updates.
+        """Take the last good checkpoint up again with half the learning rate, after too many cancelled updates.
 
         Raises:
             UserError: There is none, or this has been tried too often.
@@ -378,7 +382,9 @@ class Run:
         if lr_scale < _LOWEST_LR_SCALE:
             raise UserError(f"{fault}, with {self.trainer.lr_scale:g} of the learning rate too. {remedy}")
         seconds = self.clock.seconds
-        self._load(saved[-1])
+        # The first of the bad updates may be so because of the weights that the one before it has made.
+        last_good = self.trainer.update - self.trainer.cancellations.known_in_a_row() - 2
+        self._load(max((update for update in saved if update <= last_good), default=saved[-1]))
         self.clock.seconds_before = seconds  # what was in vain was spent all the same
         self.trainer.lr_scale = lr_scale
         self.log.report(

@@ -1,6 +1,8 @@
 """What steers a run: averaged weights, plateaus, stops, what is kept, and what follows bad updates."""
 
 import json
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,35 @@ def test_after_too_many_bad_updates_the_run_goes_back_and_halves_its_rate(tmp_pa
     assert scales == sorted(scales, reverse=True)
     # It can be taken up where it was, with a loss that is a number: nothing was lost.
     assert all(tensor.isfinite().all() for tensor in tensors(folder, updates(folder)[-1]).values())
+
+
+def test_the_checkpoint_it_goes_back_to_is_one_from_which_an_update_was_made(tmp_path: Path) -> None:
+    """Those that were saved among bad updates, or right before them, hold the weights that these are bad for."""
+    folder = tmp_path / "run"
+    optimization = {"max_bad_updates": 3, "max_update": 60, "lr": 0.05}
+    checkpoints = {"save_interval_updates": 1, "keep_last": 60}
+    with suppress(UserError):  # in the end it may have tried too often
+        train(
+            config(folder, task_options=LateOptions(), optimization=optimization, checkpoints=checkpoints)
+        )
+    bad: list[int] = []
+    backs = []
+    for line in log(folder).splitlines():
+        if found := re.search(r"update (\d+) cancelled", line):
+            bad.append(int(found[1]))
+        elif found := re.search(r" back \| update (\d+) ", line):
+            first = bad[-1]
+            while first - 1 in bad:
+                first -= 1
+            backs.append(int(found[1]))
+            assert backs[-1] == max(first - 2, 0)
+            bad.clear()
+    assert backs
+    # Checkpoints of the part that it has gone back behind are no more, or they would be taken up and kept.
+    folder_of_checkpoints = CheckpointFolder(folder / "checkpoints")
+    for update in folder_of_checkpoints.updates():
+        lr_scale = folder_of_checkpoints.load_state(update)[1]["trainer"]["lr_scale"]
+        assert (lr_scale == 1.0) == (update <= min(backs))
 
 
 def test_bad_updates_before_the_first_checkpoint_end_the_run_with_a_line(tmp_path: Path) -> None:
