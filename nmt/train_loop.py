@@ -318,7 +318,9 @@ class Run:
         else:
             (self.checkpoints.path / "best").unlink(missing_ok=True)
         keep = {*saved[-options.keep_last :], *best[: options.keep_best], *self.progress.kept}
-        self.checkpoints.prune(keep)
+        # While updates are bad the newest are of no use (`_go_back`), and must not displace those that are.
+        if not self.trainer.cancellations.known_in_a_row():
+            self.checkpoints.prune(keep)
 
     def _resume_or_start(self) -> None:
         """Take the newest checkpoint up, or note the configuration of a new run."""
@@ -379,12 +381,18 @@ class Run:
         lr_scale = self.trainer.lr_scale / 2
         if not saved:
             raise UserError(f"{fault}, before the first checkpoint. {remedy}")
+        # The first of them may be bad by the weights that the update before it has made, at any learning rate.
+        last_good = self.trainer.update - self.trainer.cancellations.known_in_a_row() - 2
+        good = [update for update in saved if update <= last_good]
+        if not good:
+            raise UserError(
+                f"{fault}, and no checkpoint is of earlier weights. Lower `lr` or set `clip-norm`, and "
+                "begin a new run."
+            )
         if lr_scale < _LOWEST_LR_SCALE:
             raise UserError(f"{fault}, with {self.trainer.lr_scale:g} of the learning rate too. {remedy}")
         seconds = self.clock.seconds
-        # The first of the bad updates may be so because of the weights that the one before it has made.
-        last_good = self.trainer.update - self.trainer.cancellations.known_in_a_row() - 2
-        self._load(max((update for update in saved if update <= last_good), default=saved[-1]))
+        self._load(good[-1])
         self.clock.seconds_before = seconds  # what was in vain was spent all the same
         self.trainer.lr_scale = lr_scale
         self.log.report(

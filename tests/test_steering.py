@@ -229,15 +229,16 @@ def test_after_too_many_bad_updates_the_run_goes_back_and_halves_its_rate(tmp_pa
     assert all(tensor.isfinite().all() for tensor in tensors(folder, updates(folder)[-1]).values())
 
 
-def test_the_checkpoint_it_goes_back_to_is_one_from_which_an_update_was_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_last", [2, 60])
+def test_the_checkpoint_it_goes_back_to_is_one_from_which_an_update_was_made(
+    tmp_path: Path, keep_last: int
+) -> None:
     """Those that were saved among bad updates, or right before them, hold the weights that these are bad for."""
     folder = tmp_path / "run"
     optimization = {"max_bad_updates": 3, "max_update": 60, "lr": 0.05}
-    checkpoints = {"save_interval_updates": 1, "keep_last": 60}
+    checkpoints = {"save_interval_updates": 1, "keep_last": keep_last}
     with suppress(UserError):  # in the end it may have tried too often
-        train(
-            config(folder, task_options=LateOptions(), optimization=optimization, checkpoints=checkpoints)
-        )
+        train(config(folder, task_options=LateOptions(), optimization=optimization, checkpoints=checkpoints))
     bad: list[int] = []
     backs = []
     for line in log(folder).splitlines():
@@ -256,6 +257,22 @@ def test_the_checkpoint_it_goes_back_to_is_one_from_which_an_update_was_made(tmp
     for update in folder_of_checkpoints.updates():
         lr_scale = folder_of_checkpoints.load_state(update)[1]["trainer"]["lr_scale"]
         assert (lr_scale == 1.0) == (update <= min(backs))
+
+
+def test_without_a_checkpoint_of_earlier_weights_the_run_ends_with_a_line(tmp_path: Path) -> None:
+    """Weights that give no finite gradient give none at any learning rate."""
+    options = LateOptions(reach=0.01)  # which the second update goes beyond
+    checkpoints = {"save_interval_updates": 1, "keep_last": 1}
+    with pytest.raises(UserError, match="not in 3 updates in a row, and no checkpoint is of earlier weights"):
+        train(
+            config(
+                tmp_path / "run",
+                task_options=options,
+                optimization={"max_bad_updates": 3},
+                checkpoints=checkpoints,
+            )
+        )
+    assert records(tmp_path / "run", "back") == []
 
 
 def test_bad_updates_before_the_first_checkpoint_end_the_run_with_a_line(tmp_path: Path) -> None:
