@@ -469,7 +469,7 @@ def test_memory_does_not_grow_with_the_number_of_lines(
     arguments: tuple[str, ...],
 ) -> None:
     def instantly(
-        _: Generator, source: torch.Tensor, prefixes: object = None, *, lines: object = None
+        _: Generator, source: torch.Tensor, prefixes: object = None, **options: object
     ) -> list[list[Hypothesis]]:
         assert prefixes is None
         return [[Hypothesis(row[:3], -1.0, [-1.0] * 4)] for row in source.tolist()]

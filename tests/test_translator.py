@@ -160,7 +160,7 @@ class _SmallMemory:
         plain = Generator.generate
 
         def generate(
-            generator: Generator, source: torch.Tensor, prefixes: object = None, *, lines: object = None
+            generator: Generator, source: torch.Tensor, prefixes: object = None, **options: object
         ) -> Any:
             self.tried.append(source.size(0))
             if source.size(0) > rows:
