@@ -298,6 +298,10 @@ def test_the_best_checkpoints_can_be_averaged(tmp_path: Path, capsys: pytest.Cap
         with pytest.raises(SystemExit):
             average.main([str(folder / "checkpoints"), *arguments, "--output", str(tmp_path / "other")])
         assert text in capsys.readouterr().err
+    for other in (folder, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit):
+            average.main([str(other), "--last", "2", "--output", str(tmp_path / "other")])
+        assert f"`{other}` must be the `checkpoints` folder of a run" in capsys.readouterr().err
 
 
 def test_a_model_folder_can_be_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

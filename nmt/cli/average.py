@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from nmt.checkpoint import CheckpointFolder, average_models
 
         folder = CheckpointFolder(options.checkpoints)
+        if not folder.updates():
+            raise UserError(
+                f"`{options.checkpoints}` must be the `checkpoints` folder of a run, but holds no checkpoint. "
+                "Name RUN/checkpoints."
+            )
         count = options.count
         found = _best(folder) if options.best else folder.updates()[::-1]
         if len(found) < count:
@@ -50,8 +55,6 @@ def _best(folder: "CheckpointFolder") -> list[int]:
     from nmt.progress import Progress
 
     saved = folder.updates()
-    if not saved:
-        return []
     newest = folder.at(saved[-1])
     _, state = folder.load_state(saved[-1])
     config = load_config(newest)
