@@ -71,10 +71,11 @@ def forecast(
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
-    """Return the number of parameters of each part, two names deep; tied ones count where they come first."""
+    """Return the number of parameters of each part, modules two deep; tied ones count where they come first."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = ".".join(name.split(".")[:2])
+        module = name.removesuffix(".weight").removesuffix(".bias")
+        part = ".".join(module.split(".")[:2])
         counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
 

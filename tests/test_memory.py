@@ -20,6 +20,7 @@ from nmt.data.batching import padded_size
 from nmt.data.options import BatchingOptions
 from nmt.distributed import single
 from nmt.errors import UserError
+from nmt.forecast import parameter_counts
 from nmt.memory import search_max_tokens
 from nmt.task import LossOutput
 from nmt.train_loop import train
@@ -112,6 +113,19 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(
     assert table["work"] == f"{2 * (16 + 16) * 2 + 2 * 16} FLOP a target in matrix products"
     assert "s an update" in table["time"] and table["time"].endswith("for 100 updates")
     assert not (tmp_path / "run").exists()
+
+
+def test_parameters_are_counted_by_module_and_tied_ones_once() -> None:
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(7, 3),
+            "layers": nn.Sequential(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3)), nn.BatchNorm1d(3)),
+            "output": nn.Linear(3, 7),
+        }
+    )
+    model["output"].weight = model["embedding"].weight
+    expected = {"embedding": 21, "layers.0": 20 + 18, "layers.1": 6, "output": 7}
+    assert parameter_counts(model) == expected
 
 
 def test_max_tokens_auto_is_refused_on_a_cpu(tmp_path: Path) -> None:
