@@ -1,17 +1,16 @@
 """What a run is going to be, told before its first update: model, data, work, memory and time."""
 
-import math
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nmt.compilation import uncompiled
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batching import padded_size
+from nmt.flops import FlopCounter
 from nmt.memory import peak_memory
 from nmt.options import TrainConfig
 from nmt.schedule import num_updates
@@ -100,17 +99,6 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {name}" for count, name in parts[:2] if count) or "0 s"
 
 
-def flop_counter() -> FlopCounterMode:
-    """Return torch's counter of the floating-point operations in products, which knows oneDNN's too."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return FlopCounterMode(display=False)
-
-    def linear(x_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-        return 2 * math.prod(out_shape) * int(x_shape[-1])
-
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear})
-
-
 def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator) -> tuple[float, float]:
     """Return the floating-point operations a target and the seconds of a batch of middling size."""
     ordered = sorted(batches.first_batches, key=lambda batch: padded_size(examples.sizes, batch))
@@ -121,14 +109,14 @@ def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator
         ]
     batch = examples.collate([examples[index] for index in middling.tolist()])
     in_steps = uncompiled() if trainer.options.compile else nullcontext()
-    with in_steps, flop_counter() as counter:
+    with in_steps, FlopCounter() as counter:
         trainer.probe(batch)
     _wait(trainer.world.device)
     start = time.perf_counter()
     trainer.probe(batch)
     _wait(trainer.world.device)
     seconds = time.perf_counter() - start
-    return counter.get_total_flops() / max(batch.num_targets, 1), seconds
+    return counter.total / max(batch.num_targets, 1), seconds
 
 
 def _wait(device: torch.device) -> None:

@@ -1,9 +1,17 @@
 """Optimizers from torch, over the parameters of a model."""
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
 from nmt.options import OptimizationOptions
+
+# torch imports its compiler, 60 MB and seconds, to keep it out of these methods. Where one is found under this
+# name, that is taken for the form which the compiler leaves alone; no optimizer is ever compiled here.
+for _method in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
+    _original = inspect.unwrap(getattr(torch.optim.Optimizer, _method))
+    _original.__dynamo_disable = _original
 
 
 def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.optim.Optimizer:
@@ -45,8 +53,10 @@ def step(optimizer: torch.optim.Optimizer, *, is_cancelled: Tensor) -> None:
         is_cancelled: Scalar bool on the device. The host does not wait for it but with Adafactor.
     """
     if isinstance(optimizer, torch.optim.Adafactor):
-        if not is_cancelled.item():
-            optimizer.step()
-        return
-    optimizer.found_inf = is_cancelled.float()  # type: ignore[attr-defined]
-    optimizer.step()
+        if is_cancelled.item():
+            return
+    else:
+        optimizer.found_inf = is_cancelled.float()  # type: ignore[attr-defined]
+    # The wrapper around `step` imports the compiler too; else it only turns off gradients and calls hooks.
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)

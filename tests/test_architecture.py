@@ -32,6 +32,7 @@ LAYERS = {
     "nmt.config_values": 0,
     "nmt.determinism": 0,
     "nmt.distributed": 0,
+    "nmt.flops": 0,
     "nmt.late": 0,
     "nmt.metrics": 0,
     "nmt.new_folder": 0,

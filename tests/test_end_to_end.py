@@ -103,6 +103,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return made
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
+def test_a_run_never_loads_the_compiler_that_it_was_not_asked_for(
+    files: Files, tmp_path: Path, optimizer: str
+) -> None:
+    """torch._dynamo takes 60 MB and seconds, and much in PyTorch imports it by the way."""
+    options = ["--optimizer", optimizer, "--max-update", "4", "--save-interval-updates", "2"]
+    arguments = [str(files.data), "--save-dir", str(tmp_path / "run"), *SIZES, *options]
+    code = (
+        f"import sys\nfrom nmt.cli.train import main\nmain({arguments!r})\n"
+        "sys.exit('loaded' if 'torch._dynamo' in sys.modules else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
 @pytest.mark.timeout(300)
 def test_it_learns_to_reverse_unseen_strings(files: Files, tmp_path: Path) -> None:
     output, reference = tmp_path / "out.yy", files.text / "test.yy"

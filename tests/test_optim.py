@@ -114,3 +114,25 @@ def test_decay_on_matrices_only_leaves_norms_and_biases_alone() -> None:
     for name, parameter in model.named_parameters():
         expected = before[name] * 0.95 if parameter.ndim == 2 else before[name]
         torch.testing.assert_close(parameter.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor"])
+def test_a_step_is_what_torch_makes_of_it_and_a_cancelled_one_changes_nothing(name: str) -> None:
+    torch.manual_seed(1)
+    ours, theirs = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    options = OptimizationOptions(optimizer=name, lr=0.1)
+    optimizers = [build_optimizer(model, options) for model in (ours, theirs)]
+    for is_cancelled in (False, True, False):
+        x = torch.randn(5, 4)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+        before = [parameter.clone() for parameter in ours.parameters()]
+        step(optimizers[0], is_cancelled=torch.tensor(is_cancelled))
+        if not is_cancelled:
+            optimizers[1].step()
+        for parameter, expected, old in zip(ours.parameters(), theirs.parameters(), before, strict=True):
+            assert torch.equal(parameter, expected)
+            assert torch.equal(parameter, old) == is_cancelled
+            assert parameter.requires_grad
