@@ -11,11 +11,9 @@ The names are looked up when they are first used, so that `import nmt` does not 
 import os
 from typing import TYPE_CHECKING, Any
 
-# These are read when the first product is made. oneDNN, and PyTorch's layer over it in each thread, keep what they
-# have prepared for the last 1,024 shapes, some 0.3 MB each. Batches come in ever new shapes, so that most of it is
-# never used again; 32 are enough for the layers of a batch to share theirs.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+from nmt.prepared_shapes import keep_prepared_shapes
+
+keep_prepared_shapes(16)
 # Tensors of 2 MB and more begin at huge pages: what one batch frees fits the next one better.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -1,9 +1,13 @@
 """What the libraries keep for each shape of a batch stays small, however many shapes there are."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+import nmt.prepared_shapes
+from nmt.prepared_shapes import keep_prepared_shapes
 
 PROGRAM = """
 import nmt  # sets how much is kept
@@ -35,3 +39,17 @@ def test_ever_new_shapes_do_not_fill_the_memory() -> None:
         pytest.skip("this PyTorch has no oneDNN")
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 40
+
+
+@pytest.mark.parametrize("given", [None, "100"])
+def test_what_the_user_sets_stands(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    monkeypatch.setattr(nmt.prepared_shapes, "_set", {})
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(names[0], given)
+    keep_prepared_shapes(16)
+    assert [os.environ[name] for name in names] == [given or "16", "16"]
+    keep_prepared_shapes(256)
+    assert [os.environ[name] for name in names] == [given or "256", "256"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nmt.distributed import World
 from nmt.errors import UserError
+from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.task import Illustrations, LossOutput
 from nmt.vision.dataset import ImageBatch, ImageExamples
 from nmt.vision.libraries import import_timm
@@ -38,6 +39,7 @@ class ImageClassificationTask:
 
     def __init__(self, options: ImageClassificationOptions, assets: Path | None) -> None:
         """Take classes and format from a model folder, or else from the training images."""
+        keep_prepared_shapes(256)  # of each layer, forward and backward
         self.options = options
         self.is_pretrained = options.pretrained and assets is None  # else the weights are the folder's
         self.train_images: ImageSource | None = None
