@@ -6,6 +6,7 @@ of text, or None, and the caller knows the types.
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,22 @@ def write_flat_yaml(mapping: Mapping[str, Any], path: Path) -> None:
     """Write text, lists of text and None so that `read_yaml` gives them back.
 
     The file is written under a temporary name beside it and renamed.
+
+    Raises:
+        OSError: It could not be written; the error names it.
     """
     items = [(_text_node(key), _value_node(value)) for key, value in mapping.items()]
     root = yaml.MappingNode(_MAPPING_TAG, items, flow_style=False)
     text = yaml.serialize(root, Dumper=yaml.BaseDumper, allow_unicode=True, width=math.inf)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        error.filename = str(path)  # writing to an open file, such as to a full disk, names none
+        raise
 
 
 def _parse(path: Path) -> yaml.Node | None:

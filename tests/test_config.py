@@ -1,6 +1,7 @@
 """Options: text to values and back, the order of precedence, and what is refused."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -216,6 +217,15 @@ def test_a_written_file_is_plain_to_read(tmp_path: Path) -> None:
     write_yaml(WindowOptions(), tmp_path / "a.yaml")
     assert (tmp_path / "a.yaml").read_text() == "window: 100\nmax-tokens: 4096\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_file_that_the_disk_has_no_room_for_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        write_yaml(WindowOptions(), tmp_path / "config.yaml")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "config.yaml"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_yaml_values_are_text_lists_of_text_or_none(tmp_path: Path) -> None:
