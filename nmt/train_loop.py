@@ -327,6 +327,7 @@ class Run:
         saved = self.world.broadcast(self.checkpoints.updates())
         if saved:
             self._resume(saved[-1])
+            self._check_time()  # may be up already, or be longer now
             if self._misses_validation():
                 self._validate_and_save()
         else:

@@ -143,7 +143,19 @@ def test_time_counts_on_from_where_the_run_was_stopped(tmp_path: Path) -> None:
     state["clock"]["seconds_before"] = 7200.0
     state_path.write_text(json.dumps(state))
     train(config(folder, optimization={"stop_time_hours": 2.0}))
-    assert updates(folder)[-1] == 10  # the first report finds out
+    assert log(folder).rstrip().endswith("finished: reached stop-time-hours 2")
+    assert updates(folder)[-1] == 5
+    train(config(folder, optimization={"stop_time_hours": 3.0, "max_update": 10}))
+    assert updates(folder)[-1] == 10
+
+
+def test_a_run_that_is_out_of_time_says_so_again_and_changes_nothing(tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", {"stop_time_hours": 1e-9}
+    train(config(folder, optimization=options))
+    before = updates(folder), (folder / "metrics.jsonl").read_bytes()
+    train(config(folder, optimization=options))
+    assert (updates(folder), (folder / "metrics.jsonl").read_bytes()) == before
+    assert log(folder).count("finished: reached stop-time-hours") == 2
 
 
 def test_checkpoints_are_kept_for_good_from_an_epoch_on(tmp_path: Path) -> None:
