@@ -5,6 +5,7 @@ import dataclasses
 import graphlib
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -277,3 +278,12 @@ def test_field_names_are_unique_and_every_option_has_a_help_text(type_: Any) -> 
     }
     own = {option.name for option in options if not option.owner}
     assert own <= documented, f"{cls.__name__}: no help text under {sorted(own - documented)}"
+
+
+def test_files_that_the_documents_name_are_there() -> None:
+    root = PACKAGE.parent
+    documents = [root / "README.md", *root.glob("docs/*.md"), *root.glob("examples/*/*.md")]
+    path = re.compile(r"\b(?:nmt|scripts|tests|docs|examples)/[\w/.-]+\.(?:py|md|sh|yaml|toml)\b")
+    named = {(file.name, name) for file in documents for name in path.findall(file.read_text("utf-8"))}
+    assert ("README.md", "docs/training.md") in named
+    assert [pair for pair in named if not (root / pair[1]).exists()] == []
