@@ -133,7 +133,12 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load_config(folder: Path) -> TrainConfig[Any]:
-    """Return the configuration that a model folder was trained with."""
+    """Return the configuration that a model folder was trained with.
+
+    Raises:
+        UserError: The folder lacks a file or has another format version.
+    """
+    _read_version(folder / _MODEL)  # first: a newer release's options may not be known here
     mapping = read_yaml(_existing(folder / _CONFIG))
     options_type = load_task(mapping.get("task", "translation"))
     return from_mapping(TrainConfig[options_type], mapping, where=str(folder / _CONFIG))  # type: ignore[valid-type]
@@ -210,16 +215,26 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
+    _read_version(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_version(path: Path) -> None:
+    """Raise `UserError` if a file is not there or not whole, or if its format version cannot be read."""
     _existing(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        _check_version(metadata, path)
-        return load_file(path)
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(
-            f"`{path}` must be a complete safetensors file, but is cut short or damaged: {error}."
-        ) from error
+        raise _damaged(path, error) from error
+    _check_version(metadata, path)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"`{path}` must be a complete safetensors file, but is cut short or damaged: {error}.")
 
 
 def _check_version(metadata: Mapping[str, str], path: Path) -> None:

@@ -81,6 +81,22 @@ def test_another_version_says_what_to_do(kept: Path, metadata: dict[str, str], s
         CheckpointFolder(path.parent.parent).load_state(8)
 
 
+def test_a_newer_version_says_so_before_it_is_asked_for_options_of_its_own(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = kept / "run" / "checkpoints" / UPDATE
+    for path in folder.glob("*.safetensors"):
+        save_file(load_file(path), path, metadata={"format": "nmt 99"})
+    with (folder / "config.yaml").open("a") as file:
+        file.write("an-option-of-later-times: 1\n")
+    with pytest.raises(UserError, match="A newer release of nmt-toolkit wrote it"):
+        load_model(folder)
+    monkeypatch.chdir(kept)
+    with pytest.raises(SystemExit):
+        train(["--config", "run/config.yaml", "--max-update", "12"])
+    assert "A newer release of nmt-toolkit wrote it" in capsys.readouterr().err
+
+
 def test_the_first_checkpoints_named_their_version_otherwise(kept: Path) -> None:
     path = kept / "run" / "checkpoints" / UPDATE / "model.safetensors"
     save_file(load_file(path), path, metadata={"format": "nmt", "format_version": "1"})
