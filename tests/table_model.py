@@ -35,6 +35,8 @@ class TableState:
 
 
 class TableModel(nn.Module):
+    logit_offset = 0.0
+
     def __init__(
         self,
         probabilities: NextProbabilities,

@@ -104,6 +104,9 @@ def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones
     logits = torch.tensor([[3.0, -1.0, 4.0], [3.0, -1.0, 4.0]])
     penalize_repetition_(logits, torch.tensor([[0, 1, 0], [2, 2, 2]]), penalty=2.0)
     assert logits.tolist() == [[1.5, -2.0, 4.0], [3.0, -1.0, 2.0]]
+    less = torch.tensor([[1.0, -3.0, 2.0]])  # by 2, which the model has subtracted
+    penalize_repetition_(less, torch.tensor([[0, 1, 0]]), penalty=2.0, offset=2.0)
+    assert less.tolist() == [[1.5 - 2, -2.0 - 2, 4.0 - 2]]
 
 
 def test_ensemble_of_one_model_twice_is_the_model() -> None:

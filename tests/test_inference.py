@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_transformer import VOCABULARY_SIZE, random_transformer
 
+import nmt.models.inference
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator, TranslationModel
@@ -90,7 +91,34 @@ def test_computes_the_same_logits_in_each_type(
         expected = exact.decode(target_input, exact.encode(source))
         memory, state = fast.encode(source), fast.start_state()
         steps = [fast.project(fast.features(x, memory, state)) for x in target_input.split(1, dim=1)]
-    torch.testing.assert_close(torch.cat(steps, dim=1).double(), expected, atol=tolerance, rtol=0)
+    found = torch.cat(steps, dim=1).double() + fast.logit_offset
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def test_in_bfloat16_likely_tokens_have_logits_near_zero_where_rounding_is_fine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_transformer(0, torch.float32)
+    with torch.no_grad():
+        model.output_weight *= 5.0  # as far apart as those of a trained model
+    source = padded([[5, 6, 7], [8], [9, 10, 11, 12], [4], [5, 5], [7, 6]])
+    target_input = torch.tensor([[EOS_ID]] * 6)
+    with torch.inference_mode():
+        expected = model.decode(target_input, model.encode(source)).log_softmax(dim=2)
+    errors = {}
+    for with_offset in (True, False):
+        if not with_offset:
+            monkeypatch.setattr(nmt.models.inference, "_typical_normalizer", lambda _: 0.0)
+        fast = InferenceTransformer(model, torch.bfloat16)
+        assert (fast.logit_offset != 0.0) == with_offset
+        with torch.inference_mode():
+            features = fast.features(target_input, fast.encode(source), fast.start_state())
+            # The features as they are, so that only what happens to the logits counts.
+            exact = torch.nn.functional.linear(features.double(), model.output_weight.bfloat16().double())
+            found = fast.project(features).float().log_softmax(dim=2)
+        likely = expected > -4
+        errors[with_offset] = (found - exact.log_softmax(dim=2))[likely].abs().mean()
+    assert errors[True] < errors[False] / 2
 
 
 def test_the_models_own_weights_stay_as_they_are() -> None:

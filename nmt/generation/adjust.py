@@ -55,7 +55,7 @@ def _log_normalizer(scores: Tensor) -> Tensor:
     return scores.amax(dim=1, keepdim=True) - scores.log_softmax(dim=1).amax(dim=1, keepdim=True)
 
 
-def penalize_repetition_(logits: Tensor, tokens: Tensor, *, penalty: float) -> None:
+def penalize_repetition_(logits: Tensor, tokens: Tensor, *, penalty: float, offset: float = 0.0) -> None:
     """Make the tokens that a hypothesis has already less likely, in place (CTRL; Keskar et al., 2019).
 
     A positive logit is divided by the penalty. A negative one is multiplied by it, as in the authors' code and
@@ -65,9 +65,10 @@ def penalize_repetition_(logits: Tensor, tokens: Tensor, *, penalty: float) -> N
         logits: (R, V).
         tokens: (R, t) int64.
         penalty: Above 1 to discourage, below 1 to encourage.
+        offset: What the model has subtracted from its logits, whose sign counts.
     """
-    chosen = logits.gather(1, tokens)
-    logits.scatter_(1, tokens, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    chosen = logits.gather(1, tokens) + offset
+    logits.scatter_(1, tokens, torch.where(chosen > 0, chosen / penalty, chosen * penalty) - offset)
 
 
 def adjust_(

@@ -44,6 +44,8 @@ class TranslationModel(Protocol):
 
     training: bool
     max_target_positions: int
+    logit_offset: float
+    """By how much all logits of `project` are less than the model's, which changes no probability."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the weights; if any is float64, scores are."""
@@ -242,9 +244,12 @@ class Generator:
             hypotheses = take(beam, part)
             logits = [model.project(x[rows]) for model, x in zip(self.models, features, strict=True)]
             if self.options.repetition_penalty != 1.0:
-                for x in logits:
+                for model, x in zip(self.models, logits, strict=True):
                     penalize_repetition_(
-                        x, hypotheses.tokens.flatten(0, 1), penalty=self.options.repetition_penalty
+                        x,
+                        hypotheses.tokens.flatten(0, 1),
+                        penalty=self.options.repetition_penalty,
+                        offset=model.logit_offset,
                     )
             scores, normalizers = combine(logits, self.options)
             adjust_(

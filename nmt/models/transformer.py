@@ -22,6 +22,8 @@ class Transformer(nn.Module):
     There is no `forward`: `encode` and `decode` are called apart.
     """
 
+    logit_offset = 0.0  # `project` leaves nothing away
+
     def __init__(
         self,
         options: TransformerOptions,
