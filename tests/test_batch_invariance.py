@@ -82,10 +82,10 @@ def recorded_gaps() -> Iterator[list[float]]:
         distances = ranked[:, :-1] - ranked[:, 1:]
         gaps.extend(distances[distances.isfinite()].tolist())
 
-    def choose_and_record(scores: Tensor, normalizers: Tensor, beam: Beam) -> Candidates:
-        log_probs = (scores - normalizers).unflatten(0, beam.scores.shape)  # (B, K, V)
+    def choose_and_record(scores: Tensor, beam: Beam) -> Candidates:
+        log_probs = scores.unflatten(0, beam.scores.shape)  # (B, K, V)
         record((beam.scores[:, :, None] + log_probs).flatten(1), 2 * beam.scores.size(1) + 1)
-        return best_candidates(scores, normalizers, beam)
+        return best_candidates(scores, beam)
 
     with mock.patch.object(generator_module, "best_candidates", choose_and_record):
         yield gaps

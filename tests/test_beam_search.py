@@ -291,7 +291,7 @@ def test_selection_equals_sorting_with_ties(
     beam, _ = start(torch.tensor([1]), beam_size=beam_size, dtype=torch.float64)
     beam = replace(beam, scores=torch.zeros_like(beam.scores))
     scores = log_probs[0]
-    chosen = best_candidates(scores, torch.zeros(beam_size, 1), beam)
+    chosen = best_candidates(scores, beam)
     places = (chosen.parents * vocabulary_size + chosen.tokens)[0].tolist()
     expected = sorted(range(size), key=lambda place: (-numbers[place], place))[: num_candidates(beam_size)]
     assert [numbers[place] for place in places] == [numbers[place] for place in expected]
@@ -316,16 +316,15 @@ def test_best_candidates_are_those_of_a_sort(
     # Around the depth from which rows are searched as tables; coarse values make for ties.
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(3 * beam_size, size, generator=generator)
-    normalizers = torch.randn(3 * beam_size, 1, generator=generator)
     so_far = torch.randn(3, beam_size, generator=generator)
     if is_coarse:
-        scores, normalizers, so_far = (4 * scores).round(), normalizers.round(), so_far.round()
+        scores, so_far = (4 * scores).round(), so_far.round()
     scores[1, data.draw(st.integers(1, size - 1)) :] = -math.inf
     so_far[2, 1:] = -math.inf
     beam, _ = start(torch.tensor([1, 1, 1]), beam_size=beam_size, dtype=torch.float32)
     beam = replace(beam, scores=so_far)
-    chosen = best_candidates(scores, normalizers, beam)
-    log_probs = (scores - normalizers).view(3, beam_size, size)
+    chosen = best_candidates(scores, beam)
+    log_probs = scores.view(3, beam_size, size)
     totals = (so_far[:, :, None] + log_probs).flatten(1)
     ordered = totals.sort(dim=1, descending=True).values
     assert torch.equal(chosen.scores, ordered[:, : num_candidates(beam_size)])

@@ -1,8 +1,6 @@
 """What stands between a model's logits and the choice of candidates, in the order in which it happens.
 
-Scores are kept apart from their normaliser: log-probability = score - normaliser, where a row of V scores has
-one normaliser. So the logits of a single model are never passed over only to subtract a number from each.
-What the rules of `adjust` take away from a token is not given to others: they leave the normaliser as it is.
+Scores are log-probabilities. What the rules of `adjust_` take away from a token is not given to others.
 
 Shapes: B sentences, K beam size, R = B*K rows, V vocabulary, t tokens so far.
 """
@@ -17,8 +15,8 @@ from nmt.generation.beam_search import Beam
 from nmt.generation.options import DecodingOptions
 
 
-def combine(logits: Sequence[Tensor], options: DecodingOptions) -> tuple[Tensor, Tensor]:
-    """Turn the logits of one model, or of several that vote, into scores and their normalisers.
+def combine(logits: Sequence[Tensor], options: DecodingOptions) -> Tensor:
+    """Turn the logits of one model, or of several that vote, into log-probabilities.
 
     Several are joined by the weighted mean of their probabilities, or of their log-probabilities, which is
     normalised again (Sockeye calls these linear and log-linear).
@@ -28,31 +26,23 @@ def combine(logits: Sequence[Tensor], options: DecodingOptions) -> tuple[Tensor,
         options: The temperature, and how models are joined.
 
     Returns:
-        (R, V) scores and (R, 1) normalisers, float64 if the logits are, else float32.
+        (R, V), float64 if the logits are, else float32.
     """
     each = [x if x.dtype == torch.float64 else x.float() for x in logits]
     if options.temperature != 1.0:
         for x in each:
             x /= options.temperature
+    # In place: a chunk of rows fills the caches, and to ask for as much memory again takes as long as to compute.
+    log_probs = [torch.log_softmax(x, dim=1, out=x) for x in each]
     if len(each) == 1:
-        return each[0], _log_normalizer(each[0])
+        return log_probs[0]
     weights = options.ensemble_weights or (1.0,) * len(each)
     shares = [weight / sum(weights) for weight in weights]
-    log_probs = [torch.log_softmax(x, dim=1, out=x) for x in each]
     if options.ensemble_by == "log-probabilities":
-        scores = torch.stack([x.mul_(share) for share, x in zip(shares, log_probs, strict=True)]).sum(dim=0)
-        return scores, _log_normalizer(scores)
+        mean = torch.stack([x.mul_(share) for share, x in zip(shares, log_probs, strict=True)]).sum(dim=0)
+        return mean.log_softmax(dim=1)
     weighted = [x.add_(math.log(share)) for share, x in zip(shares, log_probs, strict=True)]
-    scores = torch.stack(weighted).logsumexp(dim=0)
-    return scores, torch.zeros_like(scores[:, :1])
-
-
-def _log_normalizer(scores: Tensor) -> Tensor:
-    """Return log(sum(exp(scores))) of each row: (R, V) -> (R, 1).
-
-    As the difference of two maxima, because `log_softmax` passes over a row less often than `logsumexp`.
-    """
-    return scores.amax(dim=1, keepdim=True) - scores.log_softmax(dim=1).amax(dim=1, keepdim=True)
+    return torch.stack(weighted).logsumexp(dim=0)
 
 
 def penalize_repetition_(logits: Tensor, tokens: Tensor, *, penalty: float, offset: float = 0.0) -> None:

@@ -155,8 +155,8 @@ class Generator:
             model.project(model.features(target_input, model.encode(source), None).flatten(0, 1))  # (B*T, V)
             for model in self.models
         ]
-        scores, normalizers = combine(logits, replace(self.options, temperature=1.0))
-        scores = (scores.gather(1, target.view(-1, 1)) - normalizers).view_as(target)  # (B*T, V) -> (B, T)
+        log_probs = combine(logits, replace(self.options, temperature=1.0))
+        scores = log_probs.gather(1, target.view(-1, 1)).view_as(target)  # (B*T, V) -> (B, T)
         lengths = (target != self.pad_id).sum(dim=1)  # (B,)
         means = scores.masked_fill(target == self.pad_id, 0.0).sum(dim=1) / lengths
         return [
@@ -251,7 +251,7 @@ class Generator:
                         penalty=self.options.repetition_penalty,
                         offset=model.logit_offset,
                     )
-            scores, normalizers = combine(logits, self.options)
+            scores = combine(logits, self.options)
             adjust_(
                 scores.unflatten(0, (-1, beam_size)),
                 hypotheses,
@@ -263,10 +263,10 @@ class Generator:
                 forced=None if forced is None else forced[part],
             )
             if numbers is None:
-                parts.append(best_candidates(scores, normalizers, hypotheses))
+                parts.append(best_candidates(scores, hypotheses))
             else:
                 tokens = sample_tokens(scores, numbers[rows], self.options)
-                parts.append(single_candidates(scores, normalizers, tokens, hypotheses))
+                parts.append(single_candidates(scores, tokens, hypotheses))
         return concatenate(parts)
 
     def _limits(self, source: Tensor) -> Tensor:

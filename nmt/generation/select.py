@@ -17,7 +17,7 @@ def num_candidates(beam_size: int) -> int:
     return 1 if beam_size == 1 else 2 * beam_size
 
 
-def best_candidates(scores: Tensor, normalizers: Tensor, beam: Beam) -> Candidates:
+def best_candidates(scores: Tensor, beam: Beam) -> Candidates:
     """Choose for each sentence the C continuations with the highest sum of log-probabilities.
 
     Equal sums are ordered by place in the beam, then by token; of those that are equal at the edge of the best C
@@ -28,13 +28,12 @@ def best_candidates(scores: Tensor, normalizers: Tensor, beam: Beam) -> Candidat
     `torch.topk` over all.
 
     Args:
-        scores: (R, V); -inf for what must not follow.
-        normalizers: (R, 1); log-probability = score - normalizer.
+        scores: (R, V) log-probabilities; -inf for what must not follow.
         beam: The hypotheses so far.
     """
     num_sentences, beam_size = beam.scores.shape
     if beam_size == 1:
-        return single_candidates(scores, normalizers, _best_tokens(scores), beam)
+        return single_candidates(scores, _best_tokens(scores), beam)
     size = scores.size(1)
     num_chosen = min(num_candidates(beam_size), beam_size * size)
     depth = size // _NUM_COLUMNS
@@ -43,7 +42,7 @@ def best_candidates(scores: Tensor, normalizers: Tensor, beam: Beam) -> Candidat
     else:
         in_table = depth * _NUM_COLUMNS
         maxima = scores[:, :in_table].unflatten(1, (depth, _NUM_COLUMNS)).amax(dim=1)  # (R, 128)
-        totals = _totals(_log_probs(maxima, normalizers).view(num_sentences, beam_size, -1), beam)
+        totals = _totals(_sound(maxima).view(num_sentences, beam_size, -1), beam)
         columns = totals.topk(num_chosen, dim=1, sorted=False).indices  # (B, C)
         tops = columns // _NUM_COLUMNS * size + columns % _NUM_COLUMNS  # places in a sentence's K*V scores
         rows = torch.arange(0, in_table, _NUM_COLUMNS, device=scores.device)
@@ -51,9 +50,8 @@ def best_candidates(scores: Tensor, normalizers: Tensor, beam: Beam) -> Candidat
         firsts = torch.arange(0, beam_size * size, size, device=scores.device)
         rests = (firsts[:, None] + below).flatten().expand(num_sentences, -1)
         places = torch.cat([(tops[:, :, None] + rows).flatten(1), rests], dim=1)  # (B, C*depth + K*rest)
-    log_probs = scores.view(num_sentences, -1).gather(1, places)
     parents = places // size
-    log_probs = _log_probs(log_probs, normalizers.view(num_sentences, -1).gather(1, parents))
+    log_probs = _sound(scores.view(num_sentences, -1).gather(1, places))
     totals = beam.scores.gather(1, parents) + log_probs
     chosen = totals.topk(num_chosen, dim=1, sorted=False).indices
     # Ordered by place first, which a stable sort then keeps among equals.
@@ -87,20 +85,19 @@ def _totals(log_probs: Tensor, beam: Beam) -> Tensor:
     return (beam.scores[:, :, None] + log_probs).flatten(1)  # (B, K, n) -> (B, K*n)
 
 
-def _log_probs(scores: Tensor, normalizers: Tensor) -> Tensor:
-    return (scores - normalizers).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+def _sound(log_probs: Tensor) -> Tensor:
+    return log_probs.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
 
 
-def single_candidates(scores: Tensor, normalizers: Tensor, tokens: Tensor, beam: Beam) -> Candidates:
+def single_candidates(scores: Tensor, tokens: Tensor, beam: Beam) -> Candidates:
     """Return as the only candidate of each sentence, whose beam is of one, the token that was chosen for it.
 
     Args:
-        scores: (B, V).
-        normalizers: (B, 1), as above.
+        scores: (B, V) log-probabilities.
         tokens: (B, 1) int64.
         beam: The hypotheses so far.
     """
-    log_probs = _log_probs(scores.gather(1, tokens), normalizers)
+    log_probs = _sound(scores.gather(1, tokens))
     return Candidates(beam.scores + log_probs, log_probs, tokens, torch.zeros_like(tokens))
 
 
