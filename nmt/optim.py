@@ -1,17 +1,30 @@
 """Optimizers from torch, over the parameters of a model."""
 
 import inspect
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from nmt.options import OptimizationOptions
 
-# torch imports its compiler, 60 MB and seconds, to keep it out of these methods. Where one is found under this
+_Kind = TypeVar("_Kind", bound=type[torch.optim.Optimizer])
+
+# torch imports its compiler, 65 MB and seconds, to keep it out of these methods. Where one is found under this
 # name, that is taken for the form which the compiler leaves alone; no optimizer is ever compiled here.
 for _method in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
     _original = inspect.unwrap(getattr(torch.optim.Optimizer, _method))
     _original.__dynamo_disable = _original
+
+
+def _uncompiled(kind: _Kind) -> _Kind:
+    """Return a kind of optimizer whose `step` does not import the compiler: torch's without the wrapper for it."""
+    step_alone = torch.no_grad()(inspect.unwrap(kind.step))
+    return cast(_Kind, type(kind.__name__, (kind,), {"step": step_alone}))
+
+
+_SGD, _ADAFACTOR = _uncompiled(torch.optim.SGD), _uncompiled(torch.optim.Adafactor)
+_ADAM, _ADAMW = _uncompiled(torch.optim.Adam), _uncompiled(torch.optim.AdamW)
 
 
 def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.optim.Optimizer:
@@ -31,9 +44,9 @@ def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.opt
         ]
         groups = [group for group in groups if group["params"]]
     if options.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=options.lr)
+        return _ADAFACTOR(groups, lr=options.lr)
     if options.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
+        optimizer = _SGD(
             groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=True
         )
         if options.momentum:
@@ -41,7 +54,7 @@ def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.opt
             for parameter in parameters:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
+    kind = {"adam": _ADAM, "adamw": _ADAMW}[options.optimizer]
     return kind(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps, fused=True)
 
 
@@ -53,10 +66,8 @@ def step(optimizer: torch.optim.Optimizer, *, is_cancelled: Tensor) -> None:
         is_cancelled: Scalar bool on the device. The host does not wait for it but with Adafactor.
     """
     if isinstance(optimizer, torch.optim.Adafactor):
-        if is_cancelled.item():
-            return
-    else:
-        optimizer.found_inf = is_cancelled.float()  # type: ignore[attr-defined]
-    # The wrapper around `step` imports the compiler too; else it only turns off gradients and calls hooks.
-    with torch.no_grad():
-        inspect.unwrap(type(optimizer).step)(optimizer)
+        if not is_cancelled.item():
+            optimizer.step()
+        return
+    optimizer.found_inf = is_cancelled.float()  # type: ignore[attr-defined]
+    optimizer.step()
