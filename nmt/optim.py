@@ -10,7 +10,7 @@ from nmt.options import OptimizationOptions
 
 _Kind = TypeVar("_Kind", bound=type[torch.optim.Optimizer])
 
-# torch imports its compiler, 65 MB and seconds, to keep it out of these methods. Where one is found under this
+# torch imports its compiler, 65 MB and a second, to keep it out of these methods. Where one is found under this
 # name, that is taken for the form which the compiler leaves alone; no optimizer is ever compiled here.
 for _method in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
     _original = inspect.unwrap(getattr(torch.optim.Optimizer, _method))

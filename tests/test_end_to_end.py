@@ -107,7 +107,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def test_a_run_never_loads_the_compiler_that_it_was_not_asked_for(
     files: Files, tmp_path: Path, optimizer: str
 ) -> None:
-    """torch._dynamo takes 60 MB and seconds, and much in PyTorch imports it by the way."""
+    """torch._dynamo takes 65 MB and a second, and much in PyTorch imports it by the way."""
     options = ["--optimizer", optimizer, "--max-update", "4", "--save-interval-updates", "2"]
     arguments = [str(files.data), "--save-dir", str(tmp_path / "run"), *SIZES, *options]
     code = (

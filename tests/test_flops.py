@@ -35,3 +35,17 @@ def test_a_transformers_count_is_that_of_pytorchs_counter_whatever_makes_the_pro
     with FlopCounter() as counter:
         PairTask().compute_loss(model, batch).loss.backward()
     assert counter.total == expected.get_total_flops() > 0
+
+
+def test_what_runs_without_autograd_is_counted_too() -> None:
+    linear = nn.Linear(3, 5)
+    with FlopCounter() as counter, torch.inference_mode():
+        linear(torch.randn(7, 3))
+    assert counter.total == 2 * 7 * 3 * 5
+
+
+def test_an_operator_that_takes_functions_runs() -> None:
+    x = torch.tensor([3.0])
+    with FlopCounter(), torch.no_grad():
+        branch = torch.ops.higher_order.cond(torch.tensor(True), torch.sin, torch.cos, (x,))
+    assert torch.equal(branch, x.sin())

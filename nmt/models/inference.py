@@ -58,10 +58,14 @@ class InferenceTransformer:
             torch.cat([x.weight for x in memory_maps]), torch.cat([x.bias for x in memory_maps]), self.dtype
         )
         self.final_norm = _norm(model.decoder.final_norm, self.dtype)
-        self.logit_offset = _typical_normalizer(model) if self.dtype.itemsize < 4 else 0.0
-        offsets = model.output_weight.new_full((model.output_weight.size(0),), -self.logit_offset)
-        # (..., D) -> (..., V)
-        self.project = linear_map(model.output_weight, offsets if self.logit_offset else None, self.dtype)
+        offset = None
+        if self.dtype.itemsize < 4:
+            offset = torch.tensor(
+                _typical_normalizer(model), dtype=self.dtype, device=model.output_weight.device
+            )
+        self.logit_offset = 0.0 if offset is None else offset.item()
+        bias = None if offset is None else (-offset).repeat(model.output_weight.size(0))
+        self.project = linear_map(model.output_weight, bias, self.dtype)  # (..., D) -> (..., V)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the weights of the model."""
