@@ -2,10 +2,10 @@
 
 import os
 
-# oneDNN's store, and in each thread that of PyTorch's layer over it: by themselves 1,024 shapes of some 0.3 MB
-# each. They are read when the first product is made.
+# oneDNN's store, and in each thread that of PyTorch's layer over it: else 1,024 shapes, 0.3 to 0.6 MB each.
+# They are read when the first product is made.
 _VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-_set: dict[str, str] = {}
+_OURS = "NMT_PREPARED_SHAPES"  # what this function has set, for processes that are started by this one too
 
 
 def keep_prepared_shapes(count: int) -> None:
@@ -13,8 +13,11 @@ def keep_prepared_shapes(count: int) -> None:
 
     Call it before the first product. Sentences come in ever new shapes, so that most of what is kept is never used
     again, and lies between other memory that cannot be given back: it should be just enough for the layers of a
-    batch to share. Images come in one shape, and each layer finds its own again in the next batch.
+    batch to share, in each thread that takes batches of its own. Images come in one shape, and each layer finds
+    its own again in the next batch.
     """
+    ours = os.environ.get(_OURS)
     for name in _VARIABLES:
-        if os.environ.get(name) == _set.get(name):
-            os.environ[name] = _set[name] = str(count)
+        if os.environ.get(name) in (None, ours):
+            os.environ[name] = str(count)
+    os.environ[_OURS] = str(count)

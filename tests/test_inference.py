@@ -1,6 +1,7 @@
 """The fast Transformer against its plain twin."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator, TranslationModel
 from nmt.generation.options import DecodingOptions
-from nmt.models.inference import InferenceTransformer
+from nmt.models.inference import InferenceTransformer, _attend
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 
@@ -41,11 +42,15 @@ def seldom_ending(seed: int, dtype: torch.dtype) -> Transformer:
     return model
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), sentences=SENTENCES, beam=st.integers(1, 5))
-def test_finds_what_the_plain_model_finds(seed: int, sentences: list[list[int]], beam: int) -> None:
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), sentences=SENTENCES, beam=st.integers(1, 5), is_whole=st.booleans())
+def test_finds_what_the_plain_model_finds(
+    seed: int, sentences: list[list[int]], beam: int, is_whole: bool
+) -> None:
+    """With tables of the past that are used whole, as bfloat16's on a CPU, and with others."""
     model = seldom_ending(seed, torch.float64)
-    found = search(InferenceTransformer(model), sentences, beam)
+    with mock.patch("nmt.models.beam_state.multiplied_by_onednn", return_value=is_whole):
+        found = search(InferenceTransformer(model), sentences, beam)
     expected = search(model, sentences, beam)
     assert [[x.tokens for x in nbest] for nbest in found] == [[x.tokens for x in nbest] for nbest in expected]
     for nbest, nbest_expected in zip(found, expected, strict=True):
@@ -143,3 +148,35 @@ def test_columns_without_descendants_make_room() -> None:
             sizes.append(state.num_columns)
     assert max(sizes) <= 64
     assert state.length == 31
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_many_sentences_in_bfloat16_are_translated_as_with_their_hidden_states_in_float32(beam: int) -> None:
+    """From 64 sentences on, attention is in bfloat16: up to rounding it is that of a few sentences."""
+    model = seldom_ending(7, torch.float32)
+    with torch.no_grad():
+        model.output_weight *= 4.0  # so that few choices are close
+    fast = InferenceTransformer(model, torch.bfloat16)
+    sentences = [[3 + (i * j) % (VOCABULARY_SIZE - 3) for j in range(1, 4 + i % 3)] for i in range(80)]
+    assert fast.encode(padded(sentences)).parts.dtype == torch.bfloat16
+    assert fast.encode(padded(sentences[:63])).parts.dtype == torch.float32
+    together = search(fast, sentences, beam)
+    apart = [x for i in range(0, 80, 40) for x in search(fast, sentences[i : i + 40], beam)]
+    pairs = [(x[0], y[0]) for x, y in zip(together, apart, strict=True)]
+    equal = [(x.score, y.score) for x, y in pairs if x.tokens == y.tokens]
+    assert len(equal) >= 60  # rounding decides between the others
+    for score, expected in equal:
+        assert score == pytest.approx(expected, abs=0.2)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_attention_in_bfloat16_is_that_in_float64_up_to_rounding(has_mask: bool) -> None:
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(3, 2, n, 8).bfloat16() for n in (5, 16, 16))  # (B, H, K or N, E)
+    mask = torch.zeros(3, 1, 5, 16)
+    mask[:, :, :, 11:] = -torch.inf
+    scores = query.double() @ keys.double().transpose(2, 3) + (mask if has_mask else 0.0)
+    expected = (scores.softmax(dim=3) @ values.double()).transpose(1, 2).reshape(15, 16)
+    found = _attend(query, keys, values, mask if has_mask else None)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=0.03, rtol=0.03)

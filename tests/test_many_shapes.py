@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-import nmt.prepared_shapes
 from nmt.prepared_shapes import keep_prepared_shapes
 
 PROGRAM = """
@@ -44,8 +43,7 @@ def test_ever_new_shapes_do_not_fill_the_memory() -> None:
 @pytest.mark.parametrize("given", [None, "100"])
 def test_what_the_user_sets_stands(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    monkeypatch.setattr(nmt.prepared_shapes, "_set", {})
-    for name in names:
+    for name in (*names, "NMT_PREPARED_SHAPES"):
         monkeypatch.delenv(name, raising=False)
     if given is not None:
         monkeypatch.setenv(names[0], given)

@@ -3,6 +3,8 @@
 Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, D model, V vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -184,6 +186,7 @@ class Generator:
         straggling_from = torch.inf  # the step, once half of the sentences are done
         states = [model.start_state() for model in self.models]
         beam, finished = start(limits, beam_size=beam_size, dtype=_score_dtype(self.models))
+        rooms = [_Room() for _ in self.models]
         last_tokens = torch.full_like(beam.scores, self.eos_id, dtype=torch.int64)  # fairseq starts from eos
         while True:
             features = [
@@ -194,7 +197,7 @@ class Generator:
             if prefixes is not None and beam.step < prefixes.size(1):
                 forced = prefixes[beam.sentences, beam.step]
             numbers = None if streams is None else uniform(streams[beam.sentences], beam.step)
-            candidates = self._choose(beam, features, forced, numbers, first_limit=first_limit)
+            candidates = self._choose(beam, features, forced, numbers, rooms, first_limit=first_limit)
             if forced is not None:
                 candidates = copy_first(candidates, where=forced == self.eos_id)
             beam, rows = extend(beam, candidates, finished, eos_id=self.eos_id, lenpen=lenpen)
@@ -222,6 +225,7 @@ class Generator:
         features: Sequence[Tensor],
         forced: Tensor | None,
         numbers: Tensor | None,
+        rooms: Sequence[_Room],
         *,
         first_limit: int,
     ) -> Candidates:
@@ -232,17 +236,23 @@ class Generator:
             features: (R, D) of each model.
             forced: (B,) int64, see `adjust_`.
             numbers: (R,) random numbers to draw with.
+            rooms: For the logits of each model.
             first_limit: See `adjust_`.
         """
         num_sentences, beam_size = beam.scores.shape
         rows_at_once = _ROWS_AT_ONCE.get(features[0].device.type, _ROWS_AT_ONCE_ELSEWHERE)
         at_once = max(1, rows_at_once // beam_size)  # sentences
+        if at_once > 8:
+            at_once -= at_once % 8  # what is left of a batch is a multiple of 8 too, see `_round_up`
         parts = []
         for first in range(0, num_sentences, at_once):
             part = slice(first, first + at_once)
             rows = slice(first * beam_size, (first + at_once) * beam_size)
             hypotheses = take(beam, part)
-            logits = [model.project(x[rows]) for model, x in zip(self.models, features, strict=True)]
+            logits = [
+                room.take_float(model.project(x[rows]))
+                for model, x, room in zip(self.models, features, rooms, strict=True)
+            ]
             if self.options.repetition_penalty != 1.0:
                 for model, x in zip(self.models, logits, strict=True):
                     penalize_repetition_(
@@ -275,6 +285,21 @@ class Generator:
         a, b = self.options.max_len_a, self.options.max_len_b
         lengths = (source != self.pad_id).sum(dim=1).tolist()  # Python rounds alike on every device
         return source.new_tensor([min(int(a * length + b), longest) for length in lengths])
+
+
+class _Room:
+    """Memory in which logits become float32, kept for a search: to ask for it takes as long as to fill it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def take_float(self, logits: Tensor) -> Tensor:
+        """Return logits (R, V), those of fewer bits as float32, which lasts until the next call."""
+        if logits.dtype in (torch.float32, torch.float64):
+            return logits
+        if self._memory.numel() < logits.numel():
+            self._memory = torch.empty(logits.numel(), dtype=torch.float32, device=logits.device)
+        return self._memory[: logits.numel()].view_as(logits).copy_(logits)
 
 
 def _round_up(num_sentences: int) -> int:

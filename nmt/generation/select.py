@@ -36,34 +36,43 @@ def best_candidates(scores: Tensor, beam: Beam) -> Candidates:
         return single_candidates(scores, _best_tokens(scores), beam)
     size = scores.size(1)
     num_chosen = min(num_candidates(beam_size), beam_size * size)
+    by_sentence = scores.view(num_sentences, beam_size, size)
     depth = size // _NUM_COLUMNS
     if depth < 2:
-        places = torch.arange(beam_size * size, device=scores.device).expand(num_sentences, -1)
+        chosen = _sound(_totals(by_sentence, beam)).topk(num_chosen, dim=1, sorted=False).indices
     else:
-        in_table = depth * _NUM_COLUMNS
-        maxima = scores[:, :in_table].unflatten(1, (depth, _NUM_COLUMNS)).amax(dim=1)  # (R, 128)
-        totals = _totals(_sound(maxima).view(num_sentences, beam_size, -1), beam)
-        columns = totals.topk(num_chosen, dim=1, sorted=False).indices  # (B, C)
-        tops = columns // _NUM_COLUMNS * size + columns % _NUM_COLUMNS  # places in a sentence's K*V scores
+        in_table, num_below = depth * _NUM_COLUMNS, size % _NUM_COLUMNS
+        table = by_sentence[:, :, :in_table].unflatten(2, (depth, _NUM_COLUMNS))
+        maxima = _sound(_totals(table.amax(dim=2), beam))  # (B, K*128)
+        columns = maxima.topk(num_chosen, dim=1, sorted=False).indices  # (B, C)
+        parents = columns // _NUM_COLUMNS
+        firsts = (
+            parents * size + columns % _NUM_COLUMNS
+        )  # the uppermost of each column among a sentence's K*V scores
         rows = torch.arange(0, in_table, _NUM_COLUMNS, device=scores.device)
-        below = torch.arange(in_table, size, device=scores.device)  # the rest of each row, less than 128
-        firsts = torch.arange(0, beam_size * size, size, device=scores.device)
-        rests = (firsts[:, None] + below).flatten().expand(num_sentences, -1)
-        places = torch.cat([(tops[:, :, None] + rows).flatten(1), rests], dim=1)  # (B, C*depth + K*rest)
-    parents = places // size
-    log_probs = _sound(scores.view(num_sentences, -1).gather(1, places))
-    totals = beam.scores.gather(1, parents) + log_probs
-    chosen = totals.topk(num_chosen, dim=1, sorted=False).indices
+        places = (firsts[:, :, None] + rows).flatten(1)  # (B, C*depth)
+        in_columns = by_sentence.flatten(1).gather(1, places).view(num_sentences, -1, depth)
+        in_columns += beam.scores.gather(1, parents)[:, :, None]
+        below = _totals(
+            by_sentence[:, :, in_table:], beam
+        )  # (B, K*num_below): what the table leaves of each row
+        totals = _sound(torch.cat([in_columns.flatten(1), below], dim=1))
+        found = totals.topk(num_chosen, dim=1, sorted=False).indices
+        num_in_columns = places.size(1)
+        others = found - num_in_columns
+        others = others // max(1, num_below) * size + in_table + others % max(1, num_below)
+        in_columns_at = places.gather(1, found.clamp(max=num_in_columns - 1))
+        chosen = torch.where(found < num_in_columns, in_columns_at, others)
     # Ordered by place first, which a stable sort then keeps among equals.
-    chosen = chosen.gather(1, places.gather(1, chosen).argsort(dim=1))
-    ordered, ranks = totals.gather(1, chosen).sort(dim=1, descending=True, stable=True)
-    chosen = chosen.gather(1, ranks)
-    places = places.gather(1, chosen)
+    chosen = chosen.sort(dim=1).values
+    parents = chosen // size
+    log_probs = _sound(by_sentence.flatten(1).gather(1, chosen))
+    ordered, ranks = (beam.scores.gather(1, parents) + log_probs).sort(dim=1, descending=True, stable=True)
     return Candidates(
         scores=ordered,
-        token_scores=log_probs.gather(1, chosen),
-        tokens=places % size,
-        parents=places // size,
+        token_scores=log_probs.gather(1, ranks),
+        tokens=chosen.gather(1, ranks) % size,
+        parents=parents.gather(1, ranks),
     )
 
 

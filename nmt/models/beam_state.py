@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_WIDTH = 16
@@ -54,8 +55,9 @@ class BeamState:
     def __init__(self) -> None:
         self.length = 0
         self.num_columns = 0
-        # Of each layer keys and values, (2, B, H, capacity, E): apart, so that they can be replaced one by one.
-        self._past: list[Tensor] = []
+        # Of each layer keys and values, (2, B' >= B, H, capacity, E): apart, to be replaced one by one.
+        self._tables: list[Tensor] = []
+        self._is_used_whole = False  # whether all columns of the tables are returned, filled or not
         self._mask = torch.empty(0)  # (B, K, capacity): 0 where a column belongs to the hypothesis, else -inf
 
     def reorder_(self, rows: Tensor) -> None:
@@ -64,21 +66,20 @@ class BeamState:
         self._mask = self._mask.flatten(0, 1)[rows].view(-1, beam_size, capacity)
         if rows.numel() < num_sentences * beam_size:
             sentences = rows.view(-1, beam_size)[:, 0] // beam_size
-            for past in self._past:
-                _move_(past[:, :, :, : self.num_columns], sentences, dim=1)
-            self._past = [past[:, : sentences.numel()] for past in self._past]
+            for table in self._tables:
+                _move_(table[:, :, :, : self.num_columns], sentences, dim=1)
 
     def branch(self, beam_size: int) -> None:
         """Let K hypotheses go on from the single one that there is for each sentence."""
         self._mask = self._mask.expand(-1, beam_size, -1).contiguous()
 
     def add_columns(
-        self, like: Tensor, beam_size: int, *, later: int
+        self, memory: InferenceMemory, beam_size: int, *, later: int
     ) -> tuple[list[Tensor], Tensor | None, slice]:
         """Make columns for a new position, and return all.
 
         Args:
-            like: (L, 2, B, H, S, E), the memory: the past has its sizes and its type.
+            memory: Of the sentences; the past has its sizes and its type.
             beam_size: K.
             later: K of the steps to come; at the first one it is 1.
 
@@ -87,43 +88,58 @@ class BeamState:
             column; and which K columns are new: they are to be filled.
         """
         if self.length == 0:
-            capacity = _first_capacity(like.size(4), later)
-            shape = (*like.shape[1:4], capacity, like.size(5))
-            self._past = [like.new_empty(shape) for _ in like]
-            for past in self._past:
-                past[:, :, :, :LEAST_WIDTH].zero_()  # masked, but not to be anything
-            self._mask = like.new_full((like.size(2), beam_size, capacity), -torch.inf)
+            num_layers, *sizes, source_length, head_size = memory.parts.shape
+            self._is_used_whole = multiplied_by_onednn(memory.parts)
+            capacity = LEAST_WIDTH if self._is_used_whole else _first_capacity(source_length, later)
+            # What is masked is not to be anything: 0 times infinity is not a number.
+            self._tables = [memory.parts.new_zeros((*sizes, capacity, head_size)) for _ in range(num_layers)]
+            self._mask = memory.padding.new_full((sizes[1], beam_size, capacity), -torch.inf)
         elif self.num_columns + beam_size > self._mask.size(2):
             self._make_room(beam_size)
+        capacity = self._mask.size(2)
         new = slice(self.num_columns, self.num_columns + beam_size)
         self.num_columns += beam_size
         self.length += 1
         self._mask[:, :, new].diagonal(dim1=1, dim2=2).zero_()
-        width = max(self.num_columns, LEAST_WIDTH)
+        width = capacity if self._is_used_whole else max(self.num_columns, LEAST_WIDTH)
         sees_all = beam_size == 1 and width == self.num_columns
         mask = None if sees_all else self._mask[:, None, :, :width]
-        return [past[:, :, :, :width] for past in self._past], mask, new
+        num_sentences = self._mask.size(0)
+        return [table[:, :num_sentences, :, :width] for table in self._tables], mask, new
 
     def _make_room(self, beam_size: int) -> None:
-        """Drop the columns that belong to no hypothesis; if half of the table is still filled, let it grow."""
+        """Drop the columns that belong to no hypothesis.
+
+        A table that is used whole becomes as wide as it must. Another one grows if half of it is still filled.
+        """
         mask = self._mask[:, :, : self.num_columns]
         is_alive = (mask == 0).any(dim=1)  # (B, N)
         width = int(is_alive.sum(dim=1).max())
         # The columns alive come first, in their order. A sentence that has fewer keeps some that are masked.
-        order = is_alive.byte().argsort(dim=1, descending=True, stable=True)[:, :width]  # (B, width)
-        capacity = self._mask.size(2)
-        if 2 * (width + beam_size) > capacity:
-            capacity = max(capacity, width + beam_size) * 3 // 2
-        for layer, old in enumerate(self._past):
-            *sizes, _, head_size = old.shape
-            new = old.new_empty((*sizes, capacity, head_size))
-            places = order[None, :, None, :, None].expand(
-                2, -1, sizes[2], -1, head_size
-            )  # (2, B, H, width, E)
-            new[:, :, :, :width] = old.gather(3, places)
-            self._past[layer] = new
+        order = is_alive.byte().argsort(dim=1, descending=True, stable=True)  # (B, N)
+        capacity = old_capacity = self._mask.size(2)
+        if self._is_used_whole:
+            capacity = _round_up((width + beam_size) * 9 // 8)
+        elif 2 * (width + beam_size) > capacity:
+            capacity = _round_up(max(capacity, width + beam_size) * 3 // 2)
+        # Whatever column fills the room is masked.
+        columns = F.pad(order, (0, max(0, capacity - order.size(1))))[:, :capacity]  # (B, capacity)
+        _, num_stored, num_heads, _, head_size = self._tables[0].shape
+        blocks = torch.arange(2 * num_stored * num_heads, device=mask.device)
+        blocks = blocks.view(2, num_stored, num_heads, 1)[:, : mask.size(0)]
+        # (2, B, H, capacity) rows of E numbers: to copy rows is many times as fast as to gather in a dimension.
+        rows = blocks * old_capacity + columns[:, None]
+        spare = self._tables[0].new_empty(0, head_size)
+        for layer, old in enumerate(self._tables):
+            # What one layer leaves is where the next one goes: fresh memory takes as long as the copy.
+            if len(spare) < rows.numel():
+                spare = old.new_empty(rows.numel(), head_size)
+            new = spare[: rows.numel()]
+            spare = old.view(-1, head_size)
+            torch.index_select(spare, 0, rows.flatten(), out=new)
+            self._tables[layer] = new.view(*rows.shape, head_size)
         self._mask = mask.new_full((*mask.shape[:2], capacity), -torch.inf)
-        self._mask[:, :, :width] = mask.gather(2, order[:, None].expand(-1, beam_size, -1))
+        self._mask[:, :, :width] = mask.gather(2, order[:, None, :width].expand(-1, beam_size, -1))
         self.num_columns = width
 
 
@@ -133,8 +149,20 @@ def _first_capacity(source_length: int, beam_size: int) -> int:
     Little more than is needed, because fresh memory costs more time than what is written into it. A third of the
     hypotheses' columns or more can be dropped by then.
     """
-    columns = source_length * (beam_size + 1) * 2 // 3
-    return -(-max(columns, 1) // LEAST_WIDTH) * LEAST_WIDTH
+    return _round_up(max(source_length * (beam_size + 1) * 2 // 3, 1))
+
+
+def _round_up(num_columns: int) -> int:
+    return -(-num_columns // LEAST_WIDTH) * LEAST_WIDTH
+
+
+def multiplied_by_onednn(table: Tensor) -> bool:
+    """Return whether products with a table are oneDNN's: those of bfloat16 on a CPU.
+
+    It copies what is part of a larger table before it multiplies it, and takes 0.2 ms to prepare for each new
+    number of columns.
+    """
+    return table.dtype == torch.bfloat16 and table.device.type == "cpu"
 
 
 def _move_(parts: Tensor, sentences: Tensor, *, dim: int) -> None:

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models.beam_state import LEAST_WIDTH, BeamState, InferenceMemory
+from nmt.models.beam_state import LEAST_WIDTH, BeamState, InferenceMemory, multiplied_by_onednn
 from nmt.models.blocks import FeedForward, Residual
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
 
+_MANY_SENTENCES = 64  # from so many on, attention is faster in bfloat16 than in float32 on a CPU
 _PACKED_FOR = 128  # rows; products of other numbers of rows use the same packing
 
 
@@ -78,12 +79,14 @@ class InferenceTransformer:
         projected = self.project_memory(encoded.to(self.dtype))
         # (B, S, L*2*D) -> (L, 2, B, H, S, E)
         parts = projected.unflatten(2, (len(self.layers), 2, self.num_heads, -1)).permute(2, 3, 0, 4, 1, 5)
-        # A CPU takes longer for small products of bfloat16 than of float32: there, attention is in float32.
-        is_slow = self.dtype == torch.bfloat16 and source.device.type == "cpu"
-        parts = parts.to(torch.float32 if is_slow else self.dtype)
+        if multiplied_by_onednn(parts) and source.size(0) < _MANY_SENTENCES:
+            parts = parts.float()
         missing = max(0, LEAST_WIDTH - source.size(1))
         parts = F.pad(parts, (0, 0, 0, missing)) if missing else parts.contiguous()
-        return InferenceMemory(parts, _additive(F.pad(padding_mask, (0, missing), value=True), parts.dtype))
+        padding_mask = F.pad(padding_mask, (0, missing), value=True)
+        return InferenceMemory(
+            parts, _additive(padding_mask, torch.float32 if multiplied_by_onednn(parts) else parts.dtype)
+        )
 
     def start_state(self) -> BeamState:
         """Return the state of rows of which nothing has been decoded."""
@@ -111,7 +114,7 @@ class InferenceTransformer:
     def _step(
         self, target_input: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int, *, later: int
     ) -> Tensor:
-        past, past_mask, new = state.add_columns(memory.parts, beam_size, later=later)
+        past, past_mask, new = state.add_columns(memory, beam_size, later=later)
         padding = memory.padding[:, None, None]  # (B, 1, 1, S)
         x = self.embedding(target_input, start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
         for i, layer in enumerate(self.layers):
@@ -199,11 +202,19 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
     Returns:
         (R, D), of the queries' type.
     """
-    scores = query.to(keys.dtype) @ keys.transpose(2, 3)  # (B, H, K, N)
-    if mask is not None:
-        scores += mask
-    heads = scores.softmax(dim=3) @ values  # (B, H, K, E)
-    return heads.transpose(1, 2).to(query.dtype).flatten(2).flatten(0, 1)
+    if multiplied_by_onednn(keys):
+        # It takes keys as they lie on the left of a product; on the right it would first reorder them.
+        products = (keys @ query.transpose(2, 3)).transpose(2, 3)  # (B, H, N, K) -> (B, H, K, N)
+        scores = torch.empty(products.shape, dtype=torch.float32)
+        torch.add(products, 0.0 if mask is None else mask, out=scores)
+    else:
+        scores = query.to(keys.dtype) @ keys.transpose(2, 3)  # (B, H, K, N)
+        if mask is not None:
+            scores += mask
+    heads = scores.softmax(dim=3).to(values.dtype) @ values  # (B, H, K, E)
+    num_sentences, num_heads, num_queries, head_size = heads.shape
+    rows = query.new_empty((num_sentences, num_queries, num_heads, head_size))
+    return rows.copy_(heads.transpose(1, 2)).view(-1, num_heads * head_size)
 
 
 def linear_map(

@@ -66,13 +66,17 @@ class BatchRunner:
         num_at_once = min(self._num_at_once, len(waiting))
         may_drop = len(waiting) > 1  # or there is nothing that stragglers could be joined with
         dropped: list[int] = []
+        if may_drop and 2 * _padded_size(waiting[0], lengths) <= _padded_size(waiting[1], lengths):
+            dropped = waiting.popleft()  # few, and the longest: they may take as long as stragglers
         with _executor(num_at_once) as submit:
             running: dict[Future[Sequence[T | None] | None], list[int]] = {}
             while waiting or running or dropped:
-                if not waiting and dropped and len(running) < num_at_once:
-                    batches = self._cut(lengths, np.array(dropped))
-                    # Long searches for few sentences: no core should wait for another.
-                    waiting.extend(_share(batches, num_at_once - len(running)))
+                num_free = num_at_once - len(running)
+                if dropped and num_free > 0 and (not waiting or (may_drop and len(waiting) < num_at_once)):
+                    # Long searches for few sentences: they begin while the other cores have other work, after
+                    # which there are no new stragglers; those there still are in the end are shared by the cores.
+                    batches = _share(self._cut(lengths, np.array(dropped)), num_free - len(waiting))
+                    waiting.extendleft(reversed(batches))
                     dropped, may_drop = [], False
                 while waiting and len(running) < num_at_once:
                     batch = waiting.popleft()
@@ -108,7 +112,7 @@ class BatchRunner:
         self, run: Run[T], batch: list[int], may_drop: bool, lengths: NDArray[Any]
     ) -> Sequence[T | None] | None:
         """Run a batch; None if there is no memory for it."""
-        size = len(batch) * int(lengths[batch].max())
+        size = _padded_size(batch, lengths)
         if len(batch) > 1 and size > self._largest:
             return None
         try:
@@ -121,6 +125,10 @@ class BatchRunner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
+
+
+def _padded_size(batch: list[int], lengths: NDArray[Any]) -> int:
+    return len(batch) * int(lengths[batch].max())
 
 
 def _share(batches: list[list[int]], num_parts: int) -> list[list[int]]:

@@ -23,6 +23,7 @@ from nmt.generation.generator import Generator, TranslationModel
 from nmt.generation.options import DecodingKeywords, DecodingOptions
 from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
+from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.translation.batches import Batching, BatchRunner
 from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_text
 from nmt.translation.mbr import MinimumRisk, candidate_options, pair_scores
@@ -30,6 +31,8 @@ from nmt.translation.task import TranslationTask
 
 Precision = Literal["fp32", "bf16"]
 TooLong = Literal["split", "truncate", "error"]
+
+_SHAPES_A_THREAD = 16  # of products in a step of the search: each thread takes batches of its own
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Translator:
             UserError: A folder is no model folder, is damaged, or holds a model that does not translate; or the
                 vocabularies of several differ.
         """
+        keep_prepared_shapes(_SHAPES_A_THREAD * torch.get_num_threads())
         paths = [path] if isinstance(path, (str, Path)) else list(path)
         models, tasks = zip(*(_load(Path(path), device) for path in paths), strict=True)
         for other, other_path in zip(tasks[1:], paths[1:], strict=True):
