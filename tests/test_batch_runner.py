@@ -111,25 +111,32 @@ def test_sentences_that_were_given_up_are_shared_by_the_cores() -> None:
     assert sorted(i for batch in last for i in batch) == list(range(0, 80, 10))
 
 
-def test_the_longest_few_are_run_with_what_was_given_up_while_another_core_has_work() -> None:
-    """Of sentences of 10 pieces there are four batches; two are longer, and one of 10 is a straggler."""
+def test_the_longest_few_are_run_with_what_was_given_up() -> None:
+    """Forty sentences of 10 pieces make five batches; two are longer, and one of 10 is a straggler."""
     calls: list[tuple[list[int], bool]] = []
-    lock = threading.Lock()
 
     def run(batch: list[int], may_drop: bool) -> list[int | None]:
-        with lock:
-            calls.append((sorted(batch), may_drop))
+        calls.append((sorted(batch), may_drop))
         return [None if may_drop and i == 39 else i for i in batch]
 
-    lengths = np.array([10] * 40 + [20, 20])[:, None]
     runner = BatchRunner(Batching(max_tokens=100), num_at_once=1)
-    found = sorted(x for _, results in runner.run(lengths, run) for x in results)
-    assert found == list(range(42))
-    assert [(len(batch), may_drop) for batch, may_drop in calls] == [(10, True)] * 4 + [(3, False)]
+    found = [x for _, results in runner.run(np.array([10] * 40 + [20, 20])[:, None], run) for x in results]
+    assert sorted(found) == list(range(42))
+    assert [(len(batch), may_drop) for batch, may_drop in calls] == [(8, True)] * 5 + [(3, False)]
     assert calls[-1][0] == [39, 40, 41]
-    calls.clear()
+
+
+def test_the_longest_few_are_begun_while_there_is_work_for_another_core() -> None:
+    others = threading.Event()
+
+    def run(batch: list[int], may_drop: bool) -> list[int | None]:
+        if 40 in batch:
+            assert not may_drop
+            assert others.wait(timeout=20), "nothing else ran beside the longest"
+        elif not may_drop:
+            others.set()
+        return list(batch)
+
     runner = BatchRunner(Batching(max_tokens=100), num_at_once=2)
-    found = sorted(x for _, results in runner.run(lengths, run) for x in results)
-    assert found == list(range(42))
-    late = next(i for i, (batch, _) in enumerate(calls) if 40 in batch)
-    assert 2 <= late < len(calls) - 1  # one batch of 10 is left for the other core
+    found = [x for _, results in runner.run(np.array([10] * 40 + [20, 20])[:, None], run) for x in results]
+    assert sorted(found) == list(range(42))
