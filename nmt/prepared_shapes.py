@@ -5,7 +5,6 @@ import os
 # oneDNN's store, and in each thread that of PyTorch's layer over it: else 1,024 shapes, 0.3 to 0.6 MB each.
 # They are read when the first product is made.
 _VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-_OURS = "NMT_PREPARED_SHAPES"  # what this function has set, for processes that are started by this one too
 
 
 def keep_prepared_shapes(count: int) -> None:
@@ -16,8 +15,9 @@ def keep_prepared_shapes(count: int) -> None:
     batch to share, in each thread that takes batches of its own. Images come in one shape, and each layer finds
     its own again in the next batch.
     """
-    ours = os.environ.get(_OURS)
     for name in _VARIABLES:
-        if os.environ.get(name) in (None, ours):
-            os.environ[name] = str(count)
-    os.environ[_OURS] = str(count)
+        ours = (
+            f"NMT_{name}"  # what was set here, and not by the user; processes that this one starts see it too
+        )
+        if os.environ.get(name) == os.environ.get(ours):
+            os.environ[name] = os.environ[ours] = str(count)

@@ -40,14 +40,29 @@ def test_ever_new_shapes_do_not_fill_the_memory() -> None:
     assert float(result.stdout) < 40
 
 
-@pytest.mark.parametrize("given", [None, "100"])
+@pytest.mark.parametrize("given", [None, "100", "16"])
 def test_what_the_user_sets_stands(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    for name in (*names, "NMT_PREPARED_SHAPES"):
+    for name in names:
         monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(f"NMT_{name}", raising=False)
     if given is not None:
         monkeypatch.setenv(names[0], given)
     keep_prepared_shapes(16)
     assert [os.environ[name] for name in names] == [given or "16", "16"]
     keep_prepared_shapes(256)
     assert [os.environ[name] for name in names] == [given or "256", "256"]
+
+
+def test_a_process_that_was_started_by_another_sets_its_own() -> None:
+    program = """
+import os, subprocess, sys
+from nmt.prepared_shapes import keep_prepared_shapes
+keep_prepared_shapes(256)
+child = "import nmt, os; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout == "16\n"
