@@ -204,7 +204,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
     """
     if multiplied_by_onednn(keys):
         # It takes keys as they lie on the left of a product; on the right it would first reorder them.
-        products = (keys @ query.transpose(2, 3)).transpose(2, 3)  # (B, H, N, K) -> (B, H, K, N)
+        products = (keys @ query.contiguous().transpose(2, 3)).transpose(2, 3)  # (B, H, N, K) -> (B, H, K, N)
         scores = torch.empty(products.shape, dtype=torch.float32)
         torch.add(products, 0.0 if mask is None else mask, out=scores)
     else:
