@@ -16,8 +16,7 @@ def keep_prepared_shapes(count: int) -> None:
     its own again in the next batch.
     """
     for name in _VARIABLES:
-        ours = (
-            f"NMT_{name}"  # what was set here, and not by the user; processes that this one starts see it too
-        )
+        # What was set here, and not by the user, in this process or in one that started it.
+        ours = f"NMT_{name}"
         if os.environ.get(name) == os.environ.get(ours):
             os.environ[name] = os.environ[ours] = str(count)

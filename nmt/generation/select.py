@@ -46,16 +46,13 @@ def best_candidates(scores: Tensor, beam: Beam) -> Candidates:
         maxima = _sound(_totals(table.amax(dim=2), beam))  # (B, K*128)
         columns = maxima.topk(num_chosen, dim=1, sorted=False).indices  # (B, C)
         parents = columns // _NUM_COLUMNS
-        firsts = (
-            parents * size + columns % _NUM_COLUMNS
-        )  # the uppermost of each column among a sentence's K*V scores
+        # Places among a sentence's K*V scores: the first of each column, and then all of it.
+        firsts = parents * size + columns % _NUM_COLUMNS
         rows = torch.arange(0, in_table, _NUM_COLUMNS, device=scores.device)
         places = (firsts[:, :, None] + rows).flatten(1)  # (B, C*depth)
         in_columns = by_sentence.flatten(1).gather(1, places).view(num_sentences, -1, depth)
         in_columns += beam.scores.gather(1, parents)[:, :, None]
-        below = _totals(
-            by_sentence[:, :, in_table:], beam
-        )  # (B, K*num_below): what the table leaves of each row
+        below = _totals(by_sentence[:, :, in_table:], beam)  # (B, K*num_below), what the table leaves out
         totals = _sound(torch.cat([in_columns.flatten(1), below], dim=1))
         found = totals.topk(num_chosen, dim=1, sorted=False).indices
         num_in_columns = places.size(1)
