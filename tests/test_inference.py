@@ -151,7 +151,7 @@ def test_columns_without_descendants_make_room() -> None:
 
 
 @pytest.mark.parametrize("beam", [1, 3])
-def test_many_sentences_in_bfloat16_are_translated_as_with_their_hidden_states_in_float32(beam: int) -> None:
+def test_many_sentences_in_bfloat16_are_translated_like_a_few(beam: int) -> None:
     """From 64 sentences on, attention is in bfloat16: up to rounding it is that of a few sentences."""
     model = seldom_ending(7, torch.float32)
     with torch.no_grad():

@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from tiny_translation_model import write_tiny_model
 
 from nmt.prepared_shapes import keep_prepared_shapes
+from nmt.translation.translator import Translator
 
 PROGRAM = """
 import nmt  # sets how much is kept
@@ -52,6 +56,16 @@ def test_what_the_user_sets_stands(monkeypatch: pytest.MonkeyPatch, given: str |
     assert [os.environ[name] for name in names] == [given or "16", "16"]
     keep_prepared_shapes(256)
     assert [os.environ[name] for name in names] == [given or "256", "256"]
+
+
+def test_a_translator_keeps_some_for_each_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.setenv(name, "16")  # as `import nmt` has set it
+        monkeypatch.setenv(f"NMT_{name}", "16")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    Translator.load(model)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "48"
 
 
 def test_a_process_that_was_started_by_another_sets_its_own() -> None:

@@ -41,7 +41,8 @@ def best_candidates(scores: Tensor, beam: Beam) -> Candidates:
     if depth < 2:
         chosen = _sound(_totals(by_sentence, beam)).topk(num_chosen, dim=1, sorted=False).indices
     else:
-        in_table, num_below = depth * _NUM_COLUMNS, size % _NUM_COLUMNS
+        in_table = depth * _NUM_COLUMNS
+        num_below = size - in_table
         table = by_sentence[:, :, :in_table].unflatten(2, (depth, _NUM_COLUMNS))
         maxima = _sound(_totals(table.amax(dim=2), beam))  # (B, K*128)
         columns = maxima.topk(num_chosen, dim=1, sorted=False).indices  # (B, C)

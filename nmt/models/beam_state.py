@@ -28,7 +28,8 @@ class InferenceMemory:
 
     Attributes:
         parts: (L, 2, B, H, S, E), the keys and the values for each layer.
-        padding: (B, S), -inf at padding and else 0, to be added to scores.
+        padding: (B, S), -inf at padding and else 0, to be added to scores; of their type, which is float32 where
+            parts are bfloat16 on a CPU.
     """
 
     parts: Tensor

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nmt.data.batching import cut_batches
+from nmt.data.batching import cut_batches, padded_size
 from nmt.errors import UserError
 
 T = TypeVar("T")
@@ -66,8 +66,10 @@ class BatchRunner:
         num_at_once = min(self._num_at_once, len(waiting))
         may_drop = len(waiting) > 1  # or there is nothing that stragglers could be joined with
         dropped: list[int] = []
-        if may_drop and 2 * _padded_size(waiting[0], lengths) <= _padded_size(waiting[1], lengths):
-            dropped = waiting.popleft()  # few, and the longest: they may take as long as stragglers
+        if may_drop:
+            longest, next_longest = (padded_size(lengths, np.array(waiting[i])) for i in (0, 1))
+            if 2 * longest <= next_longest:
+                dropped = waiting.popleft()  # few, and the longest: they may take as long as stragglers
         with _executor(num_at_once) as submit:
             running: dict[Future[Sequence[T | None] | None], list[int]] = {}
             while waiting or running or dropped:
@@ -112,7 +114,7 @@ class BatchRunner:
         self, run: Run[T], batch: list[int], may_drop: bool, lengths: NDArray[Any]
     ) -> Sequence[T | None] | None:
         """Run a batch; None if there is no memory for it."""
-        size = _padded_size(batch, lengths)
+        size = padded_size(lengths, np.array(batch))
         if len(batch) > 1 and size > self._largest:
             return None
         try:
@@ -125,10 +127,6 @@ class BatchRunner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
-
-
-def _padded_size(batch: list[int], lengths: NDArray[Any]) -> int:
-    return len(batch) * int(lengths[batch].max())
 
 
 def _share(batches: list[list[int]], num_parts: int) -> list[list[int]]:
