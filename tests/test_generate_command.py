@@ -18,6 +18,7 @@ from nmt.cli.generate import _buffer_size, main
 from nmt.cli.options import GenerateOptions
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator
+from nmt.models import int8
 from nmt.translation.translator import Translator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -292,6 +293,20 @@ def test_json_lines_hold_text_scores_and_flags(
     assert records[0]["signals"]["low_confidence"] == pytest.approx(
         -sum(expected[0][0].token_scores) / len(expected[0][0].token_scores), abs=1e-4
     )
+
+
+def test_integers_where_the_processor_has_no_products_of_them(
+    generate: Callable[..., None],
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(int8, "is_available", lambda: False)
+    output = tmp_path / "output"
+    message = fails(capsys, lambda: generate("--input", source, "--output", output, "--precision", "int8"))
+    assert "`precision` int8 must have a processor that multiplies 8-bit integers" in message
+    assert not output.exists()
 
 
 def test_a_long_line_may_be_an_error_that_leaves_no_output(

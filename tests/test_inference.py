@@ -14,9 +14,12 @@ from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator, TranslationModel
 from nmt.generation.options import DecodingOptions
+from nmt.models import int8
 from nmt.models.inference import InferenceTransformer, _attend
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
+
+needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor multiplies no 8-bit integers")
 
 SENTENCES = st.lists(
     st.lists(st.integers(UNK_ID, VOCABULARY_SIZE - 1), min_size=1, max_size=9), min_size=1, max_size=12
@@ -61,7 +64,13 @@ def test_finds_what_the_plain_model_finds(
 @pytest.mark.parametrize("activation_fn", ["relu", "gelu"])
 @pytest.mark.parametrize("layernorm_embedding", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.15)]
+    ("dtype", "tolerance"),
+    [
+        (torch.float64, 1e-12),
+        (torch.float32, 1e-4),
+        (torch.bfloat16, 0.15),
+        pytest.param(torch.int8, 0.2, marks=needs_vnni),
+    ],
 )
 def test_computes_the_same_logits_in_each_type(
     pre_norm: bool, activation_fn: str, layernorm_embedding: bool, dtype: torch.dtype, tolerance: float
@@ -86,6 +95,11 @@ def test_computes_the_same_logits_in_each_type(
     torch.manual_seed(0)
     sizes = {"source_vocabulary_size": 20, "target_vocabulary_size": 30, "pad_id": PAD_ID}
     plain = Transformer(options, **sizes).eval()
+    with torch.no_grad():
+        for module in plain.modules():
+            if isinstance(module, torch.nn.LayerNorm):  # each of another range
+                module.weight.uniform_(0.2, 2.0).mul_(torch.empty(()).uniform_(0.3, 1.5))
+                module.bias.normal_(std=0.3)
     exact = Transformer(options, **sizes).double().eval()
     exact.load_state_dict(plain.state_dict())
     fast = InferenceTransformer(exact if dtype == torch.float64 else plain, dtype)

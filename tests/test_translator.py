@@ -15,11 +15,12 @@ from tiny_translation_model import MAX_POSITIONS, WORDS, write_learned_model
 from nmt.errors import UserError
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingKeywords, DecodingOptions
+from nmt.models import int8
 from nmt.models.inference import InferenceTransformer
 from nmt.translation import translator as translator_module
 from nmt.translation.batches import Batching
 from nmt.translation.long_sentences import split_ids
-from nmt.translation.translator import Translator
+from nmt.translation.translator import Precision, Translator
 
 LINES = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) + f" {WORDS[i % 16]}" for i in range(40)]
 
@@ -246,10 +247,22 @@ def test_what_is_drawn_for_a_line_depends_on_seed_and_number_alone(translator: T
     assert together[0] != together[3]  # the same text on another line
 
 
-def test_bfloat16_searches_with_rounded_weights(translator: Translator) -> None:
-    rounded = Translator(translator.models, translator.task, device="cpu", precision="bf16")
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("bf16", torch.bfloat16),
+        pytest.param(
+            "int8", torch.float32, marks=pytest.mark.skipif(not int8.is_available(), reason="no VNNI")
+        ),
+    ],
+)
+def test_low_precision_searches_with_rounded_weights(
+    translator: Translator, precision: Precision, dtype: torch.dtype
+) -> None:
+    rounded = Translator(translator.models, translator.task, device="cpu", precision=precision)
     (model,) = rounded.fast_models
-    assert isinstance(model, InferenceTransformer) and model.dtype == torch.bfloat16
+    assert isinstance(model, InferenceTransformer)
+    assert (model.dtype, model.product_dtype) == (dtype, torch.bfloat16)
     lines = ["the dog runs", "a cat sleeps the big old bird"]
     options = DecodingOptions(beam=2)
     for exact, other in zip(

@@ -1,8 +1,8 @@
 """The Transformer for inference alone: the same results, sooner. `Transformer` is its plain twin.
 
-What makes it faster, in a decoder that takes one position at a time: products packed for the CPU, in float32 or
-bfloat16; a past that stays where it was written (`beam_state.py`), so that attention is one product for all K
-hypotheses of a sentence; and a first position that is computed once a sentence.
+What makes it faster, in a decoder that takes one position at a time: products packed for the CPU, in float32,
+bfloat16 or 8-bit integers (`int8.py`); a past that stays where it was written (`beam_state.py`), so that attention
+is one product for all K hypotheses of a sentence; and a first position that is computed once a sentence.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, N columns of the past, L layers, D model, H heads,
 E head size, V vocabulary.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nmt.models.beam_state import LEAST_WIDTH, BeamState, InferenceMemory, multiplied_by_onednn
 from nmt.models.blocks import FeedForward, Residual
+from nmt.models.int8 import embedding_range, int8_feed_forward, int8_map, norm_range
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
@@ -38,25 +39,36 @@ class InferenceTransformer:
 
         Args:
             model: The model.
-            dtype: Of weights and hidden states; the model's own if it is left out.
+            dtype: Of weights and hidden states; the model's own if it is left out. With `torch.int8` the decoder
+                multiplies in 8-bit integers what stands behind a normalisation, which are most of its products;
+                others are made in bfloat16, and hidden states between products are float32.
         """
         assert not model.training
+        in_integers = dtype == torch.int8
         self.plain = model
         self.pad_id = model.pad_id
         self.max_source_positions = model.max_source_positions
         self.max_target_positions = model.max_target_positions
-        self.dtype = dtype or model.output_weight.dtype
+        self.dtype = torch.float32 if in_integers else dtype or model.output_weight.dtype
+        self.product_dtype = torch.bfloat16 if in_integers else self.dtype
         self.encoder = copy.deepcopy(
             model.encoder, memo={id(weight): weight for weight in model.parameters()}
         )
-        _replace_products_(self.encoder, self.dtype)
+        _replace_products_(self.encoder, self.product_dtype)
         self.embedding = model.decoder.embedding
         layers = [cast(DecoderLayer, layer) for layer in model.decoder.layers]
         self.num_heads = layers[0].cross_attention.num_heads
-        self.layers = [_Layer(layer, self.dtype) for layer in layers]
+        self.layers = []
+        input_range = embedding_range(self.embedding) if in_integers else None
+        for layer in layers:
+            self.layers.append(_Layer(layer, self.product_dtype, input_range))
+            if in_integers:
+                input_range = norm_range(layer.around_feed_forward.norm)
         memory_maps = [layer.cross_attention.kv_proj for layer in layers]
         self.project_memory = linear_map(
-            torch.cat([x.weight for x in memory_maps]), torch.cat([x.bias for x in memory_maps]), self.dtype
+            torch.cat([x.weight for x in memory_maps]),
+            torch.cat([x.bias for x in memory_maps]),
+            self.product_dtype,
         )
         self.final_norm = _norm(model.decoder.final_norm, self.dtype)
         offset = None
@@ -66,7 +78,10 @@ class InferenceTransformer:
             )
         self.logit_offset = 0.0 if offset is None else offset.item()
         bias = None if offset is None else (-offset).repeat(model.output_weight.size(0))
-        self.project = linear_map(model.output_weight, bias, self.dtype)  # (..., D) -> (..., V)
+        if in_integers and isinstance(model.decoder.final_norm, nn.LayerNorm):
+            input_range = norm_range(model.decoder.final_norm)
+        # (..., D) -> (..., V)
+        self.project = linear_map(model.output_weight, bias, self.dtype, input_range=input_range)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the weights of the model."""
@@ -76,7 +91,7 @@ class InferenceTransformer:
         """Encode sources (B, S); see `Transformer.encode`."""
         padding_mask = source == self.pad_id
         encoded = self.encoder(source, padding_mask)
-        projected = self.project_memory(encoded.to(self.dtype))
+        projected = self.project_memory(encoded.to(self.product_dtype))
         # (B, S, L*2*D) -> (L, 2, B, H, S, E)
         parts = projected.unflatten(2, (len(self.layers), 2, self.num_heads, -1)).permute(2, 3, 0, 4, 1, 5)
         if multiplied_by_onednn(parts) and source.size(0) < _MANY_SENTENCES:
@@ -127,25 +142,41 @@ class InferenceTransformer:
 class _Layer:
     """A decoder layer for one new position a row."""
 
-    def __init__(self, layer: DecoderLayer, dtype: torch.dtype) -> None:
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, input_range: float | None) -> None:
+        """Take over a layer's weights.
+
+        Args:
+            layer: The layer.
+            dtype: Of products and hidden states.
+            input_range: Of what the layer is given. If it is not None, what stands behind a normalisation is
+                multiplied in 8-bit integers, and hidden states are float32.
+        """
+        norms = (
+            layer.around_self_attention.norm,
+            layer.around_cross_attention.norm,
+            layer.around_feed_forward.norm,
+        )
+        qkv_range, query_range, feed_forward_norm = None, None, None
+        if input_range is not None and layer.around_self_attention.pre_norm:
+            qkv_range, query_range, feed_forward_norm = norm_range(norms[0]), norm_range(norms[1]), norms[2]
+        elif input_range is not None:
+            qkv_range, query_range, feed_forward_norm = input_range, norm_range(norms[0]), norms[1]
         qkv, query = layer.self_attention.qkv_proj, layer.cross_attention.q_proj
         dim, num_heads = query.weight.size(0), layer.cross_attention.num_heads
         # Queries are divided by sqrt(E) beforehand, by their weights.
         scale = (dim // num_heads) ** -0.5
         scales = torch.cat([qkv.weight.new_full((dim,), scale), qkv.weight.new_ones(2 * dim)])
-        self.qkv = linear_map(qkv.weight * scales[:, None], qkv.bias * scales, dtype)
-        self.query = linear_map(query.weight * scale, query.bias * scale, dtype)
+        self.qkv = linear_map(qkv.weight * scales[:, None], qkv.bias * scales, dtype, input_range=qkv_range)
+        self.query = linear_map(query.weight * scale, query.bias * scale, dtype, input_range=query_range)
         self.past_out = linear_map(
             layer.self_attention.out_proj.weight, layer.self_attention.out_proj.bias, dtype
         )
         self.source_out = linear_map(
             layer.cross_attention.out_proj.weight, layer.cross_attention.out_proj.bias, dtype
         )
-        expand = layer.feed_forward.expand
-        self.expand = linear_map(expand.weight, expand.bias, dtype, activation=layer.feed_forward.activation)
-        self.contract = linear_map(
-            layer.feed_forward.contract.weight, layer.feed_forward.contract.bias, dtype
-        )
+        self.transform = _feed_forward(layer.feed_forward, dtype, input_norm=feed_forward_norm)
+        if input_range is not None:
+            dtype = torch.float32
         self.around_past = _residual(layer.around_self_attention, dtype)
         self.around_source = _residual(layer.around_cross_attention, dtype)
         self.around_feed_forward = _residual(layer.around_feed_forward, dtype)
@@ -174,7 +205,7 @@ class _Layer:
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """(R, D) -> (R, D)."""
-        return self.around_feed_forward(x, lambda y: self.contract(self.expand(y)))
+        return self.around_feed_forward(x, self.transform)
 
 
 @torch.inference_mode()
@@ -217,14 +248,33 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
     return rows.copy_(heads.transpose(1, 2)).view(-1, num_heads * head_size)
 
 
+def _feed_forward(feed_forward: FeedForward, dtype: torch.dtype, *, input_norm: nn.LayerNorm | None) -> _Map:
+    """Return the map of a feed-forward block; in 8-bit integers if the norm in front of it is given."""
+    expand, contract, activation = feed_forward.expand, feed_forward.contract, feed_forward.activation
+    if input_norm is not None and activation is F.relu:
+        return int8_feed_forward(feed_forward, input_norm)
+    input_range = None if input_norm is None else norm_range(input_norm)
+    first = linear_map(expand.weight, expand.bias, dtype, activation=activation, input_range=input_range)
+    second = linear_map(contract.weight, contract.bias, dtype)
+    return lambda x: second(first(x))
+
+
 def linear_map(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, activation: _Map | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    activation: _Map | None = None,
+    input_range: float | None = None,
 ) -> _Map:
-    """Return the map x -> activation(x W^T + b) for weights (out, in).
+    """Return the map x -> activation(x W^T + b) for weights (out, in), in 8-bit integers if a range is given.
 
     On a CPU oneDNN's packed products are used, where this build of PyTorch has them: PyTorch's own in float32 are
     MKL's, which on processors that are not Intel's reach half of their rate, and products of few rows gain most.
     """
+    if input_range is not None:
+        linear: _Map = int8_map(weight, bias, input_range, dtype=dtype)
+        return linear if activation is None else lambda x: activation(linear(x))
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
     can_pack = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if (
@@ -236,7 +286,7 @@ def linear_map(
         product = torch.ops.mkldnn._linear_pointwise
         if activation is F.relu:
             return lambda x: cast(Tensor, product(x, packed, bias, "relu", [], ""))
-        linear: _Map = lambda x: cast(Tensor, product(x, packed, bias, "none", [], ""))  # noqa: E731
+        linear = lambda x: cast(Tensor, product(x, packed, bias, "none", [], ""))  # noqa: E731
     else:
         linear = lambda x: F.linear(x, weight, bias)  # noqa: E731
     return linear if activation is None else lambda x: activation(linear(x))
@@ -279,8 +329,8 @@ def _residual(residual: Residual, dtype: torch.dtype) -> Callable[[Tensor, _Map]
     """Return the connection around a block without its dropout; see `Residual`."""
     norm = _norm(residual.norm, dtype)
     if residual.pre_norm:
-        return lambda x, block: x + block(norm(x))
-    return lambda x, block: norm(block(x).add_(x))
+        return lambda x, block: x + block(norm(x)).to(x.dtype)
+    return lambda x, block: norm(block(x).to(x.dtype).add_(x))
 
 
 def _additive(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator, TranslationModel
 from nmt.generation.options import DecodingKeywords, DecodingOptions
 from nmt.models.inference import InferenceTransformer
+from nmt.models.int8 import check_int8
 from nmt.models.transformer import Transformer
 from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.translation.batches import Batching, BatchRunner
@@ -29,7 +30,7 @@ from nmt.translation.long_sentences import join_hypotheses, join_texts, split_id
 from nmt.translation.mbr import MinimumRisk, candidate_options, pair_scores
 from nmt.translation.task import TranslationTask
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
 TooLong = Literal["split", "truncate", "error"]
 
 _SHAPES_A_THREAD = 16  # of products in a step of the search: each thread takes batches of its own
@@ -91,9 +92,14 @@ class Translator:
             device: Where they are.
             input_is_pieces: Sources and references are split into pieces already, joined by blanks.
             precision: Of the weights that search; "fp32" leaves them as they are.
+
+        Raises:
+            UserError: The machine does not multiply in that precision.
         """
         self.models = models
-        dtype = torch.bfloat16 if precision == "bf16" else None
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
+        if precision == "int8":
+            check_int8(torch.device(device))
         self.fast_models = [InferenceTransformer(model, dtype) for model in models]
         self.task = task
         self.device = torch.device(device)

@@ -1,20 +1,20 @@
 #!/usr/bin/env python
 """Measure how fast a model translates: the whole process from text to text, and the decoding alone.
 
-    scripts/bench/generate.py MODEL INPUT [--reference REF] [--beam 5 1] [--precision fp32 bf16] [--threads N]
-                              [--peer ctranslate2] [--baseline CHECKOUT] [--rounds 3] [--latency 100]
+    scripts/bench/generate.py MODEL INPUT [--reference REF] [--beam 5 1] [--precision fp32 bf16 int8] [--threads N]
+                              [--peer ctranslate2] [--baseline CHECKOUT] [--rounds 3] [--latency 100] [--warm]
 
 MODEL is a model folder, INPUT text, a sentence a line. Each round runs each engine once, in a process of its own,
 in turn, so that a machine that becomes slower becomes slower for all. The medians over rounds are printed:
 
-  decoding   sentences/s and output tokens/s from text to pieces, the model loaded and warm
+  decoding   sentences/s and output tokens/s from text to pieces, after one sentence; with --warm after all of them
   CPU        seconds of processor time that the decoding took: steadier than the clock where others compute too
   process    seconds from the start of the process to the last line of text
   first      seconds from the start of the process to the first translation, of the first line alone
   p50, p95   milliseconds for a sentence by itself, over the first `--latency` sentences
   memory     the largest resident set of the process
 
-Engines: `nmt fp32` and `nmt bf16`; with --peer ctranslate2, CTranslate2 in float32 and int8 on the same weights,
+Engines: nmt in each precision; with --peer ctranslate2, CTranslate2 in float32 and int8 on the same weights,
 sentences and threads, which work on one batch together or on one each (`at once`; in nmt always the latter); the
 model is exported by `nmt-convert --to ctranslate2`, or already lies in --peer-model DIR; with --baseline CHECKOUT,
 the package in another checkout of this repository.
@@ -50,7 +50,7 @@ def main() -> None:
         for beam in args.beam:
             counts = run({**common(args, beam), "engine": "count"}, CHECKOUT)
             rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
-            rates: dict[str, list[float]] = {"fp32": [], "bf16": []}
+            rates: dict[str, list[float]] = {precision: [] for precision in args.precision}
             for number in range(args.rounds):
                 for name, (options, checkout) in engines.items():
                     latency = args.latency if number == 0 else 0
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("input", nargs="?", type=Path)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--beam", nargs="+", type=int, default=[5, 1])
-    parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"], choices=("fp32", "bf16"))
+    parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"], choices=("fp32", "bf16", "int8"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--max-tokens", type=int, help="largest batch of nmt; its own choice if left out")
     parser.add_argument("--max-length", type=int, default=200, help="most tokens of a translation")
@@ -83,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency", type=int, default=100)
     parser.add_argument("--lines", type=int, help="use the first lines of the input only")
+    parser.add_argument("--warm", action="store_true", help="time the second pass of each process")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is None and args.input is None:
@@ -91,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def common(args: argparse.Namespace, beam: int) -> dict[str, Any]:
-    names = ("model", "input", "reference", "threads", "max_tokens", "max_length", "lines")
+    names = ("model", "input", "reference", "threads", "max_tokens", "max_length", "lines", "warm")
     values = {name: getattr(args, name) for name in names}
     paths = {name: str(value.resolve()) for name, value in values.items() if isinstance(value, Path)}
     return {**values, **paths, "beam": beam, "latency": 0}
@@ -155,6 +156,8 @@ def work(job: dict[str, Any]) -> None:
     translate, to_text = (nmt_engine if job["engine"] == "nmt" else ctranslate2_engine)(job)
     to_text(translate(lines[:1]))
     first = time.time() - job["started"]
+    if job["warm"]:
+        translate(lines)
     before, cpu_before = time.perf_counter(), time.process_time()
     pieces = translate(lines)
     seconds, cpu_seconds = time.perf_counter() - before, time.process_time() - cpu_before
@@ -269,10 +272,11 @@ def product_rate(job: dict[str, Any]) -> float:
     torch.set_num_threads(job["threads"])
     (model,) = Translator.load(job["model"]).models
     dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
+    input_range = 4.0 if job["precision"] == "int8" else None
     linears = [x.weight for x in model.decoder.layers.modules() if isinstance(x, torch.nn.Linear)]
     weights = [*linears, model.output_weight]
     with torch.inference_mode():
-        maps = [linear_map(weight, None, dtype) for weight in weights]
+        maps = [linear_map(weight, None, dtype, input_range=input_range) for weight in weights]
         inputs = [torch.randn(ROWS, weight.size(1), dtype=dtype) for weight in weights]
         times = []
         for _ in range(20):

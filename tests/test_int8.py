@@ -1,0 +1,178 @@
+"""Products of 8-bit integers against exact arithmetic."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_transformer import random_transformer
+from test_inference import padded
+from torch import Tensor, nn
+
+from nmt.errors import UserError
+from nmt.models import int8
+from nmt.models.blocks import Embedding, FeedForward
+from nmt.models.inference import InferenceTransformer
+from nmt.models.int8 import check_int8, embedding_range, int8_feed_forward, int8_map, norm_range
+from nmt.models.options import TransformerOptions
+
+needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor multiplies no 8-bit integers")
+
+STEP = 2**-5
+RANGE = 127 * STEP
+
+
+def integer_weights(num_outputs: int, num_inputs: int) -> tuple[Tensor, Tensor]:
+    """Return integers (O, D) from -127 to 127, the largest of each row 127, and a scale (O, 1) for each row."""
+    integers = torch.randint(-127, 128, (num_outputs, num_inputs))
+    integers[:, 0] = 127
+    return integers, 2.0 ** torch.randint(-9, -5, (num_outputs, 1))
+
+
+@needs_vnni
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    num_rows=st.integers(1, 40),
+    num_inputs=st.integers(1, 300),
+    num_outputs=st.integers(1, 90),
+    has_bias=st.booleans(),
+)
+def test_sums_of_rounded_numbers_are_exact(
+    seed: int, num_rows: int, num_inputs: int, num_outputs: int, has_bias: bool
+) -> None:
+    torch.manual_seed(seed)
+    integers, scales = integer_weights(num_outputs, num_inputs)
+    bias = torch.randn(num_outputs) if has_bias else None
+    steps = torch.randint(-127, 128, (num_rows, num_inputs))
+    # Between half a step below and above; at the edge of the range only what is within it.
+    x = ((steps + 0.9 * (torch.rand(steps.shape) - 0.5)) * STEP).clamp(-RANGE, RANGE)
+    found = int8_map(integers * scales, bias, RANGE)(x)
+    expected = (steps.double() @ integers.double().T) * STEP * scales.double().T
+    if bias is not None:
+        expected += bias.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@needs_vnni
+def test_what_is_beyond_the_range_is_cut_off() -> None:
+    multiply = int8_map(torch.eye(4), None, RANGE)
+    x = torch.tensor([[1.0, 5.0, -5.0, 1e9], [-1e9, torch.inf, -torch.inf, -RANGE]])
+    expected = torch.tensor([[1.0, RANGE, -RANGE, RANGE], [-RANGE, RANGE, -RANGE, -RANGE]])
+    torch.testing.assert_close(multiply(x), expected)
+
+
+@needs_vnni
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), num_rows=st.integers(2, 300), dim=st.sampled_from([16, 64, 100]))
+def test_a_row_is_the_same_whatever_its_neighbours(seed: int, num_rows: int, dim: int) -> None:
+    torch.manual_seed(seed)
+    feed_forward, norm = random_feed_forward(dim, 3 * dim)
+    x = norm(torch.randn(num_rows, dim)).detach()
+    place = int(torch.randint(num_rows, ()))
+    for compute in (
+        int8_map(torch.randn(50, dim), torch.randn(50), norm_range(norm)),
+        int8_feed_forward(feed_forward, norm),
+    ):
+        assert torch.equal(compute(x)[place], compute(x[place : place + 1])[0])
+
+
+@needs_vnni
+def test_an_output_without_weights_is_its_bias() -> None:
+    found = int8_map(torch.zeros(3, 8), torch.tensor([1.0, -2.0, 0.0]), 1.0)(torch.randn(2, 8))
+    assert found.tolist() == [[1.0, -2.0, 0.0]] * 2
+
+
+def random_feed_forward(dim: int, ffn_dim: int) -> tuple[FeedForward, nn.LayerNorm]:
+    feed_forward = FeedForward(dim, ffn_dim, options=TransformerOptions()).eval()
+    norm = nn.LayerNorm(dim)
+    with torch.no_grad():
+        for parameter in (*feed_forward.parameters(), *norm.parameters()):
+            parameter.copy_(torch.randn_like(parameter) * (dim**-0.5 if parameter.dim() > 1 else 0.5))
+        norm.weight += 1.0
+    return feed_forward, norm
+
+
+@needs_vnni
+def test_a_feed_forward_block_is_the_float_one_but_for_its_roundings() -> None:
+    torch.manual_seed(0)
+    feed_forward, norm = random_feed_forward(64, 256)
+    x = norm(torch.randn(500, 64)).detach()
+    with torch.no_grad():
+        expected = feed_forward(x)
+        found = int8_feed_forward(feed_forward, norm)(x)
+        # By hand: what each rounding adds, uniform over a step, whose variance is step**2 / 12.
+        hidden = F.relu(feed_forward.expand(x))
+        step = norm_range(norm) / 127
+        weight, second = feed_forward.expand.weight, feed_forward.contract.weight
+        from_inputs = step**2 / 12 * weight.square().sum(dim=1)
+        from_weights = (weight.abs().amax(dim=1) / 127) ** 2 / 12 * x.square().sum(dim=1).mean()
+        mean, deviation = weight @ norm.bias + feed_forward.expand.bias, (weight * norm.weight).norm(dim=1)
+        ranges = (mean + 8 * deviation).clamp(min=1e-6)
+        from_hidden = (ranges / 255) ** 2 / 12
+        # Half of the hidden numbers are 0, and their errors with them.
+        alive = (hidden > 0).float().mean(dim=0)
+        variance = (second.square() * (alive * (from_inputs + from_weights + from_hidden))).sum(dim=1)
+        scales = (second * ranges).abs().amax(dim=1) / 127
+        variance += scales**2 / 12 * (hidden / ranges).square().sum(dim=1).mean()
+    errors = (found - expected).square().mean(dim=0)
+    assert 0.5 < float((errors / variance).mean()) < 1.5
+    assert float(errors.mean()) < 0.03**2 * float(expected.var())
+
+
+@needs_vnni
+def test_hidden_numbers_beyond_their_range_are_cut_off() -> None:
+    feed_forward = FeedForward(4, 1, options=TransformerOptions()).eval()
+    norm = nn.LayerNorm(4)
+    with torch.no_grad():
+        feed_forward.expand.weight.copy_(torch.tensor([[1.0, 1.0, 1.0, 1.0]]))
+        feed_forward.contract.weight.fill_(1.0)
+        feed_forward.expand.bias.fill_(0.0)
+        feed_forward.contract.bias.fill_(0.0)
+    compute = int8_feed_forward(feed_forward, norm)
+    # The deviation of the sum of four independent numbers is 2, so the range is 16; that of each number is 6.
+    found = compute(torch.tensor([[3.0, 3.0, 3.0, 3.0], [6.0, 6.0, 6.0, 6.0], [-1.0, -1.0, -1.0, -1.0]]))
+    expected = torch.tensor([[12.0], [16.0], [0.0]]).expand(3, 4)
+    torch.testing.assert_close(found, expected, atol=0.15, rtol=0)
+
+
+def test_ranges() -> None:
+    norm = nn.LayerNorm(2)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, -2.0]))
+        norm.bias.copy_(torch.tensor([4.0, -1.0]))
+    assert norm_range(norm) == 13.0  # 6 * 2 + 1, more than 6 * 1 + 4
+    sizes = {"vocabulary_size": 3, "dim": 4, "pad_id": 0, "max_positions": 5}
+    embedding = Embedding(**sizes, learned_positions=True, options=TransformerOptions())  # type: ignore[arg-type]
+    with torch.no_grad():
+        embedding.tokens.weight.fill_(0.25)
+        embedding.tokens.weight[1, 2] = -0.5
+        embedding.positions.fill_(0.0)
+        embedding.positions[3, 1] = -0.75
+    assert embedding_range(embedding) == 1.75  # sqrt(4) * 0.5 + 0.75
+    normed = Embedding(
+        **sizes,  # type: ignore[arg-type]
+        learned_positions=True,
+        options=TransformerOptions(layernorm_embedding=True),
+    )
+    assert embedding_range(normed) == 6.0
+
+
+@needs_vnni
+def test_the_products_of_a_layer_are_of_integers() -> None:
+    """Else the tests of whole models would pass with floats too."""
+    model = InferenceTransformer(random_transformer(2, torch.float32), torch.int8)
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        memory, state = model.encode(padded([[5, 6], [7]])), model.start_state()
+        model.project(model.features(torch.tensor([[2], [2]]), memory, state))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    # Two layers: query-key-value, query, and two of the feed-forward block; and the output projection.
+    assert counts["onednn::qlinear_pointwise"] == 2 * 4 + 1
+
+
+def test_other_devices_and_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="must be used on a CPU, but the device is cuda:0"):
+        check_int8(torch.device("cuda", 0))
+    monkeypatch.setattr(int8, "is_available", lambda: False)
+    with pytest.raises(UserError, match="VNNI"):
+        check_int8(torch.device("cpu"))
