@@ -11,7 +11,7 @@ E head size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nmt.models.beam_state import LEAST_WIDTH, BeamState, InferenceMemory, multiplied_by_onednn
 from nmt.models.blocks import FeedForward, Residual
-from nmt.models.int8 import embedding_range, int8_feed_forward, int8_map, norm_range
+from nmt.models.int8 import decoder_ranges, int8_feed_forward, int8_map, norm_range
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
@@ -39,9 +39,9 @@ class InferenceTransformer:
 
         Args:
             model: The model.
-            dtype: Of weights and hidden states; the model's own if it is left out. With `torch.int8` the decoder
-                multiplies in 8-bit integers what stands behind a normalisation, which are most of its products;
-                others are made in bfloat16, and hidden states between products are float32.
+            dtype: Of weights and hidden states; the model's own if it is left out. With `torch.int8` the
+                decoder multiplies in 8-bit integers what stands behind a normalisation, which are most of its
+                products; all others are made in bfloat16, and its hidden states between products are float32.
         """
         assert not model.training
         in_integers = dtype == torch.int8
@@ -58,18 +58,19 @@ class InferenceTransformer:
         self.embedding = model.decoder.embedding
         layers = [cast(DecoderLayer, layer) for layer in model.decoder.layers]
         self.num_heads = layers[0].cross_attention.num_heads
-        self.layers = []
-        input_range = embedding_range(self.embedding) if in_integers else None
-        for layer in layers:
-            self.layers.append(_Layer(layer, self.product_dtype, input_range))
-            if in_integers:
-                input_range = norm_range(layer.around_feed_forward.norm)
         memory_maps = [layer.cross_attention.kv_proj for layer in layers]
         self.project_memory = linear_map(
             torch.cat([x.weight for x in memory_maps]),
             torch.cat([x.bias for x in memory_maps]),
             self.product_dtype,
         )
+        ranges: Sequence[float | None] = (
+            decoder_ranges(model.decoder) if in_integers else [None] * (len(layers) + 1)
+        )
+        self.layers = [
+            _Layer(layer, self.product_dtype, input_range)
+            for layer, input_range in zip(layers, ranges[:-1], strict=True)
+        ]
         self.final_norm = _norm(model.decoder.final_norm, self.dtype)
         offset = None
         if self.dtype.itemsize < 4:
@@ -78,10 +79,8 @@ class InferenceTransformer:
             )
         self.logit_offset = 0.0 if offset is None else offset.item()
         bias = None if offset is None else (-offset).repeat(model.output_weight.size(0))
-        if in_integers and isinstance(model.decoder.final_norm, nn.LayerNorm):
-            input_range = norm_range(model.decoder.final_norm)
         # (..., D) -> (..., V)
-        self.project = linear_map(model.output_weight, bias, self.dtype, input_range=input_range)
+        self.project = linear_map(model.output_weight, bias, self.dtype, input_range=ranges[-1])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the weights of the model."""

@@ -8,7 +8,7 @@ neighbours nor on their number. Weights have a scale for each output. Sums of in
 Rounding as in Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", where the ranges are learnt.
 
-Shapes: R rows, D inputs, O outputs.
+Shapes: D inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nmt.errors import UserError
 from nmt.models.blocks import Embedding, FeedForward
+from nmt.models.transformer import Decoder, DecoderLayer
 
 # What lies beyond is cut off. Of two trained models the largest numbers behind each normalisation were 3.3 to 6.4
 # standard deviations of its widest place, and 3.0 to 6.7 of their own before ReLU.
@@ -68,6 +69,15 @@ def embedding_range(embedding: Embedding) -> float:
     return float(embedding.scale * tokens.abs().max() + positions.abs().max())
 
 
+def decoder_ranges(decoder: Decoder) -> list[float]:
+    """Return the range of what each layer is given, if it is a post-norm one, and that of the decoder's results."""
+    ranges = [embedding_range(decoder.embedding)]
+    ranges += [norm_range(cast(DecoderLayer, layer).around_feed_forward.norm) for layer in decoder.layers]
+    if isinstance(decoder.final_norm, nn.LayerNorm):
+        ranges[-1] = norm_range(decoder.final_norm)
+    return ranges
+
+
 def int8_map(
     weight: Tensor, bias: Tensor | None, input_range: float, *, dtype: torch.dtype = torch.float32
 ) -> Callable[[Tensor], Tensor]:
@@ -80,7 +90,7 @@ def int8_map(
         dtype: Of the result, float32 or bfloat16.
 
     Returns:
-        A function (R, D) float32 -> (R, O).
+        A function (..., D) float32 -> (..., O).
     """
     multiply = _multiplied_by(weight, bias, input_range / 127, zero=_ZERO, dtype=dtype)
     return lambda x: multiply(_quantized(x, 127 / input_range))
@@ -93,7 +103,7 @@ def int8_feed_forward(feed_forward: FeedForward, norm: nn.LayerNorm) -> Callable
     which the normalised parts are independent; its inverse is part of the first weights and itself of the second.
 
     Returns:
-        A function (R, D) float32 -> (R, D) float32.
+        A function (..., D) float32 -> (..., D) float32.
     """
     expand, contract = feed_forward.expand, feed_forward.contract
     weight, bias = expand.weight.detach(), expand.bias.detach()
