@@ -70,7 +70,7 @@ def embedding_range(embedding: Embedding) -> float:
 
 
 def decoder_ranges(decoder: Decoder) -> list[float]:
-    """Return the range of what each layer is given, if it is a post-norm one, and that of the decoder's results."""
+    """Return the range of what each layer is given, if it is a post-norm one, and of the decoder's results."""
     ranges = [embedding_range(decoder.embedding)]
     ranges += [norm_range(cast(DecoderLayer, layer).around_feed_forward.norm) for layer in decoder.layers]
     if isinstance(decoder.final_norm, nn.LayerNorm):
