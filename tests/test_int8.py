@@ -9,12 +9,14 @@ from random_transformer import random_transformer
 from test_inference import padded
 from torch import Tensor, nn
 
+from nmt.data.vocabulary import PAD_ID
 from nmt.errors import UserError
 from nmt.models import int8
 from nmt.models.blocks import Embedding, FeedForward
 from nmt.models.inference import InferenceTransformer
-from nmt.models.int8 import check_int8, embedding_range, int8_feed_forward, int8_map, norm_range
+from nmt.models.int8 import check_int8, int8_feed_forward, int8_map, ranges
 from nmt.models.options import TransformerOptions
+from nmt.models.transformer import Transformer
 
 needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor multiplies no 8-bit integers")
 
@@ -47,7 +49,9 @@ def test_sums_of_rounded_numbers_are_exact(
     steps = torch.randint(-127, 128, (num_rows, num_inputs))
     # Between half a step below and above; at the edge of the range only what is within it.
     x = ((steps + 0.9 * (torch.rand(steps.shape) - 0.5)) * STEP).clamp(-RANGE, RANGE)
-    found = int8_map(integers * scales, bias, RANGE)(x)
+    # Places that are as many times as wide as their weights are smaller change nothing.
+    widths = 2.0 ** torch.randint(-3, 4, (num_inputs,))
+    found = int8_map(integers * scales / widths, bias, RANGE * widths)(x * widths)
     expected = (steps.double() @ integers.double().T) * STEP * scales.double().T
     if bias is not None:
         expected += bias.double()
@@ -56,7 +60,7 @@ def test_sums_of_rounded_numbers_are_exact(
 
 @needs_vnni
 def test_what_is_beyond_the_range_is_cut_off() -> None:
-    multiply = int8_map(torch.eye(4), None, RANGE)
+    multiply = int8_map(torch.eye(4), None, torch.full((4,), RANGE))
     x = torch.tensor([[1.0, 5.0, -5.0, 1e9], [-1e9, torch.inf, -torch.inf, -RANGE]])
     expected = torch.tensor([[1.0, RANGE, -RANGE, RANGE], [-RANGE, RANGE, -RANGE, -RANGE]])
     torch.testing.assert_close(multiply(x), expected)
@@ -71,7 +75,7 @@ def test_a_row_is_the_same_whatever_its_neighbours(seed: int, num_rows: int, dim
     x = norm(torch.randn(num_rows, dim)).detach()
     place = int(torch.randint(num_rows, ()))
     for compute in (
-        int8_map(torch.randn(50, dim), torch.randn(50), norm_range(norm)),
+        int8_map(torch.randn(50, dim), torch.randn(50), ranges(norm)),
         int8_feed_forward(feed_forward, norm),
     ):
         assert torch.equal(compute(x)[place], compute(x[place : place + 1])[0])
@@ -79,7 +83,7 @@ def test_a_row_is_the_same_whatever_its_neighbours(seed: int, num_rows: int, dim
 
 @needs_vnni
 def test_an_output_without_weights_is_its_bias() -> None:
-    found = int8_map(torch.zeros(3, 8), torch.tensor([1.0, -2.0, 0.0]), 1.0)(torch.randn(2, 8))
+    found = int8_map(torch.zeros(3, 8), torch.tensor([1.0, -2.0, 0.0]), torch.ones(8))(torch.randn(2, 8))
     assert found.tolist() == [[1.0, -2.0, 0.0]] * 2
 
 
@@ -103,18 +107,21 @@ def test_a_feed_forward_block_is_the_float_one_but_for_its_roundings() -> None:
         found = int8_feed_forward(feed_forward, norm)(x)
         # By hand: what each rounding adds, uniform over a step, whose variance is step**2 / 12.
         hidden = F.relu(feed_forward.expand(x))
-        step = norm_range(norm) / 127
+        steps = ranges(norm) / 127
         weight, second = feed_forward.expand.weight, feed_forward.contract.weight
-        from_inputs = step**2 / 12 * weight.square().sum(dim=1)
-        from_weights = (weight.abs().amax(dim=1) / 127) ** 2 / 12 * x.square().sum(dim=1).mean()
+        from_inputs = ((weight * steps).square() / 12).sum(dim=1)
+        in_steps = x / steps
+        from_weights = (
+            ((weight * steps).abs().amax(dim=1) / 127) ** 2 / 12 * in_steps.square().sum(dim=1).mean()
+        )
         mean, deviation = weight @ norm.bias + feed_forward.expand.bias, (weight * norm.weight).norm(dim=1)
-        ranges = (mean + 8 * deviation).clamp(min=1e-6)
-        from_hidden = (ranges / 255) ** 2 / 12
+        widths = (mean + 8 * deviation).clamp(min=1e-6)
+        from_hidden = (widths / 255) ** 2 / 12
         # Half of the hidden numbers are 0, and their errors with them.
         alive = (hidden > 0).float().mean(dim=0)
         variance = (second.square() * (alive * (from_inputs + from_weights + from_hidden))).sum(dim=1)
-        scales = (second * ranges).abs().amax(dim=1) / 127
-        variance += scales**2 / 12 * (hidden / ranges).square().sum(dim=1).mean()
+        scales = (second * widths).abs().amax(dim=1) / 127
+        variance += scales**2 / 12 * (hidden / widths).square().sum(dim=1).mean()
     errors = (found - expected).square().mean(dim=0)
     assert 0.5 < float((errors / variance).mean()) < 1.5
     assert float(errors.mean()) < 0.03**2 * float(expected.var())
@@ -134,6 +141,9 @@ def test_hidden_numbers_beyond_their_range_are_cut_off() -> None:
     found = compute(torch.tensor([[3.0, 3.0, 3.0, 3.0], [6.0, 6.0, 6.0, 6.0], [-1.0, -1.0, -1.0, -1.0]]))
     expected = torch.tensor([[12.0], [16.0], [0.0]]).expand(3, 4)
     torch.testing.assert_close(found, expected, atol=0.15, rtol=0)
+    with torch.no_grad():
+        feed_forward.expand.bias.fill_(-20.0)  # so that it is always below 0
+    assert int8_feed_forward(feed_forward, norm)(torch.ones(1, 4)).tolist() == [[0.0] * 4]
 
 
 def test_ranges() -> None:
@@ -141,7 +151,7 @@ def test_ranges() -> None:
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, -2.0]))
         norm.bias.copy_(torch.tensor([4.0, -1.0]))
-    assert norm_range(norm) == 13.0  # 6 * 2 + 1, more than 6 * 1 + 4
+    assert ranges(norm).tolist() == [10.0, 13.0]  # 6 * 1 + 4, 6 * 2 + 1
     sizes = {"vocabulary_size": 3, "dim": 4, "pad_id": 0, "max_positions": 5}
     embedding = Embedding(**sizes, learned_positions=True, options=TransformerOptions())  # type: ignore[arg-type]
     with torch.no_grad():
@@ -149,13 +159,15 @@ def test_ranges() -> None:
         embedding.tokens.weight[1, 2] = -0.5
         embedding.positions.fill_(0.0)
         embedding.positions[3, 1] = -0.75
-    assert embedding_range(embedding) == 1.75  # sqrt(4) * 0.5 + 0.75
+    assert ranges(embedding).tolist() == [0.5, 1.25, 1.0, 0.5]  # sqrt(4) * 0.25, that + 0.75, sqrt(4) * 0.5
     normed = Embedding(
         **sizes,  # type: ignore[arg-type]
         learned_positions=True,
         options=TransformerOptions(layernorm_embedding=True),
     )
-    assert embedding_range(normed) == 6.0
+    assert ranges(normed).tolist() == [6.0] * 4
+    nn.init.zeros_(norm.weight), nn.init.zeros_(norm.bias)
+    assert (ranges(norm) > 0).all()  # they divide
 
 
 @needs_vnni
@@ -173,6 +185,65 @@ def test_the_products_of_a_layer_are_of_integers() -> None:
 def test_other_devices_and_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="must be used on a CPU, but the device is cuda:0"):
         check_int8(torch.device("cuda", 0))
-    monkeypatch.setattr(int8, "is_available", lambda: False)
+    # As where sums are cut off: what comes out is too small.
+    monkeypatch.setattr(int8, "int8_map", lambda *_: lambda x: x)
+    int8.is_available.cache_clear()
+    assert not int8.is_available()
     with pytest.raises(UserError, match="VNNI"):
         check_int8(torch.device("cpu"))
+    int8.is_available.cache_clear()
+
+
+@needs_vnni
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused(number: float) -> None:
+    """Integers have no such numbers: the translations would look like others."""
+    model = random_transformer(0, torch.float32)
+    with torch.no_grad():
+        model.output_weight[3, 2] = number
+    with pytest.raises(UserError, match="must have finite weights"):
+        InferenceTransformer(model, torch.int8)
+
+
+@needs_vnni
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("activation_fn", ["relu", "gelu"])
+@pytest.mark.parametrize("layernorm_embedding", [False, True])
+def test_each_product_has_the_range_of_what_it_is_given(
+    pre_norm: bool, activation_fn: str, layernorm_embedding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    options = TransformerOptions(
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_embed_dim=32,
+        decoder_embed_dim=48,
+        encoder_ffn_embed_dim=64,
+        decoder_ffn_embed_dim=64,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        decoder_normalize_before=pre_norm,
+        activation_fn=activation_fn,
+        layernorm_embedding=layernorm_embedding,
+    )
+    sizes = {"source_vocabulary_size": 20, "target_vocabulary_size": 30, "pad_id": PAD_ID}
+    model = Transformer(options, **sizes).eval()
+    norms = [x for x in model.decoder.modules() if isinstance(x, nn.LayerNorm)]
+    with torch.no_grad():
+        for i, norm in enumerate(norms):
+            norm.weight.fill_(4.0 ** (i + 2))  # each of another range
+    shares = []
+    quantized = int8._quantized
+
+    def record(x: Tensor, steps_per_unit: Tensor) -> Tensor:
+        shares.append(float((x * steps_per_unit).abs().max() / 127))
+        return quantized(x, steps_per_unit)
+
+    monkeypatch.setattr(int8, "_quantized", record)
+    fast = InferenceTransformer(model, torch.int8)
+    with torch.inference_mode():
+        memory, state = fast.encode(padded([[5, 6, 7]] * 30)), fast.start_state()
+        logits = fast.project(fast.features(torch.arange(30)[:, None], memory, state))
+    assert logits.dtype == torch.float32
+    assert len(shares) == 2 * 3 + 1
+    assert all(0.3 < share <= 1.0 for share in shares), shares

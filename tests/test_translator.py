@@ -271,3 +271,8 @@ def test_low_precision_searches_with_rounded_weights(
         # The search may take another way, but not to a translation that is much less probable.
         assert other.hypotheses[0].score != exact.hypotheses[0].score
         assert other.hypotheses[0].score == pytest.approx(exact.hypotheses[0].score, abs=0.5)
+
+
+def test_an_unknown_precision_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`precision` must be fp32, bf16 or int8, but is int4"):
+        Translator.load(tmp_path / "nothing", precision="int4")  # type: ignore[arg-type]

@@ -56,8 +56,9 @@ class GenerateOptions:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Type of weights and hidden states: bf16 is faster and rounds; scores differ in the second or third digit.
-    int8, for CPUs, multiplies in 8-bit integers what stands behind layer normalisation, and the rest in bf16."""
+    """What is computed with: bf16 is faster and rounds; scores differ in the second or third digit. int8, with
+    `device` cpu and a processor that has VNNI, makes most products of 8-bit integers and the others of bf16. What
+    scores a reference or tells an alignment is always the model as it is."""
     num_threads: int | None = None
     """Threads for the CPU; all cores if it is left out."""
 

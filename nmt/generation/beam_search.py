@@ -165,6 +165,8 @@ def copy_first(candidates: Candidates, *, where: Tensor) -> Candidates:
 
 def concatenate(parts: Sequence[Candidates]) -> Candidates:
     """Join the candidates of the parts of a batch."""
+    if len(parts) == 1:
+        return parts[0]
     return Candidates(
         scores=torch.cat([part.scores for part in parts]),
         token_scores=torch.cat([part.token_scores for part in parts]),

@@ -248,7 +248,7 @@ class Generator:
         for first in range(0, num_sentences, at_once):
             part = slice(first, first + at_once)
             rows = slice(first * beam_size, (first + at_once) * beam_size)
-            hypotheses = take(beam, part)
+            hypotheses = beam if at_once >= num_sentences else take(beam, part)
             logits = [
                 room.take_float(model.project(x[rows]))
                 for model, x, room in zip(self.models, features, rooms, strict=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nmt.models.beam_state import LEAST_WIDTH, BeamState, InferenceMemory, multiplied_by_onednn
 from nmt.models.blocks import FeedForward, Residual
-from nmt.models.int8 import decoder_ranges, int8_feed_forward, int8_map, norm_range
+from nmt.models.int8 import Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
@@ -39,9 +39,8 @@ class InferenceTransformer:
 
         Args:
             model: The model.
-            dtype: Of weights and hidden states; the model's own if it is left out. With `torch.int8` the
-                decoder multiplies in 8-bit integers what stands behind a normalisation, which are most of its
-                products; all others are made in bfloat16, and its hidden states between products are float32.
+            dtype: Of weights and hidden states; the model's own if it is left out. With `torch.int8` most of
+                the decoder's products are of 8-bit integers, all others of bfloat16; hidden states are float32.
         """
         assert not model.training
         in_integers = dtype == torch.int8
@@ -64,12 +63,13 @@ class InferenceTransformer:
             torch.cat([x.bias for x in memory_maps]),
             self.product_dtype,
         )
-        ranges: Sequence[float | None] = (
-            decoder_ranges(model.decoder) if in_integers else [None] * (len(layers) + 1)
-        )
+        inputs: Sequence[Inputs | None] = [None] * len(layers)
+        last_ranges = None
+        if in_integers:
+            inputs, last_input = decoder_inputs(model.decoder)
+            last_ranges = ranges(last_input)
         self.layers = [
-            _Layer(layer, self.product_dtype, input_range)
-            for layer, input_range in zip(layers, ranges[:-1], strict=True)
+            _Layer(layer, self.product_dtype, self.dtype, x) for layer, x in zip(layers, inputs, strict=True)
         ]
         self.final_norm = _norm(model.decoder.final_norm, self.dtype)
         offset = None
@@ -80,7 +80,7 @@ class InferenceTransformer:
         self.logit_offset = 0.0 if offset is None else offset.item()
         bias = None if offset is None else (-offset).repeat(model.output_weight.size(0))
         # (..., D) -> (..., V)
-        self.project = linear_map(model.output_weight, bias, self.dtype, input_range=ranges[-1])
+        self.project = linear_map(model.output_weight, bias, self.dtype, input_ranges=last_ranges)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the weights of the model."""
@@ -141,44 +141,37 @@ class InferenceTransformer:
 class _Layer:
     """A decoder layer for one new position a row."""
 
-    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, input_range: float | None) -> None:
+    def __init__(
+        self, layer: DecoderLayer, dtype: torch.dtype, hidden_dtype: torch.dtype, inputs: Inputs | None
+    ) -> None:
         """Take over a layer's weights.
 
         Args:
             layer: The layer.
-            dtype: Of products and hidden states.
-            input_range: Of what the layer is given. If it is not None, what stands behind a normalisation is
-                multiplied in 8-bit integers, and hidden states are float32.
+            dtype: Of products.
+            hidden_dtype: Of hidden states.
+            inputs: Where inputs come from whose products shall be of 8-bit integers, which takes float32.
         """
-        norms = (
-            layer.around_self_attention.norm,
-            layer.around_cross_attention.norm,
-            layer.around_feed_forward.norm,
-        )
-        qkv_range, query_range, feed_forward_norm = None, None, None
-        if input_range is not None and layer.around_self_attention.pre_norm:
-            qkv_range, query_range, feed_forward_norm = norm_range(norms[0]), norm_range(norms[1]), norms[2]
-        elif input_range is not None:
-            qkv_range, query_range, feed_forward_norm = input_range, norm_range(norms[0]), norms[1]
+        qkv_ranges = None if inputs is None else ranges(inputs.self_attention)
+        query_ranges = None if inputs is None else ranges(inputs.cross_attention)
         qkv, query = layer.self_attention.qkv_proj, layer.cross_attention.q_proj
         dim, num_heads = query.weight.size(0), layer.cross_attention.num_heads
         # Queries are divided by sqrt(E) beforehand, by their weights.
         scale = (dim // num_heads) ** -0.5
         scales = torch.cat([qkv.weight.new_full((dim,), scale), qkv.weight.new_ones(2 * dim)])
-        self.qkv = linear_map(qkv.weight * scales[:, None], qkv.bias * scales, dtype, input_range=qkv_range)
-        self.query = linear_map(query.weight * scale, query.bias * scale, dtype, input_range=query_range)
+        self.qkv = linear_map(qkv.weight * scales[:, None], qkv.bias * scales, dtype, input_ranges=qkv_ranges)
+        self.query = linear_map(query.weight * scale, query.bias * scale, dtype, input_ranges=query_ranges)
         self.past_out = linear_map(
             layer.self_attention.out_proj.weight, layer.self_attention.out_proj.bias, dtype
         )
         self.source_out = linear_map(
             layer.cross_attention.out_proj.weight, layer.cross_attention.out_proj.bias, dtype
         )
-        self.transform = _feed_forward(layer.feed_forward, dtype, input_norm=feed_forward_norm)
-        if input_range is not None:
-            dtype = torch.float32
-        self.around_past = _residual(layer.around_self_attention, dtype)
-        self.around_source = _residual(layer.around_cross_attention, dtype)
-        self.around_feed_forward = _residual(layer.around_feed_forward, dtype)
+        input_norm = None if inputs is None else inputs.feed_forward
+        self.transform = _feed_forward(layer.feed_forward, dtype, input_norm=input_norm)
+        self.around_past = _residual(layer.around_self_attention, hidden_dtype)
+        self.around_source = _residual(layer.around_cross_attention, hidden_dtype)
+        self.around_feed_forward = _residual(layer.around_feed_forward, hidden_dtype)
 
     def attend_to_past(self, x: Tensor, past: Tensor, mask: Tensor | None, new: slice) -> Tensor:
         """(R, D) -> (R, D). The new K columns of the past (2, B, H, N, E) are filled."""
@@ -248,12 +241,12 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
 
 
 def _feed_forward(feed_forward: FeedForward, dtype: torch.dtype, *, input_norm: nn.LayerNorm | None) -> _Map:
-    """Return the map of a feed-forward block; in 8-bit integers if the norm in front of it is given."""
+    """Return the map of a feed-forward block; of 8-bit integers if the normalisation of its inputs is given."""
     expand, contract, activation = feed_forward.expand, feed_forward.contract, feed_forward.activation
     if input_norm is not None and activation is F.relu:
         return int8_feed_forward(feed_forward, input_norm)
-    input_range = None if input_norm is None else norm_range(input_norm)
-    first = linear_map(expand.weight, expand.bias, dtype, activation=activation, input_range=input_range)
+    input_ranges = None if input_norm is None else ranges(input_norm)
+    first = linear_map(expand.weight, expand.bias, dtype, activation=activation, input_ranges=input_ranges)
     second = linear_map(contract.weight, contract.bias, dtype)
     return lambda x: second(first(x))
 
@@ -264,23 +257,27 @@ def linear_map(
     dtype: torch.dtype,
     *,
     activation: _Map | None = None,
-    input_range: float | None = None,
+    input_ranges: Tensor | None = None,
 ) -> _Map:
-    """Return the map x -> activation(x W^T + b) for weights (out, in), in 8-bit integers if a range is given.
+    """Return the map x -> activation(x W^T + b) for weights (out, in) and inputs of a type.
+
+    With ranges of the inputs (in,) it is made of 8-bit integers; then the type is that of the result, and inputs
+    are float32.
 
     On a CPU oneDNN's packed products are used, where this build of PyTorch has them: PyTorch's own in float32 are
     MKL's, which on processors that are not Intel's reach half of their rate, and products of few rows gain most.
     """
-    if input_range is not None:
-        linear: _Map = int8_map(weight, bias, input_range, dtype=dtype)
+    if input_ranges is not None:
+        linear: _Map = int8_map(weight, bias, input_ranges, dtype=dtype)
         return linear if activation is None else lambda x: activation(linear(x))
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    can_pack = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if (
-        can_pack
-        and dtype in (torch.float32, torch.bfloat16)
+    can_pack = (
+        weight.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    )
+    packs_bfloat16 = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if (can_pack and dtype == torch.float32) or (packs_bfloat16 and dtype == torch.bfloat16):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
         product = torch.ops.mkldnn._linear_pointwise
         if activation is F.relu:

@@ -3,7 +3,8 @@
 Behind layer normalisation a number is g*n + b with the weights g and b of its place, where n has mean 0 and
 variance 1 over a row. So the range in which it is rounded is known before any sentence is seen: nothing is
 calibrated, no largest number is looked for at each step, and what becomes of a row depends neither on its
-neighbours nor on their number. Weights have a scale for each output. Sums of integers are exact.
+neighbours nor on their number. Each place has a range of its own, and so has each output's weights. Sums of
+integers are exact.
 
 Rounding as in Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", where the ranges are learnt.
@@ -14,7 +15,8 @@ Shapes: D inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from functools import cache
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +29,25 @@ from nmt.models.transformer import Decoder, DecoderLayer
 # standard deviations of its widest place, and 3.0 to 6.7 of their own before ReLU.
 _DEVIATIONS = 6.0
 _DEVIATIONS_BEFORE_RELU = 8.0
+_LEAST_RANGE = 1e-6  # of what is always 0, or, before ReLU, never above
 _ZERO = 128  # stands for 0 in inputs: processors multiply signed weights by unsigned inputs
 _PACKED_FOR = 128  # rows; products of other numbers of rows use the same packing
 
 
+@cache
 def is_available() -> bool:
-    """Return whether this machine multiplies 8-bit integers without rounding their sums to 16 bits.
+    """Return whether this machine multiplies 8-bit integers as it should, and bfloat16 for what is left.
 
-    Processors without VNNI saturate the sum of two products at 32,767, and are hardly faster than with floats.
+    Without VNNI or what is like it, sums of two products are cut off at 32,767.
     """
-    return (
+    if not (
         torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         and hasattr(torch.ops.onednn, "qlinear_pointwise")
-        and torch.cpu._is_vnni_supported()
-    )
+    ):
+        return False
+    ones = torch.ones(16, 64)
+    return bool((int8_map(ones, None, torch.ones(64))(ones) > 63).all())
 
 
 def check_int8(device: torch.device) -> None:
@@ -51,56 +58,72 @@ def check_int8(device: torch.device) -> None:
         )
     if not is_available():
         raise UserError(
-            "`precision` int8 must have a processor that multiplies 8-bit integers (VNNI), but this one does not. "
-            "Take bf16 or fp32."
+            "`precision` int8 must have a processor that multiplies 8-bit integers (VNNI) and bfloat16, but this "
+            "one does not. Take fp32."
         )
 
 
-def norm_range(norm: nn.LayerNorm) -> float:
-    """Return the largest size that is kept of what a layer normalisation returns."""
-    return float((_DEVIATIONS * norm.weight.detach().abs() + norm.bias.detach().abs()).max())
+class Inputs(NamedTuple):
+    """Where the inputs of a decoder layer's products come from, those of queries, keys and values first."""
+
+    self_attention: nn.LayerNorm | Embedding
+    cross_attention: nn.LayerNorm
+    feed_forward: nn.LayerNorm
 
 
-def embedding_range(embedding: Embedding) -> float:
-    """Return the largest size of what an embedding returns, or what is kept of it behind normalisation."""
-    if isinstance(embedding.norm, nn.LayerNorm):
-        return norm_range(embedding.norm)
-    tokens, positions = embedding.tokens.weight.detach(), embedding.positions.detach()
-    return float(embedding.scale * tokens.abs().max() + positions.abs().max())
+def decoder_inputs(decoder: Decoder) -> tuple[list[Inputs], nn.LayerNorm | Embedding]:
+    """Return the inputs of each layer, and where those of the output projection come from."""
+    before: nn.LayerNorm | Embedding = decoder.embedding
+    inputs = []
+    for layer in decoder.layers:
+        layer = cast(DecoderLayer, layer)
+        residuals = (layer.around_self_attention, layer.around_cross_attention, layer.around_feed_forward)
+        first, second, third = (residual.norm for residual in residuals)
+        if layer.around_self_attention.pre_norm:
+            inputs.append(Inputs(first, second, third))
+        else:
+            inputs.append(Inputs(before, first, second))
+            before = third
+    return inputs, decoder.final_norm if isinstance(decoder.final_norm, nn.LayerNorm) else before
 
 
-def decoder_ranges(decoder: Decoder) -> list[float]:
-    """Return the range of what each layer is given, if it is a post-norm one, and of the decoder's results."""
-    ranges = [embedding_range(decoder.embedding)]
-    ranges += [norm_range(cast(DecoderLayer, layer).around_feed_forward.norm) for layer in decoder.layers]
-    if isinstance(decoder.final_norm, nn.LayerNorm):
-        ranges[-1] = norm_range(decoder.final_norm)
-    return ranges
+def ranges(source: nn.LayerNorm | Embedding) -> Tensor:
+    """Return for each place (D,) the largest number that is kept of a normalisation, or that can be embedded."""
+    norm = source.norm if isinstance(source, Embedding) else source
+    if isinstance(norm, nn.LayerNorm):
+        largest = _DEVIATIONS * norm.weight.detach().abs() + norm.bias.detach().abs()
+    else:
+        assert isinstance(source, Embedding)
+        tokens, positions = (x.detach().abs().amax(dim=0) for x in (source.tokens.weight, source.positions))
+        largest = source.scale * tokens + positions
+    return largest.clamp(min=_LEAST_RANGE)
 
 
 def int8_map(
-    weight: Tensor, bias: Tensor | None, input_range: float, *, dtype: torch.dtype = torch.float32
+    weight: Tensor, bias: Tensor | None, input_ranges: Tensor, *, dtype: torch.dtype = torch.float32
 ) -> Callable[[Tensor], Tensor]:
     """Return the map x -> x W^T + b for weights (O, D).
 
     Args:
-        weight: Rounded to 255 values for each output.
+        weight: With the ranges of inputs as factors, rounded to 255 values for each output.
         bias: (O,); not rounded.
-        input_range: Inputs are rounded to multiples of 1/127 of it, and cut off beyond it.
+        input_ranges: (D,): inputs are rounded to multiples of 1/127 of these, and cut off beyond them.
         dtype: Of the result, float32 or bfloat16.
 
     Returns:
         A function (..., D) float32 -> (..., O).
     """
-    multiply = _multiplied_by(weight, bias, input_range / 127, zero=_ZERO, dtype=dtype)
-    return lambda x: multiply(_quantized(x, 127 / input_range))
+    multiply = _multiplied_by(weight * input_ranges, bias, 1 / 127, zero=_ZERO, dtype=dtype)
+    factors = (127 / input_ranges).float()
+    return lambda x: multiply(_quantized(x, factors))
 
 
 def int8_feed_forward(feed_forward: FeedForward, norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
     """Return the map of a feed-forward block with ReLU, for what a layer normalisation returns.
 
-    Hidden numbers stay integers. Each has a range of its own, from its mean and standard deviation for inputs of
-    which the normalised parts are independent; its inverse is part of the first weights and itself of the second.
+    Hidden numbers stay integers, in steps of 1/255 of a range of their own: the mean plus 8 standard deviations
+    that they would have if the normalised inputs were independent. The first weights are divided by these ranges,
+    and the second ones multiplied.
 
     Returns:
         A function (..., D) float32 -> (..., D) float32.
@@ -109,25 +132,26 @@ def int8_feed_forward(feed_forward: FeedForward, norm: nn.LayerNorm) -> Callable
     weight, bias = expand.weight.detach(), expand.bias.detach()
     mean = weight @ norm.bias.detach() + bias
     deviation = (weight * norm.weight.detach()).norm(dim=1)
-    ranges = (mean + _DEVIATIONS_BEFORE_RELU * deviation).clamp(min=1e-6)  # (O,)
-    step = norm_range(norm) / 127
+    hidden = (mean + _DEVIATIONS_BEFORE_RELU * deviation).clamp(min=_LEAST_RANGE)  # (O,)
+    input_ranges = ranges(norm)
+    factors = (127 / input_ranges).float()
     first = _multiplied_by(
-        weight / ranges[:, None],
-        bias / ranges,
-        step,
+        weight * input_ranges / hidden[:, None],
+        bias / hidden,
+        1 / 127,
         zero=_ZERO,
         dtype=torch.uint8,
         output_step=1 / 255,
         activation="relu",
     )
     second = _multiplied_by(
-        contract.weight.detach() * ranges, contract.bias.detach(), 1 / 255, zero=0, dtype=torch.float32
+        contract.weight.detach() * hidden, contract.bias.detach(), 1 / 255, zero=0, dtype=torch.float32
     )
-    return lambda x: second(first(_quantized(x, 1 / step)))
+    return lambda x: second(first(_quantized(x, factors)))
 
 
-def _quantized(x: Tensor, steps_per_unit: float) -> Tensor:
-    """Return numbers as uint8, counted in steps from `_ZERO`."""
+def _quantized(x: Tensor, steps_per_unit: Tensor) -> Tensor:
+    """Return numbers (..., D) as uint8, counted in the steps of their places (D,) from `_ZERO`."""
     # There is no fast conversion to uint8, but one to int8; the first bit turns -128..127 into 0..255.
     steps = (x * steps_per_unit).round_().clamp_(-127, 127).to(torch.int8)
     return steps.bitwise_xor_(-128).view(torch.uint8)
@@ -143,14 +167,22 @@ def _multiplied_by(
     output_step: float = 1.0,
     activation: str = "none",
 ) -> Callable[[Tensor], Tensor]:
-    """Return the product of uint8 inputs, counted in steps from zero, and weights (O, D) that are rounded here."""
+    """Return the product of uint8 inputs, counted in steps from zero, and weights (O, D) that are rounded here.
+
+    Raises:
+        UserError: A weight is not finite, which integers could not tell later.
+    """
     weight = weight.detach().float()
+    bias = None if bias is None else bias.detach().float()
+    if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+        raise UserError(
+            "`precision` int8 must have finite weights, but this model has others. Take fp32 to look."
+        )
     scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)  # (O,)
     packed = torch.ops.onednn.qlinear_prepack(
         (weight / scales[:, None]).round().to(torch.int8), [_PACKED_FOR, weight.size(1)]
     )
     zeros = torch.zeros(len(scales), dtype=torch.int32)
-    bias = None if bias is None else bias.detach().float()
     product = torch.ops.onednn.qlinear_pointwise.default
     return lambda x: cast(
         Tensor,

@@ -33,6 +33,7 @@ from nmt.translation.task import TranslationTask
 Precision = Literal["fp32", "bf16", "int8"]
 TooLong = Literal["split", "truncate", "error"]
 
+_TYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
 _SHAPES_A_THREAD = 16  # of products in a step of the search: each thread takes batches of its own
 
 
@@ -94,12 +95,11 @@ class Translator:
             precision: Of the weights that search; "fp32" leaves them as they are.
 
         Raises:
-            UserError: The machine does not multiply in that precision.
+            UserError: There is no such precision, or not on this machine.
         """
+        _check_precision(precision, device)
         self.models = models
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
-        if precision == "int8":
-            check_int8(torch.device(device))
+        dtype = _TYPES[precision]
         self.fast_models = [InferenceTransformer(model, dtype) for model in models]
         self.task = task
         self.device = torch.device(device)
@@ -123,9 +123,10 @@ class Translator:
 
         Raises:
             UserError: A folder is no model folder, is damaged, or holds a model that does not translate; or the
-                vocabularies of several differ.
+                vocabularies of several differ; or there is no such precision.
         """
         keep_prepared_shapes(_SHAPES_A_THREAD * torch.get_num_threads())
+        _check_precision(precision, device)  # before weights are read
         paths = [path] if isinstance(path, (str, Path)) else list(path)
         models, tasks = zip(*(_load(Path(path), device) for path in paths), strict=True)
         for other, other_path in zip(tasks[1:], paths[1:], strict=True):
@@ -448,6 +449,13 @@ class _Work:
 
 _NOTHING: NDArray[Any] = np.empty(0, dtype=np.int32)
 _END: NDArray[Any] = np.array([EOS_ID], dtype=np.int32)
+
+
+def _check_precision(precision: str, device: torch.device | str) -> None:
+    if precision not in _TYPES:
+        raise UserError(f"`precision` must be fp32, bf16 or int8, but is {precision}.")
+    if precision == "int8":
+        check_int8(torch.device(device))
 
 
 def _load(path: Path, device: torch.device | str) -> tuple[Transformer, TranslationTask]:
