@@ -21,6 +21,17 @@ from nmt.models.transformer import Transformer
 
 needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor multiplies no 8-bit integers")
 
+TWO_LAYERS = TransformerOptions(
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_embed_dim=32,
+    decoder_embed_dim=48,
+    encoder_ffn_embed_dim=64,
+    decoder_ffn_embed_dim=64,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+)
+
 SENTENCES = st.lists(
     st.lists(st.integers(UNK_ID, VOCABULARY_SIZE - 1), min_size=1, max_size=9), min_size=1, max_size=12
 )
@@ -75,18 +86,8 @@ def test_finds_what_the_plain_model_finds(
 def test_computes_the_same_logits_in_each_type(
     pre_norm: bool, activation_fn: str, layernorm_embedding: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
-    options = TransformerOptions(
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_embed_dim=32,
-        decoder_embed_dim=48,
-        encoder_ffn_embed_dim=64,
-        decoder_ffn_embed_dim=64,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-    )
     options = replace(
-        options,
+        TWO_LAYERS,
         encoder_normalize_before=pre_norm,
         decoder_normalize_before=pre_norm,
         activation_fn=activation_fn,

@@ -1,12 +1,14 @@
 """Products of 8-bit integers against exact arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_transformer import random_transformer
-from test_inference import padded
+from test_inference import TWO_LAYERS, needs_vnni, padded
 from torch import Tensor, nn
 
 from nmt.data.vocabulary import PAD_ID
@@ -17,8 +19,6 @@ from nmt.models.inference import InferenceTransformer
 from nmt.models.int8 import check_int8, int8_feed_forward, int8_map, ranges
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
-
-needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor multiplies no 8-bit integers")
 
 STEP = 2**-5
 RANGE = 127 * STEP
@@ -213,15 +213,9 @@ def test_each_product_has_the_range_of_what_it_is_given(
     pre_norm: bool, activation_fn: str, layernorm_embedding: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    options = TransformerOptions(
+    options = replace(
+        TWO_LAYERS,
         encoder_layers=1,
-        decoder_layers=2,
-        encoder_embed_dim=32,
-        decoder_embed_dim=48,
-        encoder_ffn_embed_dim=64,
-        decoder_ffn_embed_dim=64,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
         decoder_normalize_before=pre_norm,
         activation_fn=activation_fn,
         layernorm_embedding=layernorm_embedding,

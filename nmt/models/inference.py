@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from nmt.models.beam_state import LEAST_WIDTH, BeamState, InferenceMemory, multiplied_by_onednn
 from nmt.models.blocks import FeedForward, Residual
-from nmt.models.int8 import Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
+from nmt.models.int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
 
 _MANY_SENTENCES = 64  # from so many on, attention is faster in bfloat16 than in float32 on a CPU
-_PACKED_FOR = 128  # rows; products of other numbers of rows use the same packing
 
 
 class InferenceTransformer:
@@ -278,7 +277,7 @@ def linear_map(
     )
     packs_bfloat16 = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if (can_pack and dtype == torch.float32) or (packs_bfloat16 and dtype == torch.bfloat16):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
         product = torch.ops.mkldnn._linear_pointwise
         if activation is F.relu:
             return lambda x: cast(Tensor, product(x, packed, bias, "relu", [], ""))

@@ -31,7 +31,7 @@ _DEVIATIONS = 6.0
 _DEVIATIONS_BEFORE_RELU = 8.0
 _LEAST_RANGE = 1e-6  # of what is always 0, or, before ReLU, never above
 _ZERO = 128  # stands for 0 in inputs: processors multiply signed weights by unsigned inputs
-_PACKED_FOR = 128  # rows; products of other numbers of rows use the same packing
+PACKED_FOR = 128  # rows; products of other numbers of rows use the same packing
 
 
 @cache
@@ -180,7 +180,7 @@ def _multiplied_by(
         )
     scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)  # (O,)
     packed = torch.ops.onednn.qlinear_prepack(
-        (weight / scales[:, None]).round().to(torch.int8), [_PACKED_FOR, weight.size(1)]
+        (weight / scales[:, None]).round().to(torch.int8), [PACKED_FOR, weight.size(1)]
     )
     zeros = torch.zeros(len(scales), dtype=torch.int32)
     product = torch.ops.onednn.qlinear_pointwise.default
