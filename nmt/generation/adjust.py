@@ -85,11 +85,13 @@ def adjust_(
         forced: (B,) int64, the only choice for the sentence below its limit, with the model's score; `pad_id`
             where the choice is free.
     """
-    scores[:, :, pad_id] = -torch.inf
+    scores[:, :, pad_id].fill_(-torch.inf)
     if options.unkpen != 0.0:
         scores[:, :, unk_id] -= options.unkpen
-    eos_scores = scores[:, :, eos_id].clone()
-    at_limit = (beam.limits <= beam.step)[:, None]  # (B, 1)
+    may_end = beam.step >= first_limit
+    if may_end or forced is not None:
+        eos_scores = scores[:, :, eos_id].clone()
+        at_limit = (beam.limits <= beam.step)[:, None]  # (B, 1)
     if forced is not None:
         is_forced = ((forced != pad_id)[:, None] & ~at_limit)[:, :, None]  # (B, 1, 1)
         forced = forced[:, None, None].expand(-1, scores.size(1), 1)  # (B, K, 1)
@@ -98,7 +100,7 @@ def adjust_(
         scores[:, :, eos_id] = -torch.inf
     if options.no_repeat_ngram_size > 0:
         forbid_repeats_(scores, beam.tokens, size=options.no_repeat_ngram_size)
-    if beam.step >= first_limit:
+    if may_end:
         scores.masked_fill_(at_limit[:, :, None], -torch.inf)
         scores[:, :, eos_id] = torch.where(at_limit, eos_scores, scores[:, :, eos_id])
     if forced is not None:

@@ -3,6 +3,8 @@
 Shapes: B sentences, K beam size, R = B*K rows, V vocabulary, C candidates.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -42,25 +44,22 @@ def best_candidates(scores: Tensor, beam: Beam) -> Candidates:
         chosen = _sound(_totals(by_sentence, beam)).topk(num_chosen, dim=1, sorted=False).indices
     else:
         in_table = depth * _NUM_COLUMNS
-        num_below = size - in_table
         table = by_sentence[:, :, :in_table].unflatten(2, (depth, _NUM_COLUMNS))
         maxima = _sound(_totals(table.amax(dim=2), beam))  # (B, K*128)
         columns = maxima.topk(num_chosen, dim=1, sorted=False).indices  # (B, C)
         parents = columns // _NUM_COLUMNS
         # Places among a sentence's K*V scores: the first of each column, and then all of it.
-        firsts = parents * size + columns % _NUM_COLUMNS
-        rows = torch.arange(0, in_table, _NUM_COLUMNS, device=scores.device)
-        places = (firsts[:, :, None] + rows).flatten(1)  # (B, C*depth)
-        in_columns = by_sentence.flatten(1).gather(1, places).view(num_sentences, -1, depth)
+        firsts = torch.add(columns, parents, alpha=size - _NUM_COLUMNS)
+        rows, places_below = _places(beam_size, size, scores.device)
+        in_columns_at = (firsts[:, :, None] + rows).flatten(1)  # (B, C*depth)
+        in_columns = by_sentence.flatten(1).gather(1, in_columns_at).view(num_sentences, -1, depth)
         in_columns += beam.scores.gather(1, parents)[:, :, None]
-        below = _totals(by_sentence[:, :, in_table:], beam)  # (B, K*num_below), what the table leaves out
+        below = _totals(
+            by_sentence[:, :, in_table:], beam
+        )  # (B, K*n), the n that the table leaves out of each row
         totals = _sound(torch.cat([in_columns.flatten(1), below], dim=1))
-        found = totals.topk(num_chosen, dim=1, sorted=False).indices
-        num_in_columns = places.size(1)
-        others = found - num_in_columns
-        others = others // max(1, num_below) * size + in_table + others % max(1, num_below)
-        in_columns_at = places.gather(1, found.clamp(max=num_in_columns - 1))
-        chosen = torch.where(found < num_in_columns, in_columns_at, others)
+        places = torch.cat([in_columns_at, places_below.expand(num_sentences, -1)], dim=1)
+        chosen = places.gather(1, totals.topk(num_chosen, dim=1, sorted=False).indices)
     # Ordered by place first, which a stable sort then keeps among equals.
     chosen = chosen.sort(dim=1).values
     parents = chosen // size
@@ -72,6 +71,15 @@ def best_candidates(scores: Tensor, beam: Beam) -> Candidates:
         tokens=chosen.gather(1, ranks) % size,
         parents=parents.gather(1, ranks),
     )
+
+
+@lru_cache(maxsize=8)
+def _places(beam_size: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return where the rows of the table begin, (depth,), and which of a sentence's K*V places it leaves out."""
+    starts = torch.arange(0, size - size % _NUM_COLUMNS, _NUM_COLUMNS, device=device)
+    left_out = torch.arange(size - size % _NUM_COLUMNS, size, device=device)
+    hypotheses = torch.arange(0, beam_size * size, size, device=device)
+    return starts, (hypotheses[:, None] + left_out).flatten()
 
 
 def _best_tokens(scores: Tensor) -> Tensor:

@@ -12,14 +12,14 @@ E head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_WIDTH = 16
-"""Rows of attention scores are at least so wide: PyTorch's softmax on a CPU takes narrower ones one by one, ten
-times as slowly."""
+from nmt.models.attention import LEAST_WIDTH
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,16 @@ class InferenceMemory:
     parts: Tensor
     padding: Tensor
 
+    @cached_property
+    def tables(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (B, H, S, E) of each layer."""
+        return [(keys, values) for keys, values in self.parts]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """The padding (B, 1, 1, S)."""
+        return self.padding[:, None, None]
+
     def select(self, sentences: Tensor) -> InferenceMemory:
         """Return the memory of the sentences (B',), which may come several times."""
         return InferenceMemory(self.parts[:, :, sentences], self.padding[sentences])
@@ -43,6 +53,14 @@ class InferenceMemory:
         """Return the memory of the sentences (B',), fewer than B, in place of this one, which is lost."""
         _move_(self.parts, sentences, dim=2)
         return InferenceMemory(self.parts[:, :, : sentences.numel()], self.padding[sentences])
+
+
+class Past(NamedTuple):
+    """What one decoder layer attends to of the hypotheses, and where its newest columns lie."""
+
+    room: Tensor  # (2, B, H, K, E)
+    keys: Tensor  # (B, H, N, E)
+    values: Tensor  # (B, H, N, E)
 
 
 class BeamState:
@@ -58,17 +76,22 @@ class BeamState:
         self.num_columns = 0
         # Of each layer keys and values, (2, B' >= B, H, capacity, E): apart, to be replaced one by one.
         self._tables: list[Tensor] = []
+        # The tables as they are returned, and their halves.
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self._is_used_whole = False  # whether all columns of the tables are returned, filled or not
         self._mask = torch.empty(0)  # (B, K, capacity): 0 where a column belongs to the hypothesis, else -inf
 
     def reorder_(self, rows: Tensor) -> None:
         """Let new row i go on from old row `rows[i]`, (R',) int64; the rows of a sentence stay together."""
         num_sentences, beam_size, capacity = self._mask.shape
+        if beam_size == 1 and rows.numel() == num_sentences:
+            return
         self._mask = self._mask.flatten(0, 1)[rows].view(-1, beam_size, capacity)
         if rows.numel() < num_sentences * beam_size:
             sentences = rows.view(-1, beam_size)[:, 0] // beam_size
             for table in self._tables:
                 _move_(table[:, :, :, : self.num_columns], sentences, dim=1)
+            self._seen = []
 
     def branch(self, beam_size: int) -> None:
         """Let K hypotheses go on from the single one that there is for each sentence."""
@@ -76,7 +99,7 @@ class BeamState:
 
     def add_columns(
         self, memory: InferenceMemory, beam_size: int, *, later: int
-    ) -> tuple[list[Tensor], Tensor | None, slice]:
+    ) -> tuple[list[Past], Tensor | None]:
         """Make columns for a new position, and return all.
 
         Args:
@@ -85,15 +108,17 @@ class BeamState:
             later: K of the steps to come; at the first one it is 1.
 
         Returns:
-            Keys and values (2, B, H, N, E) of each layer; the mask (B, 1, K, N), None where every row sees every
-            column; and which K columns are new: they are to be filled.
+            The past of each layer, whose newest columns are to be filled; and the mask (B, 1, K, N), None where
+            every row sees every column.
         """
         if self.length == 0:
             num_layers, *sizes, source_length, head_size = memory.parts.shape
             self._is_used_whole = multiplied_by_onednn(memory.parts)
             capacity = LEAST_WIDTH if self._is_used_whole else _first_capacity(source_length, later)
-            # What is masked is not to be anything: 0 times infinity is not a number.
-            self._tables = [memory.parts.new_zeros((*sizes, capacity, head_size)) for _ in range(num_layers)]
+            self._tables = [memory.parts.new_empty((*sizes, capacity, head_size)) for _ in range(num_layers)]
+            for table in self._tables:
+                # What is read before it is filled is masked, but 0 times infinity is not a number.
+                table[:, :, :, :LEAST_WIDTH] = 0.0
             self._mask = memory.padding.new_full((sizes[1], beam_size, capacity), -torch.inf)
         elif self.num_columns + beam_size > self._mask.size(2):
             self._make_room(beam_size)
@@ -105,13 +130,15 @@ class BeamState:
         width = capacity if self._is_used_whole else max(self.num_columns, LEAST_WIDTH)
         sees_all = beam_size == 1 and width == self.num_columns
         mask = None if sees_all else self._mask[:, None, :, :width]
-        num_sentences = self._mask.size(0)
-        return [table[:, :num_sentences, :, :width] for table in self._tables], mask, new
+        if not self._seen or not self._is_used_whole:
+            used = [table[:, : self._mask.size(0), :, :width] for table in self._tables]
+            self._seen = [(table, keys, values) for table in used for keys, values in [table.unbind()]]
+        return [Past(table[:, :, :, new], keys, values) for table, keys, values in self._seen], mask
 
     def _make_room(self, beam_size: int) -> None:
         """Drop the columns that belong to no hypothesis.
 
-        A table that is used whole becomes as wide as it must. Another one grows if half of it is still filled.
+        The room that is made lasts for a few steps: what is masked takes part in attention, and here is dropped.
         """
         mask = self._mask[:, :, : self.num_columns]
         is_alive = (mask == 0).any(dim=1)  # (B, N)
@@ -121,8 +148,10 @@ class BeamState:
         capacity = old_capacity = self._mask.size(2)
         if self._is_used_whole:
             capacity = _round_up((width + beam_size) * 9 // 8)
-        elif 2 * (width + beam_size) > capacity:
-            capacity = _round_up(max(capacity, width + beam_size) * 3 // 2)
+        elif beam_size > 1:
+            capacity = _round_up((width + beam_size) * 5 // 4)
+        else:
+            capacity = _round_up((width + beam_size) * 3 // 2)
         # Whatever column fills the room is masked.
         columns = F.pad(order, (0, max(0, capacity - order.size(1))))[:, :capacity]  # (B, capacity)
         _, num_stored, num_heads, _, head_size = self._tables[0].shape
@@ -139,6 +168,7 @@ class BeamState:
             spare = old.view(-1, head_size)
             torch.index_select(spare, 0, rows.flatten(), out=new)
             self._tables[layer] = new.view(*rows.shape, head_size)
+        self._seen = []
         self._mask = mask.new_full((*mask.shape[:2], capacity), -torch.inf)
         self._mask[:, :, :width] = mask.gather(2, order[:, None, :width].expand(-1, beam_size, -1))
         self.num_columns = width
@@ -150,11 +180,11 @@ def _first_capacity(source_length: int, beam_size: int) -> int:
     Little more than is needed, because fresh memory costs more time than what is written into it. A third of the
     hypotheses' columns or more can be dropped by then.
     """
-    return _round_up(max(source_length * (beam_size + 1) * 2 // 3, 1))
+    return max(LEAST_WIDTH, _round_up(source_length * (beam_size + 1) * 2 // 3, 4))
 
 
-def _round_up(num_columns: int) -> int:
-    return -(-num_columns // LEAST_WIDTH) * LEAST_WIDTH
+def _round_up(num_columns: int, multiple: int = LEAST_WIDTH) -> int:
+    return -(-num_columns // multiple) * multiple
 
 
 def multiplied_by_onednn(table: Tensor) -> bool:

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models.beam_state import LEAST_WIDTH, BeamState, InferenceMemory, multiplied_by_onednn
+from nmt.models.attention import LEAST_WIDTH
+from nmt.models.beam_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
 from nmt.models.blocks import FeedForward, Residual
 from nmt.models.int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
 
+_TOKENS_AT_ONCE = 1024  # of the source, on a CPU
 _MANY_SENTENCES = 64  # from so many on, attention is faster in bfloat16 than in float32 on a CPU
 
 
@@ -87,16 +89,22 @@ class InferenceTransformer:
 
     def encode(self, source: Tensor) -> InferenceMemory:
         """Encode sources (B, S); see `Transformer.encode`."""
+        num_sentences, length = source.shape
         padding_mask = source == self.pad_id
-        encoded = self.encoder(source, padding_mask)
-        projected = self.project_memory(encoded.to(self.product_dtype))
-        # (B, S, L*2*D) -> (L, 2, B, H, S, E)
-        parts = projected.unflatten(2, (len(self.layers), 2, self.num_heads, -1)).permute(2, 3, 0, 4, 1, 5)
-        if multiplied_by_onednn(parts) and source.size(0) < _MANY_SENTENCES:
-            parts = parts.float()
-        missing = max(0, LEAST_WIDTH - source.size(1))
-        parts = F.pad(parts, (0, 0, 0, missing)) if missing else parts.contiguous()
-        padding_mask = F.pad(padding_mask, (0, missing), value=True)
+        width = max(length, LEAST_WIDTH)
+        head_size = self.embedding.tokens.embedding_dim // self.num_heads
+        # (L, 2, B, H, S, E)
+        shape = (len(self.layers), 2, num_sentences, self.num_heads, width, head_size)
+        parts = torch.empty(shape, dtype=self.product_dtype, device=source.device)
+        if multiplied_by_onednn(parts) and num_sentences < _MANY_SENTENCES:
+            parts = torch.empty(shape, dtype=torch.float32)
+        for some, longest in _parts(padding_mask):
+            encoded = self.encoder(source[some, :longest], padding_mask[some, :longest])
+            projected = self.project_memory(encoded.to(self.product_dtype))
+            by_layer = projected.unflatten(2, (len(self.layers), 2, self.num_heads, head_size))
+            parts[:, :, some, :, :longest] = by_layer.permute(2, 3, 0, 4, 1, 5)
+            parts[:, :, some, :, longest:] = 0.0
+        padding_mask = F.pad(padding_mask, (0, width - length), value=True)
         return InferenceMemory(
             parts, _additive(padding_mask, torch.float32 if multiplied_by_onednn(parts) else parts.dtype)
         )
@@ -127,14 +135,30 @@ class InferenceTransformer:
     def _step(
         self, target_input: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int, *, later: int
     ) -> Tensor:
-        past, past_mask, new = state.add_columns(memory, beam_size, later=later)
-        padding = memory.padding[:, None, None]  # (B, 1, 1, S)
+        past, past_mask = state.add_columns(memory, beam_size, later=later)
         x = self.embedding(target_input, start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
-        for i, layer in enumerate(self.layers):
-            x = layer.attend_to_past(x, past[i], past_mask, new)
-            x = layer.attend_to_source(x, memory.parts[i], padding)
+        for layer, own_past, (keys, values) in zip(self.layers, past, memory.tables, strict=True):
+            x = layer.attend_to_past(x, own_past, past_mask)
+            x = layer.attend_to_source(x, keys, values, memory.mask)
             x = layer.feed_forward(x)
         return self.final_norm(x)[:, None]
+
+
+def _parts(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:
+    """Cut a batch (B, S) into parts: yield their sentences, and the length of the longest in each.
+
+    On a CPU by few tokens at once, so that what lies between layers stays in its caches. Of sentences that are
+    sorted by length, hardly any padding remains in them.
+    """
+    num_sentences, length = padding_mask.shape
+    if padding_mask.device.type != "cpu":
+        yield slice(num_sentences), length
+        return
+    at_once = -(-num_sentences // -(-padding_mask.numel() // _TOKENS_AT_ONCE))
+    lengths = (~padding_mask).sum(dim=1)
+    for first in range(0, num_sentences, at_once):
+        some = slice(first, first + at_once)
+        yield some, int(lengths[some].max())
 
 
 class _Layer:
@@ -172,25 +196,25 @@ class _Layer:
         self.around_source = _residual(layer.around_cross_attention, hidden_dtype)
         self.around_feed_forward = _residual(layer.around_feed_forward, hidden_dtype)
 
-    def attend_to_past(self, x: Tensor, past: Tensor, mask: Tensor | None, new: slice) -> Tensor:
-        """(R, D) -> (R, D). The new K columns of the past (2, B, H, N, E) are filled."""
+    def attend_to_past(self, x: Tensor, past: Past, mask: Tensor | None) -> Tensor:
+        """(R, D) -> (R, D). The newest columns of the past are filled."""
 
         def block(y: Tensor) -> Tensor:
-            _, num_sentences, num_heads, _, head_size = past.shape
+            num_sentences, num_heads, _, head_size = past.keys.shape
             # (R, 3D) -> (3, B, H, K, E)
             qkv = self.qkv(y).view(num_sentences, -1, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
-            past[:, :, :, new] = qkv[1:]
-            return self.past_out(_attend(qkv[0], past[0], past[1], mask))
+            past.room.copy_(qkv[1:])
+            return self.past_out(_attend(qkv[0], past.keys, past.values, mask))
 
         return self.around_past(x, block)
 
-    def attend_to_source(self, x: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
-        """(R, D) -> (R, D). The memory is (2, B, H, S, E), the padding (B, 1, 1, S)."""
+    def attend_to_source(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """(R, D) -> (R, D). Keys and values are (B, H, S, E), the mask (B, 1, 1, S)."""
 
         def block(y: Tensor) -> Tensor:
-            _, num_sentences, num_heads, _, head_size = memory.shape
+            num_sentences, num_heads, _, head_size = keys.shape
             query = self.query(y).view(num_sentences, -1, num_heads, head_size).transpose(1, 2)
-            return self.source_out(_attend(query, memory[0], memory[1], padding))
+            return self.source_out(_attend(query, keys, values, mask))
 
         return self.around_source(x, block)
 
@@ -234,9 +258,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
         if mask is not None:
             scores += mask
     heads = scores.softmax(dim=3).to(values.dtype) @ values  # (B, H, K, E)
-    num_sentences, num_heads, num_queries, head_size = heads.shape
-    rows = query.new_empty((num_sentences, num_queries, num_heads, head_size))
-    return rows.copy_(heads.transpose(1, 2)).view(-1, num_heads * head_size)
+    rows = heads.transpose(1, 2).to(query.dtype, memory_format=torch.contiguous_format)  # (B, K, H, E)
+    return rows.reshape(-1, rows.size(2) * rows.size(3))
 
 
 def _feed_forward(feed_forward: FeedForward, dtype: torch.dtype, *, input_norm: nn.LayerNorm | None) -> _Map:
@@ -288,26 +311,25 @@ def linear_map(
 
 
 class _Product(nn.Module):
-    """A linear map that computes in another type than it takes and returns."""
+    """A linear map, or a feed-forward block, that computes in another type than it takes and returns."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, activation: _Map | None = None) -> None:
+    def __init__(self, function: _Map, dtype: torch.dtype) -> None:
         super().__init__()
-        self.product = linear_map(linear.weight, linear.bias, dtype, activation=activation)
+        self.function = function
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return self.product(x.to(self.dtype)).to(x.dtype)
+        return self.function(x.to(self.dtype)).to(x.dtype)
 
 
 def _replace_products_(module: nn.Module, dtype: torch.dtype) -> None:
-    """Put `_Product`s in the places of a module's linear maps."""
-    if isinstance(module, FeedForward):
-        setattr(module, "expand", _Product(module.expand, dtype, module.activation))  # noqa: B010 (not of its type)
-        module.activation = nn.Identity()
+    """Put `_Product`s in the places of a module's linear maps and feed-forward blocks."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, _Product(child, dtype))
+            setattr(module, name, _Product(linear_map(child.weight, child.bias, dtype), dtype))
+        elif isinstance(child, FeedForward):
+            setattr(module, name, _Product(_feed_forward(child, dtype, input_norm=None), dtype))
         else:
             _replace_products_(child, dtype)
 
@@ -324,8 +346,14 @@ def _residual(residual: Residual, dtype: torch.dtype) -> Callable[[Tensor, _Map]
     """Return the connection around a block without its dropout; see `Residual`."""
     norm = _norm(residual.norm, dtype)
     if residual.pre_norm:
-        return lambda x, block: x + block(norm(x)).to(x.dtype)
-    return lambda x, block: norm(block(x).to(x.dtype).add_(x))
+        return lambda x, block: x + block(norm(x))
+    # What a block returns is not needed any more; it may be of lower precision, of which it must not make the sum.
+    return lambda x, block: norm(_sum(block(x), x))
+
+
+def _sum(y: Tensor, x: Tensor) -> Tensor:
+    """Return y + x, of the type of x, in the place of y if it has that type."""
+    return y.add_(x) if y.dtype == x.dtype else y + x
 
 
 def _additive(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
