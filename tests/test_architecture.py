@@ -37,6 +37,7 @@ LAYERS = {
     "nmt.late": 0,
     "nmt.metrics": 0,
     "nmt.new_folder": 0,
+    "nmt.allocator": 0,
     "nmt.prepared_shapes": 0,
     "nmt.signals": 0,
     "nmt.signs_of_life": 0,

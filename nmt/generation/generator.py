@@ -30,7 +30,7 @@ from nmt.generation.random import start_streams, uniform
 from nmt.generation.select import best_candidates, sample_tokens, single_candidates
 
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
-_ROWS_AT_ONCE = {"cpu": 256}
+ROWS_AT_ONCE = {"cpu": 256}
 _ROWS_AT_ONCE_ELSEWHERE = 2048
 _ROWS_DRAWN_AT_ONCE = {"cpu": 512}  # each with a memory of its own
 _ROWS_DRAWN_AT_ONCE_ELSEWHERE = 8192
@@ -240,7 +240,7 @@ class Generator:
             first_limit: See `adjust_`.
         """
         num_sentences, beam_size = beam.scores.shape
-        rows_at_once = _ROWS_AT_ONCE.get(features[0].device.type, _ROWS_AT_ONCE_ELSEWHERE)
+        rows_at_once = ROWS_AT_ONCE.get(features[0].device.type, _ROWS_AT_ONCE_ELSEWHERE)
         at_once = max(1, rows_at_once // beam_size)  # sentences
         if at_once > 8:
             at_once -= at_once % 8  # what is left of a batch is a multiple of 8 too, see `_round_up`

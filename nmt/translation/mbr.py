@@ -20,7 +20,6 @@ from torch import Tensor
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
-from nmt.translation.scoring import bleu_tokenizer
 
 PairScores = Callable[[Sequence[str]], NDArray[np.float64]]
 """Scores of N texts (rows), each against each as reference (columns): (N, N), 0 to 100."""
@@ -89,7 +88,11 @@ def pair_scores(metric: Literal["chrf", "bleu"], *, target_lang: str) -> PairSco
     Raises:
         UserError: BLEU in this language needs a tokeniser that is not installed.
     """
-    return chrf_pairs if metric == "chrf" else partial(bleu_pairs, tokenize=bleu_tokenizer(target_lang))
+    if metric == "chrf":
+        return chrf_pairs
+    from nmt.translation.scoring import bleu_tokenizer  # sacreBLEU is not loaded to translate alone
+
+    return partial(bleu_pairs, tokenize=bleu_tokenizer(target_lang))
 
 
 def choose(texts: Sequence[str], *, pair_scores: PairScores, nbest: int) -> list[int]:

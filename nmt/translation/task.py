@@ -1,7 +1,7 @@
 """The translation task: vocabularies, data, model, loss, and BLEU on the validation set."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,6 @@ from nmt.translation.assets import TranslationAssets
 from nmt.translation.loss import TranslationLoss, translation_loss
 from nmt.translation.options import TranslationOptions
 from nmt.translation.r_drop import r_drop_loss
-from nmt.translation.scoring import bleu
 from nmt.translation.table import Row, markdown_table
 from nmt.translation.word_dropout import drop_words
 
@@ -90,7 +89,7 @@ class TranslationTask:
             split=split,
         )
         if split == "valid" and self.options.eval_bleu:
-            bleu(["a"], ["a"], target_lang=self.target_lang)  # a tokeniser that is missing is found out here
+            self._bleu(["a"], ["a"])  # a tokeniser that is missing is found out here
         longest = dataset.sizes.max(axis=0).tolist()
         model = self.options.model
         for side, length, limit in zip(
@@ -128,7 +127,7 @@ class TranslationTask:
         translations = self._translate(model, examples, batches[world.rank :: world.size], world)
         everywhere = {index: tokens for part in world.gather(translations) for index, tokens in part.items()}
         texts = self.target_segmenter.decode([everywhere[index] for index in range(len(examples))])
-        return {"bleu": bleu(texts, self._references(examples), target_lang=self.target_lang).score}
+        return {"bleu": self._bleu(texts, self._references(examples))}
 
     def illustrate(self, model: nn.Module, examples: ParallelDataset, world: World) -> Illustrations:
         """Show some sentences, evenly spread over the split, as the model reads and translates them."""
@@ -163,6 +162,11 @@ class TranslationTask:
             for index, hypotheses in zip(indices.tolist(), generator.generate(source), strict=True):
                 translations[index] = hypotheses[0].tokens
         return translations
+
+    def _bleu(self, texts: Sequence[str], references: Sequence[str]) -> float:
+        from nmt.translation.scoring import bleu  # sacreBLEU is not loaded to translate alone
+
+        return bleu(texts, references, target_lang=self.target_lang).score
 
     def _references(self, examples: ParallelDataset) -> list[str]:
         """Return the raw target text of a split, or its pieces where no raw text was kept."""

@@ -11,15 +11,16 @@ from typing import Any, Literal, NamedTuple, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from nmt.allocator import give_back_tensors
 from nmt.checkpoint import load_model
 from nmt.data.parallel_dataset import collate_pairs, pad_right
 from nmt.data.segmenter import PieceSegmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.errors import UserError
 from nmt.generation.beam_search import Hypothesis
-from nmt.generation.generator import Generator, TranslationModel
+from nmt.generation.generator import ROWS_AT_ONCE, Generator, TranslationModel
 from nmt.generation.options import DecodingKeywords, DecodingOptions
 from nmt.models.inference import InferenceTransformer
 from nmt.models.int8 import check_int8
@@ -34,6 +35,7 @@ Precision = Literal["fp32", "bf16", "int8"]
 TooLong = Literal["split", "truncate", "error"]
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
+_ROWS_OF_A_STEP = 1024  # of the encoder, or hypotheses in the decoder
 _SHAPES_A_THREAD = 16  # of products in a step of the search: each thread takes batches of its own
 
 
@@ -101,6 +103,8 @@ class Translator:
         self.models = models
         dtype = _TYPES[precision]
         self.fast_models = [InferenceTransformer(model, dtype) for model in models]
+        if torch.device(device).type == "cpu":
+            give_back_tensors(above=max(map(_largest_of_a_step, self.fast_models)))
         self.task = task
         self.device = torch.device(device)
         self.source_segmenter = (
@@ -465,6 +469,14 @@ def _load(path: Path, device: torch.device | str) -> tuple[Transformer, Translat
         kind = type(model).__name__
         raise UserError(f"`{path}` must hold a translation model, but holds a {kind} of another task.")
     return model, task
+
+
+def _largest_of_a_step(model: InferenceTransformer) -> int:
+    """Return how many bytes the largest tensor has that each step makes anew; batches of usual size."""
+    logits = ROWS_AT_ONCE["cpu"] * model.plain.output_weight.size(0) * model.dtype.itemsize
+    widest = max(x.out_features for x in model.plain.modules() if isinstance(x, nn.Linear))
+    # PyTorch asks for 2 MB more where tensors begin at huge pages.
+    return max(logits, _ROWS_OF_A_STEP * widest * 4) + 2**21
 
 
 def _ignore(_: int) -> None:
