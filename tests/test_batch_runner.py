@@ -1,6 +1,8 @@
 """Batches in several threads: all results, the errors of each, and the threads of PyTorch as they were."""
 
+import sys
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -140,3 +142,22 @@ def test_the_longest_few_are_begun_while_there_is_work_for_another_core() -> Non
     runner = BatchRunner(Batching(max_tokens=100), num_at_once=2)
     found = [x for _, results in runner.run(np.array([10] * 40 + [20, 20])[:, None], run) for x in results]
     assert sorted(found) == list(range(42))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_wait_briefly_for_the_lock_of_python_and_only_while_there_are_several(fails: bool) -> None:
+    before = sys.getswitchinterval()
+
+    def run(batch: list[int], may_drop: bool) -> list[float]:
+        if fails:
+            raise ValueError
+        return [sys.getswitchinterval()] * len(batch)
+
+    for num_at_once in (1, 2):
+        runner = BatchRunner(Batching(batch_size=2), num_at_once=num_at_once)
+        found: list[float] = []
+        with pytest.raises(ValueError) if fails else nullcontext():
+            found = [x for _, results in runner.run(np.full((4, 1), 10), run) for x in results]
+        assert all((x < before / 10) == (num_at_once == 2) for x in found)
+        assert len(found) == 4 or fails
+        assert sys.getswitchinterval() == before

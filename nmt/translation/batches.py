@@ -5,6 +5,7 @@ What a batch gives up because it takes much longer than the rest comes into batc
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -24,6 +25,10 @@ T = TypeVar("T")
 Run = Callable[[list[int], bool], Sequence[T | None]]
 """Takes places of sentences, and whether it may give up those that take much longer than the others; returns a
 result for each, or None for what it gave up."""
+
+_SWITCH_INTERVAL = (
+    1e-5  # seconds that a thread may have Python's lock while others wait; Python's own is 5e-3
+)
 
 # PyTorch raises a plain RuntimeError for these two.
 _OTHER_SIGNS = ("DefaultCPUAllocator", "MPS backend out of memory")
@@ -142,12 +147,15 @@ def _executor(num_at_once: int) -> Iterator[Callable[[Callable[[], T]], Future[T
     if num_at_once <= 1:
         yield _run_here
         return
-    num_threads = torch.get_num_threads()
+    num_threads, switch_interval = torch.get_num_threads(), sys.getswitchinterval()
+    # Operators run without Python's lock, which each thread needs again every few dozen microseconds.
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     pool = ThreadPoolExecutor(num_at_once, "translate", initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool.submit
     finally:
         pool.shutdown(cancel_futures=True)
+        sys.setswitchinterval(switch_interval)
         # What a thread sets is the default of new ones and of MKL.
         torch.set_num_threads(num_threads)
 
