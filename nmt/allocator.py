@@ -3,9 +3,12 @@
 import ctypes
 import os
 import platform
+import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST = 2**25  # what glibc takes for the second
+
+_limit = 0  # bytes; as it is set
 
 
 def give_back_tensors(above: int) -> bool:
@@ -16,19 +19,17 @@ def give_back_tensors(above: int) -> bool:
     a few columns more. The limit should be above what each step makes anew, because fresh pages take longer to
     come than a heap's.
 
-    The setting holds for the whole process. Without glibc, or where the user has set its allocator up by the
-    environment, nothing is done.
+    The setting holds for the whole process, and of several the highest. Without glibc, or where the user has set
+    its allocator up by the environment (any `MALLOC_...` or `GLIBC_TUNABLES`), nothing is done.
 
     Returns:
         Whether it was set.
     """
-    if platform.libc_ver()[0] != "glibc" or any(
-        name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ
-    ):
+    global _limit  # as the setting is
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
-    limit = min(above, _LARGEST)
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
+    _limit = max(_limit, min(above, _LARGEST))
     library = ctypes.CDLL(None)
-    return bool(
-        library.mallopt(_M_MMAP_THRESHOLD, limit)
-        and library.mallopt(_M_TRIM_THRESHOLD, min(2 * limit, 2**31 - 1))
-    )
+    return bool(library.mallopt(_M_MMAP_THRESHOLD, _limit) and library.mallopt(_M_TRIM_THRESHOLD, 2 * _limit))

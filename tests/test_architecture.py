@@ -241,6 +241,11 @@ def test_options_and_preprocessing_import_no_torch() -> None:
     assert _torch_after(code) == ""
 
 
+def test_to_translate_loads_nothing_that_scores() -> None:
+    code = "import sys, nmt.translation.translator\nsys.exit('sacrebleu' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize("command", sorted(PYPROJECT["project"]["scripts"]))
 def test_help_imports_no_torch(command: str) -> None:
     module, function = PYPROJECT["project"]["scripts"][command].split(":")

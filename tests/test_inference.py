@@ -1,6 +1,9 @@
 """The fast Transformer against its plain twin."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -35,12 +38,29 @@ TWO_LAYERS = TransformerOptions(
 SENTENCES = st.lists(
     st.lists(st.integers(UNK_ID, VOCABULARY_SIZE - 1), min_size=1, max_size=9), min_size=1, max_size=12
 )
+# Also wider than rows of attention are made.
+LONGER_SENTENCES = st.lists(
+    st.lists(st.integers(UNK_ID, VOCABULARY_SIZE - 1), min_size=1, max_size=23), min_size=1, max_size=12
+)
 
 
 def search(model: TranslationModel, sentences: list[list[int]], beam: int) -> list[list[Hypothesis]]:
     options = DecodingOptions(beam=beam, nbest=beam, max_len_a=0, max_len_b=30)
     generator = Generator([model], options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
     return generator.generate(padded(sentences))
+
+
+@contextmanager
+def fresh_memory_is_not_a_number() -> Iterator[None]:
+    """Let what is read before it is written show."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def padded(sentences: list[list[int]]) -> torch.Tensor:
@@ -57,18 +77,70 @@ def seldom_ending(seed: int, dtype: torch.dtype) -> Transformer:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), sentences=SENTENCES, beam=st.integers(1, 5), is_whole=st.booleans())
+@given(
+    seed=st.integers(0, 10**6),
+    sentences=LONGER_SENTENCES,
+    beam=st.integers(1, 5),
+    is_whole=st.booleans(),
+    tokens_at_once=st.sampled_from([1, 8, 40, 1024]),
+)
 def test_finds_what_the_plain_model_finds(
-    seed: int, sentences: list[list[int]], beam: int, is_whole: bool
+    seed: int, sentences: list[list[int]], beam: int, is_whole: bool, tokens_at_once: int
 ) -> None:
-    """With tables of the past that are used whole, as bfloat16's on a CPU, and with others."""
+    """With tables of the past that are used whole, as bfloat16's on a CPU, and others; encoded in several groups."""
     model = seldom_ending(seed, torch.float64)
-    with mock.patch("nmt.models.beam_state.multiplied_by_onednn", return_value=is_whole):
+    with (
+        mock.patch("nmt.models.beam_state.multiplied_by_onednn", return_value=is_whole),
+        mock.patch("nmt.models.inference._TOKENS_AT_ONCE", tokens_at_once),
+        fresh_memory_is_not_a_number(),
+    ):
         found = search(InferenceTransformer(model), sentences, beam)
     expected = search(model, sentences, beam)
     assert [[x.tokens for x in nbest] for nbest in found] == [[x.tokens for x in nbest] for nbest in expected]
     for nbest, nbest_expected in zip(found, expected, strict=True):
         assert [x.score for x in nbest] == pytest.approx([x.score for x in nbest_expected], abs=1e-10)
+
+
+@pytest.mark.parametrize("neighbour", [[], [[9, 4, 8, 7, 6, 5]]])
+def test_a_piece_with_the_id_of_padding_does_not_shorten_its_sentence(neighbour: list[list[int]]) -> None:
+    model = random_transformer(3, torch.float64)
+    sentences = [[5, PAD_ID, 7], *neighbour]
+    [found, *_], [expected, *_] = (search(x, sentences, 2) for x in (InferenceTransformer(model), model))
+    assert [x.tokens for x in found] == [x.tokens for x in expected]
+    assert [x.score for x in found] == pytest.approx([x.score for x in expected], abs=1e-10)
+
+
+def test_no_sentences_have_an_empty_memory() -> None:
+    memory = InferenceTransformer(random_transformer(3, torch.float64)).encode(
+        torch.empty((0, 4), dtype=torch.int64)
+    )
+    assert memory.parts.size(2) == 0
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("beam", [1, 2])
+def test_sentences_that_stay_go_on_as_if_the_others_had_never_been(is_whole: bool, beam: int) -> None:
+    model = InferenceTransformer(random_transformer(3, torch.float64))
+    sources = padded([[5, 6], [7, 8], [9, 4]])
+    live = torch.tensor([2, 1])
+    rows = (live[:, None] * beam + torch.arange(beam)).flatten()
+
+    def steps(sources: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, Any, Any]]:
+        memory, state = model.encode(sources), model.start_state()
+        tokens = torch.full((len(sources) * beam, 1), EOS_ID)
+        for _ in range(count):
+            yield model.features(tokens, memory, state), memory, state
+            state.reorder_(torch.arange(len(tokens)))
+
+    with (
+        torch.inference_mode(),
+        mock.patch("nmt.models.beam_state.multiplied_by_onednn", return_value=is_whole),
+    ):
+        *_, (_, memory, state) = steps(sources, 3)
+        state.reorder_(rows)
+        found = model.features(torch.full((len(rows), 1), EOS_ID), memory.keep(live), state)
+        *_, (expected, _, _) = steps(sources[live], 4)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])

@@ -88,9 +88,10 @@ def adjust_(
     scores[:, :, pad_id].fill_(-torch.inf)
     if options.unkpen != 0.0:
         scores[:, :, unk_id] -= options.unkpen
-    may_end = beam.step >= first_limit
-    if may_end or forced is not None:
+    some_at_limit = beam.step >= first_limit
+    if some_at_limit:
         eos_scores = scores[:, :, eos_id].clone()
+    if some_at_limit or forced is not None:
         at_limit = (beam.limits <= beam.step)[:, None]  # (B, 1)
     if forced is not None:
         is_forced = ((forced != pad_id)[:, None] & ~at_limit)[:, :, None]  # (B, 1, 1)
@@ -100,7 +101,7 @@ def adjust_(
         scores[:, :, eos_id] = -torch.inf
     if options.no_repeat_ngram_size > 0:
         forbid_repeats_(scores, beam.tokens, size=options.no_repeat_ngram_size)
-    if may_end:
+    if some_at_limit:
         scores.masked_fill_(at_limit[:, :, None], -torch.inf)
         scores[:, :, eos_id] = torch.where(at_limit, eos_scores, scores[:, :, eos_id])
     if forced is not None:

@@ -54,9 +54,8 @@ def best_candidates(scores: Tensor, beam: Beam) -> Candidates:
         in_columns_at = (firsts[:, :, None] + rows).flatten(1)  # (B, C*depth)
         in_columns = by_sentence.flatten(1).gather(1, in_columns_at).view(num_sentences, -1, depth)
         in_columns += beam.scores.gather(1, parents)[:, :, None]
-        below = _totals(
-            by_sentence[:, :, in_table:], beam
-        )  # (B, K*n), the n that the table leaves out of each row
+        # (B, K*n): the n of each row that the table leaves out
+        below = _totals(by_sentence[:, :, in_table:], beam)
         totals = _sound(torch.cat([in_columns.flatten(1), below], dim=1))
         places = torch.cat([in_columns_at, places_below.expand(num_sentences, -1)], dim=1)
         chosen = places.gather(1, totals.topk(num_chosen, dim=1, sorted=False).indices)

@@ -42,7 +42,12 @@ def attend(
         bias = _bias(query, keys, attention_mask, is_causal=is_causal)
         return fused.attention(query, keys, values, bias, dropout=dropout)
     missing = LEAST_WIDTH - keys.size(2)
-    if missing > 0 and attention_mask is not None and keys.device.type == "cpu":
+    if (
+        missing > 0
+        and attention_mask is not None
+        and keys.device.type == "cpu"
+        and not torch.is_grad_enabled()  # a compiled training step is one program for all lengths
+    ):
         keys, values = (F.pad(x, (0, 0, 0, missing)) for x in (keys, values))
         attention_mask = F.pad(attention_mask, (0, missing), value=False)
     heads = F.scaled_dot_product_attention(

@@ -3,7 +3,7 @@
 The past stays where it was written. The K hypotheses of a sentence share one table of keys and values, to which
 each step adds K columns, and a mask says which columns are a hypothesis's own past. Where hypotheses branch and
 die, rows of the mask are copied instead of keys and values. Columns from which no hypothesis descends are dropped
-when the table is full, before it grows.
+when the table is full.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, N columns of the past, L layers, H heads,
 E head size.
@@ -76,7 +76,7 @@ class BeamState:
         self.num_columns = 0
         # Of each layer keys and values, (2, B' >= B, H, capacity, E): apart, to be replaced one by one.
         self._tables: list[Tensor] = []
-        # The tables as they are returned, and their halves.
+        # Tables that are used whole, as they are returned, and their halves; none once they have changed.
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self._is_used_whole = False  # whether all columns of the tables are returned, filled or not
         self._mask = torch.empty(0)  # (B, K, capacity): 0 where a column belongs to the hypothesis, else -inf
@@ -130,16 +130,22 @@ class BeamState:
         width = capacity if self._is_used_whole else max(self.num_columns, LEAST_WIDTH)
         sees_all = beam_size == 1 and width == self.num_columns
         mask = None if sees_all else self._mask[:, None, :, :width]
-        if not self._seen or not self._is_used_whole:
+        seen = self._seen
+        if not seen:
             used = [table[:, : self._mask.size(0), :, :width] for table in self._tables]
-            self._seen = [(table, keys, values) for table in used for keys, values in [table.unbind()]]
-        return [Past(table[:, :, :, new], keys, values) for table, keys, values in self._seen], mask
+            seen = [(table, table[0], table[1]) for table in used]
+            if self._is_used_whole:
+                self._seen = seen
+        return [Past(table[:, :, :, new], keys, values) for table, keys, values in seen], mask
 
     def _make_room(self, beam_size: int) -> None:
         """Drop the columns that belong to no hypothesis.
 
-        The room that is made lasts for a few steps: what is masked takes part in attention, and here is dropped.
+        What is masked takes part in attention all the same, so tables of several hypotheses have little room, and
+        get narrower too; the wider ones, float32's, a little more, since to copy them takes longer. With one
+        hypothesis nothing dies, and room for half as much keeps the number of copies small.
         """
+        self._seen = []  # or it would hold the tables that are replaced
         mask = self._mask[:, :, : self.num_columns]
         is_alive = (mask == 0).any(dim=1)  # (B, N)
         width = int(is_alive.sum(dim=1).max())
@@ -168,7 +174,6 @@ class BeamState:
             spare = old.view(-1, head_size)
             torch.index_select(spare, 0, rows.flatten(), out=new)
             self._tables[layer] = new.view(*rows.shape, head_size)
-        self._seen = []
         self._mask = mask.new_full((*mask.shape[:2], capacity), -torch.inf)
         self._mask[:, :, :width] = mask.gather(2, order[:, None, :width].expand(-1, beam_size, -1))
         self.num_columns = width
@@ -193,7 +198,12 @@ def multiplied_by_onednn(table: Tensor) -> bool:
     It copies what is part of a larger table before it multiplies it, and takes 0.2 ms to prepare for each new
     number of columns.
     """
-    return table.dtype == torch.bfloat16 and table.device.type == "cpu"
+    return uses_onednn(table.dtype, table.device)
+
+
+def uses_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return the same of tables of a type on a device."""
+    return dtype == torch.bfloat16 and device.type == "cpu"
 
 
 def _move_(parts: Tensor, sentences: Tensor, *, dim: int) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.models.attention import LEAST_WIDTH
-from nmt.models.beam_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
+from nmt.models.beam_state import BeamState, InferenceMemory, Past, multiplied_by_onednn, uses_onednn
 from nmt.models.blocks import FeedForward, Residual
 from nmt.models.int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
 from nmt.models.transformer import DecoderLayer, Transformer
@@ -93,12 +93,13 @@ class InferenceTransformer:
         padding_mask = source == self.pad_id
         width = max(length, LEAST_WIDTH)
         head_size = self.embedding.tokens.embedding_dim // self.num_heads
+        dtype = self.product_dtype
         # (L, 2, B, H, S, E)
         shape = (len(self.layers), 2, num_sentences, self.num_heads, width, head_size)
-        parts = torch.empty(shape, dtype=self.product_dtype, device=source.device)
-        if multiplied_by_onednn(parts) and num_sentences < _MANY_SENTENCES:
-            parts = torch.empty(shape, dtype=torch.float32)
-        for some, longest in _parts(padding_mask):
+        if uses_onednn(dtype, source.device) and num_sentences < _MANY_SENTENCES:
+            dtype = torch.float32
+        parts = torch.empty(shape, dtype=dtype, device=source.device)
+        for some, longest in _groups(padding_mask):
             encoded = self.encoder(source[some, :longest], padding_mask[some, :longest])
             projected = self.project_memory(encoded.to(self.product_dtype))
             by_layer = projected.unflatten(2, (len(self.layers), 2, self.num_heads, head_size))
@@ -144,21 +145,23 @@ class InferenceTransformer:
         return self.final_norm(x)[:, None]
 
 
-def _parts(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:
-    """Cut a batch (B, S) into parts: yield their sentences, and the length of the longest in each.
+def _groups(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:
+    """Cut a batch (B, S) into groups: yield their sentences, and how many columns the longest of each takes.
 
-    On a CPU by few tokens at once, so that what lies between layers stays in its caches. Of sentences that are
+    On a CPU they have few tokens, so that what lies between layers stays in its caches. Of sentences that are
     sorted by length, hardly any padding remains in them.
     """
     num_sentences, length = padding_mask.shape
     if padding_mask.device.type != "cpu":
         yield slice(num_sentences), length
         return
-    at_once = -(-num_sentences // -(-padding_mask.numel() // _TOKENS_AT_ONCE))
-    lengths = (~padding_mask).sum(dim=1)
+    num_groups = max(1, -(-padding_mask.numel() // _TOKENS_AT_ONCE))
+    at_once = max(1, -(-num_sentences // num_groups))
+    # The last place that is no padding: a piece in the middle may have its id.
+    ends = ((~padding_mask) * torch.arange(1, length + 1)).amax(dim=1).clamp_(min=1)
     for first in range(0, num_sentences, at_once):
         some = slice(first, first + at_once)
-        yield some, int(lengths[some].max())
+        yield some, int(ends[some].max())
 
 
 class _Layer:
@@ -347,7 +350,7 @@ def _residual(residual: Residual, dtype: torch.dtype) -> Callable[[Tensor, _Map]
     norm = _norm(residual.norm, dtype)
     if residual.pre_norm:
         return lambda x, block: x + block(norm(x))
-    # What a block returns is not needed any more; it may be of lower precision, of which it must not make the sum.
+    # What a block returns is not needed any more. It may be of lower precision, to which the sum is not rounded.
     return lambda x, block: norm(_sum(block(x), x))
 
 

@@ -35,7 +35,7 @@ Precision = Literal["fp32", "bf16", "int8"]
 TooLong = Literal["split", "truncate", "error"]
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
-_ROWS_OF_A_STEP = 1024  # of the encoder, or hypotheses in the decoder
+_ROWS_OF_A_STEP = 1024  # tokens that are encoded at once, or hypotheses
 _SHAPES_A_THREAD = 16  # of products in a step of the search: each thread takes batches of its own
 
 
@@ -104,7 +104,7 @@ class Translator:
         dtype = _TYPES[precision]
         self.fast_models = [InferenceTransformer(model, dtype) for model in models]
         if torch.device(device).type == "cpu":
-            give_back_tensors(above=max(map(_largest_of_a_step, self.fast_models)))
+            give_back_tensors(above=_largest_of_a_step(self.fast_models))
         self.task = task
         self.device = torch.device(device)
         self.source_segmenter = (
@@ -471,12 +471,19 @@ def _load(path: Path, device: torch.device | str) -> tuple[Transformer, Translat
     return model, task
 
 
-def _largest_of_a_step(model: InferenceTransformer) -> int:
-    """Return how many bytes the largest tensor has that each step makes anew; batches of usual size."""
-    logits = ROWS_AT_ONCE["cpu"] * model.plain.output_weight.size(0) * model.dtype.itemsize
-    widest = max(x.out_features for x in model.plain.modules() if isinstance(x, nn.Linear))
+def _largest_of_a_step(models: Sequence[InferenceTransformer]) -> int:
+    """Return how many bytes the largest tensor has that each step makes anew, with batches of usual size."""
+    sizes = []
+    for model in models:
+        plain, itemsize = model.plain, model.product_dtype.itemsize
+        num_logits = ROWS_AT_ONCE["cpu"] * plain.output_weight.size(0)
+        # Those of several models are stacked.
+        sizes.append(num_logits * (model.dtype.itemsize if len(models) == 1 else 4 * len(models)))
+        widest = max(x.out_features for x in plain.modules() if isinstance(x, nn.Linear))
+        memory = 2 * len(model.layers) * plain.output_weight.size(1)
+        sizes.append(_ROWS_OF_A_STEP * max(widest, memory) * itemsize)
     # PyTorch asks for 2 MB more where tensors begin at huge pages.
-    return max(logits, _ROWS_OF_A_STEP * widest * 4) + 2**21
+    return max(sizes) + 2**21
 
 
 def _ignore(_: int) -> None:
