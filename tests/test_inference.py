@@ -87,7 +87,7 @@ def seldom_ending(seed: int, dtype: torch.dtype) -> Transformer:
 def test_finds_what_the_plain_model_finds(
     seed: int, sentences: list[list[int]], beam: int, is_whole: bool, tokens_at_once: int
 ) -> None:
-    """With tables of the past that are used whole, as bfloat16's on a CPU, and others; encoded in several groups."""
+    """With tables of the past that are used whole, as bfloat16's on a CPU, and others; in several groups."""
     model = seldom_ending(seed, torch.float64)
     with (
         mock.patch("nmt.models.beam_state.multiplied_by_onednn", return_value=is_whole),
