@@ -482,8 +482,8 @@ def _largest_of_a_step(models: Sequence[InferenceTransformer]) -> int:
         widest = max(x.out_features for x in plain.modules() if isinstance(x, nn.Linear))
         memory = 2 * len(model.layers) * plain.output_weight.size(1)
         sizes.append(_ROWS_OF_A_STEP * max(widest, memory) * itemsize)
-    # PyTorch asks for 2 MB more where tensors begin at huge pages.
-    return max(sizes) + 2**21
+    # PyTorch asks for 2 MB more where tensors begin at huge pages, and glibc for a little more.
+    return max(sizes) + 2**21 + 2**16
 
 
 def _ignore(_: int) -> None:
