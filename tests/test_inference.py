@@ -54,12 +54,13 @@ def search(model: TranslationModel, sentences: list[list[int]], beam: int) -> li
 def fresh_memory_is_not_a_number() -> Iterator[None]:
     """Let what is read before it is written show."""
     before = torch.utils.deterministic.fill_uninitialized_memory
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(was_deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = before
 
 

@@ -241,7 +241,7 @@ def _finish_(finished: Finished, beam: Beam, candidates: Candidates, *, ends: Te
 
 def _gather_hypotheses(values: Tensor, parents: Tensor) -> Tensor:
     """Return for each place the row of its parent: (B, K, t) and (B, C) -> (B, C, t)."""
-    if values.size(1) == 1 and parents.size(1) == 1:
+    if values.size(1) == 1 and parents.size(1) == 1:  # with a beam of one there is nothing to choose
         return values
     return values.gather(1, parents[:, :, None].expand(-1, -1, values.size(2)))
 

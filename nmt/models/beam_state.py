@@ -113,7 +113,7 @@ class BeamState:
         """
         if self.length == 0:
             num_layers, *sizes, source_length, head_size = memory.parts.shape
-            self._is_used_whole = multiplied_by_onednn(memory.parts)
+            self._is_used_whole = multiplied_by_onednn(memory.parts.dtype, memory.parts.device)
             capacity = LEAST_WIDTH if self._is_used_whole else _first_capacity(source_length, later)
             self._tables = [memory.parts.new_empty((*sizes, capacity, head_size)) for _ in range(num_layers)]
             for table in self._tables:
@@ -151,13 +151,9 @@ class BeamState:
         width = int(is_alive.sum(dim=1).max())
         # The columns alive come first, in their order. A sentence that has fewer keeps some that are masked.
         order = is_alive.byte().argsort(dim=1, descending=True, stable=True)  # (B, N)
-        capacity = old_capacity = self._mask.size(2)
-        if self._is_used_whole:
-            capacity = _round_up((width + beam_size) * 9 // 8)
-        elif beam_size > 1:
-            capacity = _round_up((width + beam_size) * 5 // 4)
-        else:
-            capacity = _round_up((width + beam_size) * 3 // 2)
+        old_capacity = self._mask.size(2)
+        eighths = 9 if self._is_used_whole else 10 if beam_size > 1 else 12
+        capacity = _round_up((width + beam_size) * eighths // 8)
         # Whatever column fills the room is masked.
         columns = F.pad(order, (0, max(0, capacity - order.size(1))))[:, :capacity]  # (B, capacity)
         _, num_stored, num_heads, _, head_size = self._tables[0].shape
@@ -192,17 +188,12 @@ def _round_up(num_columns: int, multiple: int = LEAST_WIDTH) -> int:
     return -(-num_columns // multiple) * multiple
 
 
-def multiplied_by_onednn(table: Tensor) -> bool:
-    """Return whether products with a table are oneDNN's: those of bfloat16 on a CPU.
+def multiplied_by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether products with a table of a type are oneDNN's: those of bfloat16 on a CPU.
 
     It copies what is part of a larger table before it multiplies it, and takes 0.2 ms to prepare for each new
     number of columns.
     """
-    return uses_onednn(table.dtype, table.device)
-
-
-def uses_onednn(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return the same of tables of a type on a device."""
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 

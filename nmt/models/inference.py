@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.models.attention import LEAST_WIDTH
-from nmt.models.beam_state import BeamState, InferenceMemory, Past, multiplied_by_onednn, uses_onednn
+from nmt.models.beam_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
 from nmt.models.blocks import FeedForward, Residual
 from nmt.models.int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
 from nmt.models.transformer import DecoderLayer, Transformer
@@ -96,7 +96,7 @@ class InferenceTransformer:
         dtype = self.product_dtype
         # (L, 2, B, H, S, E)
         shape = (len(self.layers), 2, num_sentences, self.num_heads, width, head_size)
-        if uses_onednn(dtype, source.device) and num_sentences < _MANY_SENTENCES:
+        if multiplied_by_onednn(dtype, source.device) and num_sentences < _MANY_SENTENCES:
             dtype = torch.float32
         parts = torch.empty(shape, dtype=dtype, device=source.device)
         for some, longest in _groups(padding_mask):
@@ -106,9 +106,8 @@ class InferenceTransformer:
             parts[:, :, some, :, :longest] = by_layer.permute(2, 3, 0, 4, 1, 5)
             parts[:, :, some, :, longest:] = 0.0
         padding_mask = F.pad(padding_mask, (0, width - length), value=True)
-        return InferenceMemory(
-            parts, _additive(padding_mask, torch.float32 if multiplied_by_onednn(parts) else parts.dtype)
-        )
+        mask_dtype = torch.float32 if multiplied_by_onednn(dtype, source.device) else dtype
+        return InferenceMemory(parts, _additive(padding_mask, mask_dtype))
 
     def start_state(self) -> BeamState:
         """Return the state of rows of which nothing has been decoded."""
@@ -251,7 +250,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
     Returns:
         (R, D), of the queries' type.
     """
-    if multiplied_by_onednn(keys):
+    if multiplied_by_onednn(keys.dtype, keys.device):
         # It takes keys as they lie on the left of a product; on the right it would first reorder them.
         products = (keys @ query.contiguous().transpose(2, 3)).transpose(2, 3)  # (B, H, N, K) -> (B, H, K, N)
         scores = torch.empty(products.shape, dtype=torch.float32)

@@ -26,9 +26,8 @@ Run = Callable[[list[int], bool], Sequence[T | None]]
 """Takes places of sentences, and whether it may give up those that take much longer than the others; returns a
 result for each, or None for what it gave up."""
 
-_SWITCH_INTERVAL = (
-    1e-5  # seconds that a thread may have Python's lock while others wait; Python's own is 5e-3
-)
+# Seconds for which a thread may have Python's lock while others wait; Python's own are 5e-3.
+_SWITCH_INTERVAL = 1e-5
 
 # PyTorch raises a plain RuntimeError for these two.
 _OTHER_SIGNS = ("DefaultCPUAllocator", "MPS backend out of memory")
