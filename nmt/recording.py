@@ -1,0 +1,65 @@
+"""Work of a GPU that is recorded once and then replayed: CUDA graphs, where the shapes of all tensors stay.
+
+A GPU waits for the host where an update or a decoding step is some thousand small kernels: Python launches them one
+by one, slower than they run. A replay launches all of them at once.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+_NUM_PLAIN_CALLS = 2  # before the recording: libraries set themselves up, and the allocator learns what is needed
+
+
+class Recording:
+    """A function whose work on a GPU is recorded at the third call, and from then on replayed instead.
+
+    The function takes and returns nothing. It reads tensors that stay where they are, and writes its results into
+    such tensors: `copy_` what changes from call to call into them before. What the host decides in it, a number or
+    a branch, is decided for good when it is recorded. Memory that it asks for is its own, or that of all recordings
+    which were given the same pool, and holds nothing from one call to the next.
+
+    Random numbers go on from the generator as they would without a recording.
+    """
+
+    def __init__(
+        self, function: Callable[[], None], device: torch.device, *, pool: tuple[int, int] | None = None
+    ) -> None:
+        """Record on a CUDA device; on any other one each call is plain.
+
+        Args:
+            function: What to do.
+            device: Where.
+            pool: Of `torch.cuda.graph_pool_handle()`: memory to share with other recordings, of which never two
+                are replayed at once.
+        """
+        self._function = function
+        self._is_recorded = device.type == "cuda"
+        self._pool = pool
+        self._num_plain = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        """Do the work: plainly at first, then by a replay."""
+        if not self._is_recorded:
+            self._function()
+        elif self._graph is not None:
+            self._graph.replay()
+        elif self._num_plain < _NUM_PLAIN_CALLS:
+            self._num_plain += 1
+            _on_other_stream(self._function)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._function()
+            self._graph = graph
+            graph.replay()
+
+
+def _on_other_stream(function: Callable[[], None]) -> None:
+    """Run plainly, but as it will be recorded: not on the default stream, with which backward passes synchronise."""
+    current, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    other.wait_stream(current)
+    with torch.cuda.stream(other):
+        function()
+    current.wait_stream(other)
