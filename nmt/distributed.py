@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from nmt.cudnn_attention import leave_out_cudnn_attention
 from nmt.errors import LostRankError, UserError
 from nmt.signs_of_life import SignsOfLife, lost_rank_line
 
@@ -118,6 +119,7 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     chosen = _choose_device(device, size=size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        leave_out_cudnn_attention()
     if size == 1:
         yield single(chosen)
         return

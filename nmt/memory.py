@@ -76,6 +76,33 @@ def find_split(trainer: Trainer, examples: "Examples[Any]", batches: Sequence[In
     return min(limits, default=None)
 
 
+def find_packed_split(
+    trainer: Trainer, pack: Callable[[int], "Examples[Any]"], example: Indices, *, max_tokens: int
+) -> int | None:
+    """Return the number of tokens above which packed batches have to be split, or None if they fit as they are.
+
+    Args:
+        trainer: Runs them.
+        pack: Returns the training examples, to be collated into rows for so many tokens.
+        example: Any one of them, (1,): each row takes as much memory.
+        max_tokens: What a row is to hold.
+
+    Raises:
+        UserError: There is no memory for a row of the longest example.
+    """
+    longest_example = int(pack(max_tokens).sizes[example].max())
+    tokens = max_tokens
+    while not fits(trainer, pack(tokens), example):
+        tokens //= 2
+        if tokens < longest_example:
+            raise UserError(
+                f"The training examples must fit into memory, but a row of {2 * tokens} tokens does not. "
+                "Make the model smaller, or leave out long examples (`max-tokens`)."
+            )
+    limits = trainer.world.gather(tokens)
+    return None if min(limits) == max_tokens else min(limits)
+
+
 def find_max_tokens(
     trainer: Trainer, examples: "Examples[Any]", window: Indices, *, multiple: int, world: World
 ) -> int:

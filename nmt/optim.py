@@ -55,7 +55,19 @@ def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.opt
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = {"adam": _ADAM, "adamw": _ADAMW}[options.optimizer]
-    return kind(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps, fused=True)
+    return kind(
+        groups,
+        lr=options.lr,
+        betas=options.adam_betas,
+        eps=options.adam_eps,
+        fused=True,
+        capturable=all(parameter.is_cuda for parameter in parameters),  # torch's word for `can_be_recorded`
+    )
+
+
+def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step can be recorded (`nmt/recording.py`), with a learning rate that is a tensor."""
+    return all(group.get("capturable", False) for group in optimizer.param_groups)
 
 
 def step(optimizer: torch.optim.Optimizer, *, is_cancelled: Tensor) -> None:

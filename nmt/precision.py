@@ -9,6 +9,7 @@ Validation, and all else that uses the model outside an update, computes with th
 measured is what is saved.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,10 @@ class Precision:
                 a task computes its loss in float32.
         """
         return objective if self.dtype == torch.float32 else _InLowPrecision(objective, model, self.dtype)
+
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        """Return a copy of a model in this type, or the model itself where it need not be changed."""
+        return model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
 
     def scale(self, factor: Tensor) -> Tensor:
         """Scale the factor of the loss."""

@@ -1,23 +1,25 @@
 """What is checked and found out before a run begins or goes on."""
 
 import filecmp
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from nmt.checkpoint import CheckpointFolder, load_config
 from nmt.config import changed_fixed_options
-from nmt.data.batch_iterator import BatchIterator
+from nmt.data.batch_iterator import BatchIterator, batch_limits
 from nmt.data.batching import Window, window_examples
 from nmt.distributed import World, single
 from nmt.errors import UserError
 from nmt.memory import find_max_tokens
 from nmt.options import TrainConfig
-from nmt.task import Examples, Task
+from nmt.task import Examples, PackingTask, Task
 from nmt.trainer import Trainer
 
 
@@ -61,6 +63,36 @@ def left_out(batches: BatchIterator, config: TrainConfig[Any]) -> list[str]:
         f"{warning}left out: {num_left_out:,} of {num_left_out + num_left:,} training examples "
         f"({share:.2%}) are longer than max-tokens"
     ]
+
+
+def packer(
+    config: TrainConfig[Any], task: Task[Any], examples: Examples[Any], device: torch.device
+) -> Callable[[int], Examples[Any]] | None:
+    """Return what packs the training examples into rows of so many tokens, or None if batches are to be padded.
+
+    Raises:
+        UserError: They must be packed, but cannot.
+    """
+    batching = config.batching
+    is_wanted = batching.packing == "on" or (batching.packing == "auto" and device.type == "cuda")
+    if not is_wanted or batching.max_tokens is None:
+        return None
+    max_sentences = batch_limits(batching, is_packed=True).max_sentences
+    assert max_sentences is not None
+
+    def pack(max_tokens: int) -> Examples[Any] | None:
+        if not isinstance(task, PackingTask):
+            return None
+        return task.pack(examples, max_tokens=max_tokens, max_sentences=max_sentences)
+
+    if pack(1) is None:
+        if batching.packing == "on":
+            raise UserError(
+                "`packing` must be auto or off where the task, or its loss, takes no packed batches, but is on. "
+                "Leave it out."
+            )
+        return None
+    return cast(Callable[[int], Examples[Any]], pack)
 
 
 def with_max_tokens(

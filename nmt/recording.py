@@ -1,30 +1,32 @@
 """Work of a GPU that is recorded once and then replayed: CUDA graphs, where the shapes of all tensors stay.
 
-A GPU waits for the host where an update or a decoding step is some thousand small kernels: Python launches them one
-by one, slower than they run. A replay launches all of them at once.
+A GPU waits for the host where an update or a decoding step is some thousand small kernels: Python launches them
+one by one, slower than they run. A replay launches all of them at once.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-_NUM_PLAIN_CALLS = 2  # before the recording: libraries set themselves up, and the allocator learns what is needed
+_NUM_PLAIN_CALLS = (
+    2  # before the recording: libraries set themselves up, and the allocator learns what is needed
+)
 
 
 class Recording:
     """A function whose work on a GPU is recorded at the third call, and from then on replayed instead.
 
-    The function takes and returns nothing. It reads tensors that stay where they are, and writes its results into
-    such tensors: `copy_` what changes from call to call into them before. What the host decides in it, a number or
-    a branch, is decided for good when it is recorded. Memory that it asks for is its own, or that of all recordings
-    which were given the same pool, and holds nothing from one call to the next.
+    The function takes and returns nothing. It reads tensors that stay where they are: `copy_` what changes from
+    call to call into them before. What the host decides in it, a number or a branch, is decided for good when it
+    is recorded. A tensor that it makes is made once, when it is recorded, and filled anew by each replay, as long
+    as the caller holds it. With a pool, results must be written into tensors from outside: the memory of the pool
+    serves every recording that was given it.
 
     Random numbers go on from the generator as they would without a recording.
     """
 
-    def __init__(
-        self, function: Callable[[], None], device: torch.device, *, pool: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, function: Callable[[], None], device: torch.device, *, pool: Any = None) -> None:
         """Record on a CUDA device; on any other one each call is plain.
 
         Args:
@@ -50,14 +52,14 @@ class Recording:
             _on_other_stream(self._function)
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._function()
             self._graph = graph
             graph.replay()
 
 
 def _on_other_stream(function: Callable[[], None]) -> None:
-    """Run plainly, but as it will be recorded: not on the default stream, with which backward passes synchronise."""
+    """Run plainly, but as it is going to be recorded: not on the default stream, which others wait for."""
     current, other = torch.cuda.current_stream(), torch.cuda.Stream()
     other.wait_stream(current)
     with torch.cuda.stream(other):

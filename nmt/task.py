@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 from nmt.config_values import suggest
 from nmt.errors import UserError
@@ -39,6 +39,20 @@ class Batch(Protocol):
 
     def to(self, device: torch.device, /) -> Self:
         """Return the batch on a device."""
+
+
+class StaticBatch(Batch, Protocol):
+    """A batch whose tensors have the same shapes in all batches of a run, such as a packed one.
+
+    Its updates are recorded and replayed on a GPU. What the loss does must then follow from the tensors: numbers
+    of the host, such as `num_targets`, are those of the batch that was recorded.
+    """
+
+    def clone(self) -> Self:
+        """Return a copy on its device."""
+
+    def copy_(self, other: Self, /) -> None:
+        """Take over the tensors of another batch, from pinned memory without waiting."""
 
 
 B = TypeVar("B", bound=Batch)
@@ -124,6 +138,20 @@ class Task(Protocol[B]):
 
     def save_assets(self, folder: Path, /) -> None:
         """Write what the model needs besides its parameters, such as vocabularies."""
+
+
+@runtime_checkable
+class PackingTask(Protocol):
+    """A task that can pack its training examples into batches of one shape."""
+
+    def pack(self, examples: Any, /, *, max_tokens: int, max_sentences: int) -> Examples[StaticBatch] | None:
+        """Return the examples of a split so that `collate` packs them, or None if this task's loss needs padding.
+
+        Args:
+            examples: From `open_split`.
+            max_tokens: Most tokens of a batch in any column of `sizes`.
+            max_sentences: Most examples of a batch.
+        """
 
 
 class TaskOptions(Protocol):

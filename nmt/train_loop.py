@@ -16,9 +16,9 @@ from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
 from nmt.forecast import forecast
-from nmt.memory import find_split
+from nmt.memory import find_packed_split, find_split
 from nmt.options import TrainConfig
-from nmt.preparation import left_out, refuse_other_run, with_max_tokens
+from nmt.preparation import left_out, packer, refuse_other_run, with_max_tokens
 from nmt.progress import Direction, Progress
 from nmt.reports import Clock, Reports
 from nmt.run_log import RunLog, read_records
@@ -26,6 +26,7 @@ from nmt.signals import StopRequest
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
 
+_GPU_WORKERS = 2  # a GPU takes batches faster than the process that launches its work could read them
 _LOWEST_LR_SCALE = 2.0**-5  # of five times back the last one has failed
 
 
@@ -92,7 +93,8 @@ class Run:
         self.valid_examples: Examples[Any] = self.task.open_split("valid")
         torch.manual_seed(config.seed)
         model = self.task.build_model().to(world.device)
-        if config.optimization.compile:
+        self.pack = packer(config, self.task, self.train_examples, world.device)
+        if config.optimization.compile and self.pack is None:
             sizes = self.train_examples.sizes
             compile_model(model, has_one_shape=bool((sizes == sizes[:1]).all()))
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
@@ -105,7 +107,9 @@ class Run:
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
+            num_workers=_num_workers(config, world),
             pin_memory=world.device.type == "cuda",
+            is_packed=self.pack is not None,
         )
         self.valid_batches = OrderedBatches(
             self.valid_examples,
@@ -121,6 +125,7 @@ class Run:
             world=world,
             seed=config.seed,
             updates_per_epoch=self.batches.updates_per_epoch,
+            has_one_shape=self.pack is not None,
         )
         self.log = RunLog(config.save_dir, is_writer=world.is_main, tensorboard=config.tensorboard)
         self.reports = Reports(self.log, self.trainer, self.batches, config.optimization)
@@ -147,17 +152,28 @@ class Run:
     def describe(self) -> list[str]:
         """Return the lines that tell what the run is going to be; changes nothing."""
         lines = left_out(self.batches, self.config)  # first, since it ends the run if nothing is left
-        found = find_split(self.trainer, self.train_examples, self.batches.first_batches)
-        # What a run was split by stays, or it would round otherwise when it is resumed with more memory.
-        limits = [limit for limit in (found, self.batches.split_above) if limit is not None]
-        self.batches.split_above = min(limits, default=None)
+        self._decide_split()
         return lines + forecast(
             self.config,
             self.trainer,
             self.batches,
-            train_examples=self.train_examples,
+            train_examples=self.batches.examples,
             valid_examples=self.valid_examples,
         )
+
+    def _decide_split(self) -> None:
+        """Find out whether batches fit into memory, and let those that do not be run in parts."""
+        first_batches, max_tokens = self.batches.first_batches, self.config.batching.max_tokens
+        if self.pack is None:
+            found = find_split(self.trainer, self.train_examples, first_batches)
+        else:
+            assert isinstance(max_tokens, int)
+            found = find_packed_split(self.trainer, self.pack, first_batches[0][:1], max_tokens=max_tokens)
+        # What a run was split by stays, or it would round otherwise when it is resumed with more memory.
+        limits = [limit for limit in (found, self.batches.split_above) if limit is not None]
+        self.batches.split_above = min(limits, default=None)
+        if self.pack is not None and isinstance(max_tokens, int):
+            self.batches.collate_with(self.pack(min([max_tokens, *limits])))
 
     def close(self) -> None:
         """End the processes that read batches ahead, and close the log."""
@@ -411,6 +427,13 @@ class Run:
         hours = self.config.optimization.stop_time_hours
         if hours is not None:
             self.is_out_of_time = self.world.broadcast(self.clock.seconds) >= hours * 3600
+
+
+def _num_workers(config: TrainConfig[Any], world: World) -> int:
+    chosen = config.batching.num_workers
+    if chosen != "auto":
+        return chosen
+    return _GPU_WORKERS if world.device.type == "cuda" else 0
 
 
 def _is_due(count: int, interval: int | None) -> bool:

@@ -6,26 +6,26 @@ mean that DistributedDataParallel takes over ranks becomes the sum that is wante
 (1 / W) * sum_r grad(W / N * L_r) = (1 / N) * sum_r grad L_r.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nmt.cancellations import Cancellations
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World
 from nmt.errors import UserError
+from nmt.gradients import FlatGradients, Gradients, ReducedGradients
 from nmt.late import LateNumber
 from nmt.metrics import Metrics, merge_states
-from nmt.optim import build_optimizer, step
+from nmt.optim import build_optimizer, can_be_recorded, step
 from nmt.options import OptimizationOptions
 from nmt.precision import Precision
+from nmt.recording import Recording
 from nmt.schedule import Plateau, build_schedule, num_warmup_updates
 from nmt.task import Batch, Examples, Illustrations, LossOutput, Task, batch_sums
 from nmt.validation import validate
@@ -33,6 +33,17 @@ from nmt.weights import AveragedWeights, weights
 
 _RESTORE = "Restore the checkpoint, or begin a new run."
 _TRAINED = "trained"  # key of the weights in training, where those of the checkpoint are their mean
+
+
+class Stepped(NamedTuple):
+    """What came of the step of an update: scalars on the device."""
+
+    norm: Tensor
+    """Of the gradient, before it is clipped."""
+    is_cancelled: Tensor
+    """bool: it was not finite, and nothing was changed."""
+    can_lower_scale: Tensor
+    """bool: that may be so only because of the loss scale."""
 
 
 class Trainer:
@@ -47,7 +58,19 @@ class Trainer:
         world: World,
         seed: int,
         updates_per_epoch: int,
+        has_one_shape: bool = False,
     ) -> None:
+        """Build the optimizer.
+
+        Args:
+            task: What is learned.
+            model: With the weights to begin with.
+            options: Of the optimizer and its schedule.
+            world: The ranks; the model is moved to its device.
+            seed: Of all that is random in updates.
+            updates_per_epoch: For what the schedule counts in epochs.
+            has_one_shape: Whether all batches have one shape (`StaticBatch`): updates on a GPU are then recorded.
+        """
         self.task = task
         self.model = model.to(world.device)
         self.world = world
@@ -70,18 +93,22 @@ class Trainer:
         self.cancellations = Cancellations(world)
         self.precision = Precision(options.precision, world.device)
         self.local_objective = self.precision.wrap(_Objective(task, self.model), self.model)
-        self.objective: nn.Module = self.local_objective
-        if world.size > 1:
-            # All ranks follow rank 0's batch norm.
-            # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
-            # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            warnings.filterwarnings(
-                "ignore", message="`broadcast_buffers` is deprecated"
-            )  # from torch 2.13 on
-            self.objective = DistributedDataParallel(
-                self.local_objective, broadcast_buffers=bool(self.statistics), find_unused_parameters=True
+        self.gradients: Gradients
+        if has_one_shape:
+            self.gradients = FlatGradients(
+                task, self.model, self.precision, world, is_compiled=options.compile
             )
+        else:
+            self.gradients = ReducedGradients(
+                self.local_objective,
+                [parameter for _, parameter in self._optimized_parameters()],
+                self.precision,
+                world,
+                has_statistics=bool(self.statistics),
+            )
+        self._lr = torch.zeros((), device=world.device)
+        self._is_recorded = has_one_shape and can_be_recorded(self.optimizer)
+        self._forget_recording()
 
     def train_step(
         self, micro_batches: Sequence[MicroBatch], *, epoch: int = 1, wants_stop: bool = False
@@ -101,16 +128,12 @@ class Trainer:
         self._seed_generators()
         statistics = [tensor.clone() for tensor in self.statistics]
         num_targets, num_wanting_stop = self.world.sum_(self._count(micro_batches, wants_stop))
+        self.gradients.start()
         outputs: list[LossOutput] = []
         for i, (batch, weight, _) in enumerate(micro_batches):
-            is_last = i == len(micro_batches) - 1
-            with nullcontext() if is_last else self._without_sync():
-                output = self.objective(batch.to(self.world.device))
-                scale = self.precision.scale(weight * self.world.size / num_targets)
-                (output.loss * scale).backward()
-            outputs.append(output)
-        can_lower_scale = self.precision.can_lower_scale()
-        is_cancelled = self._apply_gradient(epoch)
+            factor = weight * self.gradients.loss_factor / num_targets
+            outputs.append(self.gradients.add(batch, factor, is_last=i == len(micro_batches) - 1))
+        _, is_cancelled, can_lower_scale = self._apply_gradient(epoch)
         if self.world.size > 1:
             self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
         for tensor, before in zip(self.statistics, statistics, strict=True):
@@ -142,13 +165,13 @@ class Trainer:
                 (output.loss / max(batch.num_targets, 1)).backward()
         finally:
             del reserved
-            self.optimizer.zero_grad(set_to_none=True)
+            self.gradients.clear()
             for tensor, value in zip(self.statistics, before, strict=True):
                 tensor.copy_(value)
 
     def close(self) -> None:
         """Let go of what keeps the ranks' connections open; no update can follow."""
-        self.objective = self.model
+        self.gradients.close()
 
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
         """Return the task's metrics of a split, the same on every rank.
@@ -228,6 +251,7 @@ class Trainer:
         numbered = {number: by_parameter[name] for number, name in enumerate(given)}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+        self._forget_recording()
         if self.averaged is not None:
             self.averaged.restart(trained)
         self.update, self.lr, self.lr_scale = values["update"], values["lr"], values["lr_scale"]
@@ -240,32 +264,46 @@ class Trainer:
         elif self.world.is_main:  # another number of ranks: the sums of all go on in one place
             self.metrics.load_state_dict(merge_states(states))
 
-    def _apply_gradient(self, epoch: int) -> Tensor:
-        """Clip and step; a gradient that is not finite cancels the step on the device, unread by the host.
+    def _apply_gradient(self, epoch: int) -> Stepped:
+        """Make the step; a gradient that is not finite cancels it on the device, unread by the host.
 
         Returns:
-            Whether the step was cancelled, a scalar bool on the device, the same on every rank.
+            What came of it, the same on every rank.
         """
-        parameters = [parameter for _, parameter in self._optimized_parameters()]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        self.precision.unscale_(gradients)
-        norm = nn.utils.get_total_norm(gradients)
-        if self.options.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.options.clip_norm, norm)
-        is_cancelled = ~torch.isfinite(norm)
-        self.precision.adapt_(is_cancelled)
         self.update += 1
         factor = self.schedule(self.update, epoch) * self.plateau.factor * self.lr_scale
         self.lr = self.options.lr * factor
+        self._lr.fill_(self.lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        step(self.optimizer, is_cancelled=is_cancelled)
-        self.optimizer.zero_grad(set_to_none=True)
+            group["lr"] = self._lr if self._is_recorded else self.lr
+        self._step()
+        norm, is_cancelled, _ = stepped = self._stepped
         # Every rank has the same gradient here; divided so that the sum over ranks counts it once.
         self.metrics.add({"num_cancelled": is_cancelled / self.world.size})
         self.metrics.gauge("lr", self.lr)
         self.metrics.gauge("grad", norm)
-        return is_cancelled
+        return stepped
+
+    def _forget_recording(self) -> None:
+        """Record the step anew: what it reads may lie elsewhere now."""
+        device = self.world.device if self._is_recorded else torch.device("cpu")
+        self._step = Recording(self._clip_and_step, device)
+
+    @torch.no_grad()
+    def _clip_and_step(self) -> None:
+        """Clip, step and clear the gradients; all on the device, the same way each time."""
+        gradients = self.gradients.tensors()
+        self.precision.unscale_(gradients)
+        norm = nn.utils.get_total_norm(gradients)
+        if self.options.clip_norm:
+            # As torch.nn.utils.clip_grads_with_norm_, which takes parameters.
+            share = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, share)
+        is_cancelled = ~torch.isfinite(norm)
+        self._stepped = Stepped(norm, is_cancelled, self.precision.can_lower_scale())
+        self.precision.adapt_(is_cancelled)
+        step(self.optimizer, is_cancelled=is_cancelled)
+        self.gradients.clear()
 
     def _count(self, micro_batches: Sequence[MicroBatch], wants_stop: bool) -> Tensor:
         """Return (number of targets, whether to stop), to be summed over ranks at once: (2,)."""
@@ -274,12 +312,6 @@ class Trainer:
         counts[0].fill_(sum(weight * batch.num_targets for batch, weight, _ in micro_batches))
         counts[1].fill_(float(wants_stop))
         return counts
-
-    def _without_sync(self) -> Any:
-        """Keep DDP from summing gradients before the last micro-batch."""
-        if isinstance(self.objective, DistributedDataParallel):
-            return self.objective.no_sync()
-        return nullcontext()
 
     def _optimized_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

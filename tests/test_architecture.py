@@ -29,12 +29,14 @@ PYPROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding
 LAYERS = {
     "nmt.errors": 0,
     "nmt.config": 0,
+    "nmt.cudnn_attention": 0,
     "nmt.config_file": 0,
     "nmt.config_values": 0,
     "nmt.determinism": 0,
     "nmt.distributed": 0,
     "nmt.flops": 0,
     "nmt.late": 0,
+    "nmt.recording": 0,
     "nmt.metrics": 0,
     "nmt.new_folder": 0,
     "nmt.allocator": 0,
@@ -56,6 +58,7 @@ LAYERS = {
     "nmt.checkpoint": 2,
     "nmt.tensorboard": 2,
     "nmt.validation": 2,
+    "nmt.gradients": 2,
     "nmt.trainer": 2,
     "nmt.memory": 3,
     "nmt.forecast": 3,
@@ -87,7 +90,12 @@ BUILDS = {
 } | {("nmt.vision.options", target) for target in ("nmt.vision.task", "nmt.vision.libraries")}
 
 # The modules of nmt.data that handle tensors; the others must serve preprocessing without torch.
-DATA_WITH_TENSORS = {"nmt.data.parallel_dataset", "nmt.data.batch_iterator", "nmt.data.loading"}
+DATA_WITH_TENSORS = {
+    "nmt.data.packing",
+    "nmt.data.parallel_dataset",
+    "nmt.data.batch_iterator",
+    "nmt.data.loading",
+}
 
 
 class Import(NamedTuple):

@@ -25,7 +25,7 @@ from nmt.errors import UserError
 from nmt.models.transformer import Transformer
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
 from nmt.train_loop import train
-from nmt.trainer import Trainer
+from nmt.trainer import Stepped, Trainer
 from nmt.vision.options import ImageClassificationOptions
 from nmt.weights import weights
 
@@ -60,12 +60,13 @@ class WiderTask(PairTask):
 class GradientTrainer(Trainer):
     """Keeps the gradient of the update, as the optimizer gets it, and makes none."""
 
-    def _apply_gradient(self, epoch: int) -> Tensor:
+    def _apply_gradient(self, epoch: int) -> Stepped:
         parameters = dict(self.model.named_parameters())
         self.precision.unscale_([p.grad for p in parameters.values()])
         self.gradient = {name: p.grad.clone() for name, p in parameters.items()}
         self.optimizer.zero_grad()
-        return torch.tensor(False)
+        no = torch.tensor(False)
+        return Stepped(torch.tensor(1.0), is_cancelled=no, can_lower_scale=no)
 
 
 def make_trainer(task: Any, *, is_compiled: bool, world: World = CPU, precision: Any = "fp32") -> Any:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from nmt.data.batch_iterator import BatchIterator, MicroBatch
 from nmt.data.options import BatchingOptions
-from nmt.data.parallel_dataset import TranslationBatch
+from nmt.data.packing import PackedShape, PackedTranslationBatch, pack_pairs
+from nmt.data.parallel_dataset import Pair, TranslationBatch
 from nmt.distributed import World, single
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions
 from nmt.task import LossOutput
 from nmt.trainer import Trainer
-from nmt.translation.loss import translation_loss
+from nmt.translation.loss import packed_translation_loss, translation_loss
 
 PAD, EOS = 1, 2
 VOCABULARY_SIZE = 15
@@ -72,6 +73,16 @@ class PairExamples:
         )
 
 
+class PackedPairs(PairExamples):
+    """The same pairs, in packed batches."""
+
+    shape = PackedShape.of(max_tokens=36, max_sentences=5, longest=9)
+
+    def collate(self, indices: Sequence[int]) -> PackedTranslationBatch:
+        pairs = [tuple(np.array([*side, EOS]) for side in self.pairs[i]) for i in indices]
+        return pack_pairs(cast(list[Pair], pairs), self.shape)
+
+
 class PairTask:
     """The translation loss without anything around it, in float64."""
 
@@ -87,7 +98,9 @@ class PairTask:
         )
         return model.double()
 
-    def compute_loss(self, model: Transformer, batch: TranslationBatch) -> LossOutput:
+    def compute_loss(self, model: Transformer, batch: Any) -> LossOutput:
+        if isinstance(batch, PackedTranslationBatch):
+            return packed_translation_loss(model, batch, label_smoothing=0.1)
         return translation_loss(model, batch, label_smoothing=0.1)
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
@@ -102,20 +115,30 @@ def pad(rows: list[list[int]]) -> Tensor:
     return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
 
 
-def updates_of(world: World, update_freq: int) -> list[list[MicroBatch]]:
+def updates_of(world: World, update_freq: int, *, is_packed: bool = False) -> list[list[MicroBatch]]:
     """This rank's part of the first updates."""
-    options = replace(BATCHING, update_freq=update_freq)
-    batches = BatchIterator(PairExamples(), options, seed=1, rank=world.rank, world_size=world.size)
+    # 7 packed batches an epoch, too: none has 36 tokens on a side.
+    options = replace(BATCHING, update_freq=update_freq, batch_size=4 if is_packed else 5)
+    examples = PackedPairs() if is_packed else PairExamples()
+    batches = BatchIterator(
+        examples, options, seed=1, rank=world.rank, world_size=world.size, is_packed=is_packed
+    )
     updates: list[list[MicroBatch]] = []
     while len(updates) < NUM_UPDATES:
         updates += list(batches)
     return updates[:NUM_UPDATES]
 
 
-def train(updates: list[list[MicroBatch]], world: World) -> dict[str, Any]:
+def train(updates: list[list[MicroBatch]], world: World, *, is_packed: bool = False) -> dict[str, Any]:
     """Make the updates; return each one's gradient, norm and parameters, and the sums over all."""
     trainer = Trainer(
-        PairTask(), PairTask().build_model(), OPTIMIZATION, world=world, seed=1, updates_per_epoch=1
+        PairTask(),
+        PairTask().build_model(),
+        OPTIMIZATION,
+        world=world,
+        seed=1,
+        updates_per_epoch=1,
+        has_one_shape=is_packed,
     )
     seen: dict[str, Any] = {"gradients": [], "norms": [], "parameters": []}
     # What the optimizer is given: clipped, as the reference's is.
@@ -134,11 +157,14 @@ def named(model: nn.Module) -> list[tuple[str, Any]]:
     return list(model.named_parameters())
 
 
-def save_trained(world: World, update_freq: int, folder: str) -> None:
-    updates = updates_of(world, update_freq)
+def save_trained(world: World, update_freq: int, folder: str, is_packed: bool = False) -> None:
+    updates = updates_of(world, update_freq, is_packed=is_packed)
     weights = [[micro_batch.weight for micro_batch in update] for update in updates]
     targets = [[micro_batch.batch.num_targets for micro_batch in update] for update in updates]
-    torch.save({**train(updates, world), "weights": weights, "targets": targets}, f"{folder}/{world.rank}.pt")
+    torch.save(
+        {**train(updates, world, is_packed=is_packed), "weights": weights, "targets": targets},
+        f"{folder}/{world.rank}.pt",
+    )
 
 
 def reference(updates: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -237,6 +263,19 @@ def test_the_update_is_that_of_one_plain_batch(
     assert weights.count(0.0) == (NUM_UPDATES // 2 if ranks > 1 else 0), "one filler at the end of an epoch"
     targets = [[sum(update) for update in found["targets"]] for found in trained]
     assert ranks == 1 or any(len(set(shares)) > 1 for shares in zip(*targets, strict=True))
+
+
+@pytest.mark.parametrize(("ranks", "update_freq"), [(1, 4), (2, 2)])
+def test_the_update_of_packed_batches_is_that_of_one_padded_batch(
+    ranks: int, update_freq: int, tmp_path: Path
+) -> None:
+    run_ranks(save_trained, update_freq, str(tmp_path), True, size=ranks)
+    trained = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    updates = updates_of(single(torch.device("cpu")), update_freq=4, is_packed=True)
+    assert any(len(update) % 2 for update in updates), "for which two ranks need a filler"
+    examples = [sorted(index for batch in update for index in batch.indices) for update in updates]
+    for found in trained:
+        assert_as_expected(found, reference(examples))
 
 
 def test_the_reference_notices_a_mean_over_ranks(

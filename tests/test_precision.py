@@ -19,7 +19,7 @@ from nmt.options import OptimizationOptions
 from nmt.precision import Precision
 from nmt.task import LossOutput
 from nmt.train_loop import train
-from nmt.trainer import Trainer
+from nmt.trainer import Stepped, Trainer
 
 CPU = single(torch.device("cpu"))
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,11 +41,12 @@ class SingleTask(PairTask):
 class GradientTrainer(Trainer):
     """Keeps the gradient of the update, as the optimizer gets it."""
 
-    def _apply_gradient(self, epoch: int) -> Tensor:
+    def _apply_gradient(self, epoch: int) -> Stepped:
         parameters = dict(self.model.named_parameters())
         self.precision.unscale_([p.grad for p in parameters.values()])
         self.gradient = {name: p.grad.clone() for name, p in parameters.items()}
-        return torch.tensor(False)
+        no = torch.tensor(False)
+        return Stepped(torch.tensor(1.0), is_cancelled=no, can_lower_scale=no)
 
 
 def gradients(
@@ -140,7 +141,7 @@ def test_a_task_with_batch_norm_learns_and_its_statistics_and_loss_are_in_float3
         trainer.metrics.reset("train")
     assert seen[:3] == [LOW[precision], LOW[precision], torch.float32]
     assert losses[-1] < 0.3 * losses[0]
-    output = trainer.objective(points())
+    output = trainer.local_objective(points())
     assert output.loss.dtype == torch.float32
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in model.state_dict().values())
     # Validation computes with the parameters themselves: what is measured is what is saved.

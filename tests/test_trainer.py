@@ -18,7 +18,7 @@ from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions
 from nmt.task import LossOutput
-from nmt.trainer import Trainer
+from nmt.trainer import Stepped, Trainer
 from nmt.translation.loss import translation_loss
 
 PAD, EOS = 1, 2
@@ -80,9 +80,10 @@ def collate(indices: list[int]) -> TranslationBatch:
 class GradientTrainer(Trainer):
     """Keeps the gradient of the update instead of stepping."""
 
-    def _apply_gradient(self, epoch: int) -> torch.Tensor:
+    def _apply_gradient(self, epoch: int) -> Stepped:
         self.gradient = {name: p.grad.clone() for name, p in self.model.named_parameters()}
-        return torch.tensor(False)
+        no = torch.tensor(False)
+        return Stepped(torch.tensor(1.0), is_cancelled=no, can_lower_scale=no)
 
 
 def gradient_of(micro_batches: list[tuple[list[int], float]], world: World) -> tuple[dict[str, Any], Any]:

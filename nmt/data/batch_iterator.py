@@ -21,6 +21,7 @@ from nmt.data.batching import (
     Indices,
     Window,
     count_too_long,
+    cut_by,
     longest,
     num_windows,
     plan_ordered,
@@ -78,9 +79,10 @@ class BatchIterator:
 
     The same seed, data and options give the same sequence, bit for bit, interrupted or not, for any number
     of worker processes. If a restored run has other limits (`max_tokens`, `batch_size`,
-    `required_batch_size_multiple`, `max_positions`), what is left of the open window is cut again; with
-    another number of ranks or another `update_freq` the same sequence is dealt in other groups. Either way
-    each example comes once per epoch. A changed `seed` or `window_size` takes effect with the next epoch.
+    `required_batch_size_multiple`, `max_positions`, `is_packed`), what is left of the open window is cut
+    again; with another number of ranks or another `update_freq` the same sequence is dealt in other groups.
+    Either way each example comes once per epoch. A changed `seed` or `window_size` takes effect with the next
+    epoch.
 
     Worker processes live until `close()`, or until the iterator is garbage. They are spawned, since forking a
     process with threads or a CUDA context is unsafe. So `examples` must pickle: as paths rather than content.
@@ -97,6 +99,7 @@ class BatchIterator:
         num_workers: int | None = None,
         max_positions: int | tuple[int, ...] | None = None,
         pin_memory: bool = False,
+        is_packed: bool = False,
     ) -> None:
         """Start at the first epoch.
 
@@ -110,6 +113,7 @@ class BatchIterator:
             max_positions: largest length that the model takes, per column of `examples.sizes` or for all of
                 them; longer examples are left out.
             pin_memory: hand out batches in page-locked memory, for copies to a CUDA device.
+            is_packed: batches are limited by the sum of the lengths of each column, as nothing is padded.
         """
         assert 0 <= rank < world_size, (rank, world_size)
         if seed < 0:
@@ -117,7 +121,7 @@ class BatchIterator:
         options.check()
         self._examples = examples
         self._options = options
-        self._limits = _limits(options, max_positions)
+        self._limits = batch_limits(options, max_positions=max_positions, is_packed=is_packed)
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
@@ -125,10 +129,21 @@ class BatchIterator:
         self._iteration: ref[Generator[list[MicroBatch], None, None]] | None = None
         self._feed = Feed()
         self._loader: DataLoader[Any] | None = None
-        self._num_workers = options.num_workers if num_workers is None else num_workers
+        self._num_workers = _num_workers(options) if num_workers is None else num_workers
         self._pin_memory = pin_memory
         self.split_above: int | None = None
-        """Batches of a larger padded size are run in parts, as micro-batches; the update stays the same."""
+        """Batches of a larger size are run in parts, as micro-batches; the update stays the same. The size is that
+        with padding, or where batches are packed the sum of any column."""
+
+    def collate_with(self, examples: "Examples[Any]") -> None:
+        """Let the same examples, of another `collate`, make the batches; before the first iteration."""
+        assert self._loader is None and len(examples) == len(self._examples)
+        self._examples = examples
+
+    @property
+    def examples(self) -> "Examples[Any]":
+        """What batches are made of."""
+        return self._examples
 
     @property
     def epoch(self) -> int:
@@ -308,6 +323,9 @@ class BatchIterator:
         """Cut a batch into equal parts that the device has memory for."""
         if self.split_above is None:
             return [batch]
+        if self._limits.is_packed:
+            limits = replace(self._limits, max_tokens=self.split_above)
+            return [batch[part] for part in cut_by(self._examples.sizes[batch], limits)]
         most = max(1, self.split_above // int(longest(self._examples.sizes[batch]).max()))
         return np.array_split(batch, -(-len(batch) // most))
 
@@ -347,13 +365,11 @@ class OrderedBatches:
         """Plan the batches; `options` limits them and says how many processes read them."""
         self._plan = [
             PlannedBatch(batch.tolist(), key=(int(batch[0]),))
-            for batch in plan_ordered(
-                examples.sizes, _limits(options, None), rank=rank, world_size=world_size
-            )
+            for batch in plan_ordered(examples.sizes, batch_limits(options), rank=rank, world_size=world_size)
         ]
         self._feed = Feed()
         # Workers that have nothing to read would only be started.
-        num_workers = min(options.num_workers, len(self._plan))
+        num_workers = min(_num_workers(options), len(self._plan))
         self._loader: DataLoader[Any] | None = make_loader(
             examples, self._feed, num_workers=num_workers, pin_memory=pin_memory
         )
@@ -369,14 +385,34 @@ class OrderedBatches:
         self._loader = None
 
 
-def _limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None) -> BatchLimits:
+def batch_limits(
+    options: BatchingOptions,
+    *,
+    max_positions: int | tuple[int, ...] | None = None,
+    is_packed: bool = False,
+) -> BatchLimits:
+    """Return what the options say that a batch may hold.
+
+    Packed batches are limited to a number of sentences in any case, for which their tensors have room: a quarter
+    of the tokens, so that only examples of fewer than four tokens on average fill it first.
+    """
     assert options.max_tokens != "auto", "find it first (nmt/memory.py)"
+    max_sentences = options.batch_size
+    if is_packed:
+        assert options.max_tokens is not None
+        room = max(1, options.max_tokens // 4)
+        max_sentences = room if max_sentences is None else min(room, max_sentences)
     return BatchLimits(
         max_tokens=options.max_tokens,
-        max_sentences=options.batch_size,
+        max_sentences=max_sentences,
         multiple=options.required_batch_size_multiple,
         max_positions=(max_positions,) if isinstance(max_positions, int) else max_positions,
+        is_packed=is_packed,
     )
+
+
+def _num_workers(options: BatchingOptions) -> int:
+    return 0 if options.num_workers == "auto" else options.num_workers
 
 
 def _limits_from_json(fields: Mapping[str, Any]) -> BatchLimits:
@@ -386,4 +422,5 @@ def _limits_from_json(fields: Mapping[str, Any]) -> BatchLimits:
         max_sentences=fields["max_sentences"],
         multiple=fields["multiple"],
         max_positions=None if max_positions is None else tuple(max_positions),
+        is_packed=fields.get("is_packed", False),  # checkpoints before it had none
     )

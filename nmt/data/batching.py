@@ -37,6 +37,8 @@ class BatchLimits:
     multiple: int = 8
     max_positions: tuple[int, ...] | None = None
     """Largest length per column, or one for all of them: what the model can take."""
+    is_packed: bool = False
+    """Nothing is padded: `max_tokens` limits the sum of the lengths of each column, and the order stays random."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,7 @@ def plan_window(sizes: Sizes, cuts: Sequence[Cut], *, window: Window) -> list[In
     for number, (limits, num_consumed) in enumerate(cuts):
         left_sizes = sizes[left]
         fitting = np.flatnonzero(~too_long(left_sizes, limits))
-        cut = cut_batches(
-            left_sizes[fitting],
-            max_tokens=limits.max_tokens,
-            max_sentences=limits.max_sentences,
-            multiple=limits.multiple,
-        )
+        cut = cut_by(left_sizes[fitting], limits)
         key = (_SHUFFLE_KEY, window.seed, window.epoch, window.number, number)
         local_batches = [fitting[cut[i]] for i in _shuffled(len(cut), key)]
         batches = [left[batch] for batch in local_batches[num_consumed:]]
@@ -87,6 +84,19 @@ def plan_window(sizes: Sizes, cuts: Sequence[Cut], *, window: Window) -> list[In
             is_left[batch] = False
         left = left[is_left]
     return batches
+
+
+def cut_by(sizes: Sizes, limits: BatchLimits) -> list[Indices]:
+    """Cut examples into batches: by length, or where batches are packed as the examples come."""
+    if limits.is_packed:
+        assert limits.max_tokens is not None
+        return cut_packed(sizes, max_tokens=limits.max_tokens, max_sentences=limits.max_sentences)
+    return cut_batches(
+        sizes,
+        max_tokens=limits.max_tokens,
+        max_sentences=limits.max_sentences,
+        multiple=limits.multiple,
+    )
 
 
 def window_examples(window: Window, *, num_examples: int) -> Indices:
@@ -147,15 +157,37 @@ def cut_batches(
     return batches
 
 
+def cut_packed(sizes: Sizes, *, max_tokens: int, max_sentences: int | None) -> list[Indices]:
+    """Cut examples, as they come, into batches of which no side has more than `max_tokens` tokens.
+
+    Args:
+        sizes: (n, C) lengths, each at most `max_tokens`.
+        max_tokens: Most tokens of a batch on any side.
+        max_sentences: Most examples of a batch.
+
+    Returns:
+        Arrays of consecutive row numbers; each row is in exactly one.
+    """
+    ends = np.cumsum(sizes, axis=0, dtype=np.int64)
+    batches, start = [], 0
+    while start < len(sizes):
+        before = ends[start] - sizes[start]
+        fits = [
+            int(column.searchsorted(first + max_tokens, side="right"))
+            for column, first in zip(ends.T, before, strict=True)
+        ]
+        end = max(start + 1, min(*fits, len(sizes) if max_sentences is None else start + max_sentences))
+        batches.append(np.arange(start, end))
+        start = end
+    return batches
+
+
 def plan_ordered(sizes: Sizes, limits: BatchLimits, *, rank: int, world_size: int) -> list[Indices]:
     """Return this rank's share of all examples, in batches by length: nothing shuffled, nothing left out.
 
     An example longer than `limits.max_tokens` is a batch of its own, since a validation must see all of them.
     """
-    batches = cut_batches(
-        sizes, max_tokens=limits.max_tokens, max_sentences=limits.max_sentences, multiple=limits.multiple
-    )
-    return batches[rank::world_size]
+    return cut_by(sizes, limits)[rank::world_size]
 
 
 def longest(sizes: Sizes) -> Indices:

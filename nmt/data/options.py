@@ -93,8 +93,9 @@ class BatchingOptions:
     """How examples are gathered into batches, and batches into updates."""
 
     max_tokens: int | Literal["auto"] | None = 4096
-    """Largest size of a batch on one device: its number of examples times its longest side, padding included.
-    Longer examples are left out of training and counted. auto: as much as fits into the memory of the GPU."""
+    """Largest size of a batch on one device: its number of examples times its longest side, padding included;
+    where batches are packed, the sum of either side. Longer examples are left out of training and counted.
+    auto: as much as fits into the memory of the GPU."""
 
     batch_size: int | None = None
     """Largest number of examples in a batch."""
@@ -105,8 +106,13 @@ class BatchingOptions:
     required_batch_size_multiple: int = 8
     """Where more than this many examples fit into a batch, their number is a multiple of it."""
 
-    num_workers: int = 0
-    """Number of processes per device that read and pad batches ahead. 0: the training process does it."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Training batches without padding, all of one shape: sentences one after another in one row. auto: on a GPU,
+    where updates are then recorded once and replayed, if the task can pack."""
+
+    num_workers: int | Literal["auto"] = "auto"
+    """Number of processes per device that read and collate batches ahead. 0: the training process does it. auto: 2
+    on a GPU, else 0."""
 
     window_size: int = 2**20
     """Number of examples that are sorted by length together. A smaller data set is sorted as a whole."""
@@ -132,7 +138,12 @@ class BatchingOptions:
         for name, value in at_least_one.items():
             if isinstance(value, int) and value < 1:
                 raise UserError(f"`{name}` must be at least 1, but is {value}. Give a larger number.")
-        if self.num_workers < 0:
+        if self.packing == "on" and self.max_tokens is None:
+            raise UserError(
+                "`packing` must have `max-tokens`, the size of the rows, but there is none. Set it, or leave "
+                "`packing` out."
+            )
+        if self.num_workers != "auto" and self.num_workers < 0:
             raise UserError(
                 f"`num-workers` must be at least 0, but is {self.num_workers}. "
                 "Give 0 to read the data in the training process."

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nmt.models import fused
 from nmt.models.decoder_state import LayerState
 from nmt.models.fused import Linear
+from nmt.models.packed import Spans, attend_within
 
 LEAST_WIDTH = 16
 """Rows of attention scores are best at least so wide: PyTorch's softmax on a CPU takes narrower ones one by one,
@@ -21,7 +22,7 @@ def attend(
     keys: Tensor,
     values: Tensor,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Spans | None = None,
     is_causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -31,13 +32,16 @@ def attend(
         query: (B, H, T, E).
         keys: (B, H, S, E).
         values: (B, H, S, E).
-        attention_mask: bool, True where attention is allowed, broadcastable to (B, H, T, S).
+        attention_mask: bool, True where attention is allowed, broadcastable to (B, H, T, S); or the parts of
+            packed rows, whose B is 1.
         is_causal: Position t attends to the positions up to t only (T equals S).
         dropout: Probability with which an attention weight is dropped.
 
     Returns:
         (B, T, D): the heads side by side.
     """
+    if isinstance(attention_mask, Spans):
+        return attend_within(query, keys, values, attention_mask, is_causal=is_causal, dropout=dropout)
     if _is_for_fused(query):
         bias = _bias(query, keys, attention_mask, is_causal=is_causal)
         return fused.attention(query, keys, values, bias, dropout=dropout)
@@ -99,7 +103,7 @@ class SelfAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Spans | None = None,
         is_causal: bool = False,
         state: LayerState | None = None,
     ) -> Tensor:
@@ -107,14 +111,15 @@ class SelfAttention(nn.Module):
 
         Args:
             x: (R, T, D).
-            attention_mask: bool, True where attention is allowed, broadcastable to (R, H, T, T).
+            attention_mask: bool, True where attention is allowed, broadcastable to (R, H, T, T); or the parts of a
+                packed row.
             is_causal: Position t attends to the positions up to t only.
             state: The positions before `x`, which every position of `x` may attend to; `x` is added to it.
 
         Returns:
             (R, T, D).
         """
-        assert attention_mask is None or not is_causal
+        assert attention_mask is None or isinstance(attention_mask, Spans) or not is_causal
         query, keys, values = split_heads(self.qkv_proj(x), 3, self.num_heads)
         if state is not None:
             num_new = x.size(1)
@@ -151,14 +156,14 @@ class CrossAttention(nn.Module):
         keys, values = split_heads(self.kv_proj(encoded), 2, self.num_heads)
         return keys, values
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor | Spans) -> Tensor:
         """Let each row attend to the memory of its sentence.
 
         Args:
             x: (R, T, D), the K rows of a sentence side by side.
             keys: (B, H, S, E).
             values: (B, H, S, E).
-            attention_mask: (B, 1, 1, S) bool, False at padding.
+            attention_mask: (B, 1, 1, S) bool, False at padding; or the parts of packed rows.
 
         Returns:
             (R, T, D).

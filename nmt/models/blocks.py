@@ -98,12 +98,27 @@ class Embedding(nn.Module):
         self.norm = nn.LayerNorm(dim) if options.layernorm_embedding else nn.Identity()
         self.dropout = Dropout(options.dropout)
 
-    def forward(self, token_ids: Tensor, start: int = 0) -> Tensor:
-        """Embed (R, T) int64 ids, the first of which stands at position `start` (from 0), as (R, T, D)."""
-        assert start + token_ids.size(1) <= self.max_positions, "longer than the table of positions"
-        first = self.first_position + start
+    def forward(self, token_ids: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:
+        """Embed tokens with their positions.
+
+        Args:
+            token_ids: (R, T) integers.
+            start: The position of the first of each row, from 0; the others follow.
+            positions: (T,) integers, the position of each token of a packed row instead.
+
+        Returns:
+            (R, T, D).
+        """
         tokens = embed(token_ids, self.tokens.weight, pad_id=self.first_position - 1)
-        positions = self.positions[first : first + token_ids.size(1)].to(tokens.dtype)
+        if positions is None:
+            assert start + token_ids.size(1) <= self.max_positions, "longer than the table of positions"
+            first = self.first_position + start
+            table = self.positions[first : first + token_ids.size(1)]
+        else:
+            # Parts that only fill a packed row may be longer than the table.
+            rows = (positions + self.first_position).clamp(max=self.positions.size(0) - 1)
+            table = F.embedding(rows, self.positions)
+        positions = table.to(tokens.dtype)
         return self.dropout(self.norm(torch.add(positions, tokens, alpha=self.scale)))
 
 

@@ -169,7 +169,12 @@ class _Attention(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    features: Tensor, weight: Tensor, target: Tensor, *, label_smoothing: float
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float,
+    ignored: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Project features to the vocabulary and take the label-smoothed cross-entropy, summed over tokens.
 
@@ -183,6 +188,7 @@ def linear_cross_entropy(
         weight: (V, D), the output embeddings.
         target: (N,) int64.
         label_smoothing: eps, 0 <= eps < 1.
+        ignored: A target that counts for nothing, nor does its token.
 
     Returns:
         The loss and the negative log-likelihood, summed over the tokens, in nats: scalars in float32 (float64 for
@@ -191,7 +197,7 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # or `apply` would still form the gradients
         features, weight = features.detach(), weight.detach()
     apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearCrossEntropy.apply)
-    return apply(features, weight, target, label_smoothing)
+    return apply(features, weight, target, label_smoothing, ignored)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -204,7 +210,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        label_smoothing: float,
+        ignored: int | None,
     ) -> tuple[Tensor, Tensor]:
         needs_gradient = any(ctx.needs_input_grad)
         num_tokens, vocabulary_size = features.size(0), weight.size(0)
@@ -217,24 +228,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll = torch.zeros_like(loss)
         at_once = _LOGITS_AT_ONCE.get(features.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
         chunk = max(1, at_once // vocabulary_size)
+        is_counted = None if ignored is None else (target != ignored)[:, None]  # (N, 1)
         for start in range(0, num_tokens, chunk):
-            h, y = features[start : start + chunk], target[start : start + chunk, None]
+            part = slice(start, start + chunk)
+            h, y = features[part], target[part, None]
             z = product(h, weight.t()).to(accurate)
             z_target, z_max = z.gather(1, y).squeeze(1), z.amax(dim=1)
             p = torch.softmax(z, dim=1, out=z)
             # log p_max instead of log p_y: the largest probability cannot underflow.
             log_normalizer = z_max - p.amax(dim=1).log()
+            if is_counted is not None:
+                # What is not counted is taken from the narrow factors of the products, not from (N, V).
+                h = h * is_counted[part]
+                log_normalizer, z_target = (x * is_counted[part, 0] for x in (log_normalizer, z_target))
             nll += (log_normalizer - z_target).sum()
             loss += log_normalizer.sum() - extra * z_target.sum()
             if needs_gradient:
                 grad = p.scatter_(1, y, p.gather(1, y) - extra).to(features.dtype)
-                grad_features[start : start + chunk] = product(grad, weight)
+                grad_features[part] = product(grad, weight)
                 grad_weight += product_over_rows(grad, h)
         weight_sum = weight.sum(dim=0, dtype=accurate)
-        feature_sum = features.sum(dim=0, dtype=accurate)
+        counted = features if is_counted is None else features * is_counted
+        feature_sum = counted.sum(dim=0, dtype=accurate)
         loss -= other * (feature_sum @ weight_sum)
         if needs_gradient:
             grad_features -= (other * weight_sum).to(features.dtype)
+            if is_counted is not None:
+                grad_features *= is_counted
             grad_weight -= other * feature_sum
         ctx.save_for_backward(grad_features, grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(nll)
@@ -242,7 +262,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_features, grad_weight = ctx.saved_tensors
         scale = grad_loss.to(grad_features.dtype)
-        return grad_features * scale, grad_weight * scale, None, None
+        return grad_features * scale, grad_weight * scale, None, None, None

@@ -14,6 +14,7 @@ from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual, recomputed
 from nmt.models.decoder_state import DecoderState, LayerState, Memory
 from nmt.models.options import TransformerOptions
+from nmt.models.packed import PackedTokens, Spans
 
 
 class Transformer(nn.Module):
@@ -60,6 +61,29 @@ class Transformer(nn.Module):
         """Return the decoder's last hidden states (R, T, D); arguments as in `decode`."""
         return self.decoder(target_input, memory, state)
 
+    def packed_features(self, source: PackedTokens, target_input: PackedTokens) -> Tensor:
+        """Encode sources and decode their targets, packed into a row each: what training on a GPU does.
+
+        Args:
+            source: N tokens; each sentence ends in eos.
+            target_input: M tokens, the targets shifted right; part i belongs to part i of the source.
+
+        Returns:
+            (M, D): the decoder's last hidden states.
+        """
+        encoded = self.encoder(
+            source.ids[None], Spans.between(source, source), positions=source.positions
+        )  # (1, N, D)
+        memory = self.decoder.project_memory(encoded, torch.zeros_like(source.ids[None], dtype=torch.bool))
+        features = self.decoder(
+            target_input.ids[None],
+            memory,
+            None,
+            positions=target_input.positions,
+            spans=(Spans.between(target_input, target_input), Spans.between(target_input, source)),
+        )
+        return features.squeeze(0)
+
     def decode(self, target_input: Tensor, memory: Memory, state: DecoderState | None = None) -> Tensor:
         """Predict the token that follows each position.
 
@@ -101,10 +125,10 @@ class Encoder(nn.Module):
         self.activation_checkpointing = options.activation_checkpointing
         self.final_norm = nn.LayerNorm(dim) if options.encoder_normalize_before else nn.Identity()
 
-    def forward(self, source: Tensor, padding_mask: Tensor) -> Tensor:
-        """(B, S) int64 and its padding mask -> (B, S, D)."""
-        attention_mask = ~padding_mask[:, None, None, :]  # (B, 1, 1, S)
-        x = self.embedding(source)
+    def forward(self, source: Tensor, padding: Tensor | Spans, positions: Tensor | None = None) -> Tensor:
+        """(B, S) int64 and its padding mask, or (1, S), its parts and their positions -> (B, S, D)."""
+        attention_mask = padding if isinstance(padding, Spans) else ~padding[:, None, None, :]  # (B, 1, 1, S)
+        x = self.embedding(source, positions=positions)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             x = recomputed(layer, x, attention_mask) if recompute else layer(x, attention_mask)
@@ -136,16 +160,34 @@ class Decoder(nn.Module):
         ]
         return Memory([keys for keys, _ in projected], [values for _, values in projected], padding_mask)
 
-    def forward(self, target_input: Tensor, memory: Memory, state: DecoderState | None) -> Tensor:
-        """(R, T) int64 -> (R, T, D); see `Transformer.decode`."""
-        # Memory and its mask have B sentences, x has their R = B*K rows: more queries, to CrossAttention.
-        attention_mask = ~memory.padding_mask[:, None, None, :]  # (B, 1, 1, S)
-        x = self.embedding(target_input, start=0 if state is None else state.length)
+    def forward(
+        self,
+        target_input: Tensor,
+        memory: Memory,
+        state: DecoderState | None,
+        *,
+        positions: Tensor | None = None,
+        spans: tuple[Spans, Spans] | None = None,
+    ) -> Tensor:
+        """(R, T) int64 -> (R, T, D); see `Transformer.decode`.
+
+        Of a packed row: the positions of its tokens, and how its parts attend to themselves and to the memory.
+        """
+        if spans is None:
+            # Memory and its mask have B sentences, x has their R = B*K rows: more queries, to CrossAttention.
+            masks: tuple[Spans | None, Tensor | Spans] = (None, ~memory.padding_mask[:, None, None, :])
+        else:
+            masks = spans
+        x = self.embedding(target_input, start=0 if state is None else state.length, positions=positions)
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and state is None
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[i]
             inputs = (x, memory.keys[i], memory.values[i])
-            context: dict[str, Any] = {"attention_mask": attention_mask, "state": layer_state}
+            context: dict[str, Any] = {
+                "own_mask": masks[0],
+                "attention_mask": masks[1],
+                "state": layer_state,
+            }
             x = recomputed(layer, *inputs, **context) if recompute else layer(*inputs, **context)
         return self.final_norm(x)
 
@@ -164,7 +206,7 @@ class EncoderLayer(nn.Module):
         self.around_attention = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
         self.around_feed_forward = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
 
-    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         """(B, S, D) -> (B, S, D); the mask is True where attention is allowed."""
         x = self.around_attention(x, lambda y: self.self_attention(y, attention_mask=attention_mask))
         return self.around_feed_forward(x, self.feed_forward)
@@ -192,15 +234,19 @@ class DecoderLayer(nn.Module):
         keys: Tensor,
         values: Tensor,
         *,
-        attention_mask: Tensor,
-        state: LayerState | None,
+        attention_mask: Tensor | Spans,
+        own_mask: Spans | None = None,
+        state: LayerState | None = None,
     ) -> Tensor:
         """(R, T, D) -> (R, T, D); keys, values and mask are the memory's, the state is this layer's."""
+
+        def attend_to_past(y: Tensor) -> Tensor:
+            return self.self_attention(y, attention_mask=own_mask, is_causal=True, state=state)
 
         def attend_to_source(y: Tensor) -> Tensor:
             return self.cross_attention(y, keys, values, attention_mask=attention_mask)
 
         # No padding mask: padding stands on the right, so no token sees it, and its own outputs are not counted.
-        x = self.around_self_attention(x, lambda y: self.self_attention(y, is_causal=True, state=state))
+        x = self.around_self_attention(x, attend_to_past)
         x = self.around_cross_attention(x, attend_to_source)
         return self.around_feed_forward(x, self.feed_forward)

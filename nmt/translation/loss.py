@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from nmt.data.packing import PackedTranslationBatch
 from nmt.data.parallel_dataset import TranslationBatch
 from nmt.data.vocabulary import PAD_ID
 from nmt.models.fused import linear_cross_entropy
+from nmt.models.packed import PackedTokens
 from nmt.models.transformer import Transformer
 from nmt.task import LossOutput
 
@@ -31,6 +33,28 @@ def translation_loss(model: Transformer, batch: TranslationBatch, *, label_smoot
     features, target = target_features(model, batch)
     loss, nll = linear_cross_entropy(features, model.output_weight, target, label_smoothing=label_smoothing)
     return LossOutput(loss, {"nll": nll.detach()})
+
+
+def packed_translation_loss(
+    model: Transformer, batch: PackedTranslationBatch, *, label_smoothing: float
+) -> LossOutput:
+    """Return what `translation_loss` does, of the same pairs in a packed batch.
+
+    All tensors have the same shapes in every batch: padding goes through the model, and is not counted.
+    """
+    features = packed_features(model, batch)
+    loss, nll = linear_cross_entropy(
+        features, model.output_weight, batch.target.long(), label_smoothing=label_smoothing, ignored=PAD_ID
+    )
+    return LossOutput(loss, {"nll": nll.detach()})
+
+
+def packed_features(model: Transformer, batch: PackedTranslationBatch) -> Tensor:
+    """Run the model on a packed batch, and return the decoder's last hidden states (L, D)."""
+    longest = batch.shape.longest
+    source = PackedTokens(batch.source, batch.source_positions, batch.source_starts, longest)
+    target = PackedTokens(batch.target_input, batch.target_positions, batch.target_starts, longest)
+    return model.packed_features(source, target)
 
 
 def target_features(model: Transformer, batch: TranslationBatch) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from nmt.data.batching import cut_batches
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDataset
+from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
 from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, Vocabulary
 from nmt.distributed import World
@@ -23,7 +24,7 @@ from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
 from nmt.translation.assets import TranslationAssets
-from nmt.translation.loss import TranslationLoss, translation_loss
+from nmt.translation.loss import TranslationLoss, packed_translation_loss, translation_loss
 from nmt.translation.options import TranslationOptions
 from nmt.translation.r_drop import r_drop_loss
 from nmt.translation.table import Row, markdown_table
@@ -45,6 +46,9 @@ class TranslationTask:
         """Open the vocabularies; the loss is that of the options unless another one is given."""
         self.options = options
         self.loss = loss or _loss_of(options)
+        self.packed_loss = None
+        if loss is None and not options.r_drop:
+            self.packed_loss = partial(packed_translation_loss, label_smoothing=options.label_smoothing)
         self.metrics = {"loss": "min", "nll": "min", "ppl": "min"}
         if options.eval_bleu:
             self.metrics = {**self.metrics, "bleu": "max"}
@@ -105,11 +109,22 @@ class TranslationTask:
                 )
         return dataset
 
-    def compute_loss(self, model: nn.Module, batch: TranslationBatch) -> LossOutput:
+    def pack(self, examples: ParallelDataset, *, max_tokens: int, max_sentences: int) -> PackedDataset | None:
+        """Return training examples to be packed, or None for a loss that is made for padded batches."""
+        if self.packed_loss is None:
+            return None
+        longest = min(int(examples.sizes.max()), max_tokens)
+        shape = PackedShape.of(max_tokens=max_tokens, max_sentences=max_sentences, longest=longest)
+        return PackedDataset(examples, shape)
+
+    def compute_loss(self, model: nn.Module, batch: TranslationBatch | PackedTranslationBatch) -> LossOutput:
         """Return the loss, summed over target tokens."""
         assert isinstance(model, Transformer)
         if model.training and self.options.word_dropout:
             batch = drop_words(batch, self.options.word_dropout)
+        if isinstance(batch, PackedTranslationBatch):
+            assert self.packed_loss is not None
+            return self.packed_loss(model, batch)
         return self.loss(model, batch)
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:

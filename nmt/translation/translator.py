@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nmt.allocator import give_back_tensors
 from nmt.checkpoint import load_model
+from nmt.cudnn_attention import leave_out_cudnn_attention
 from nmt.data.parallel_dataset import collate_pairs, pad_right
 from nmt.data.segmenter import PieceSegmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
@@ -103,6 +104,8 @@ class Translator:
         self.models = models
         dtype = _TYPES[precision]
         self.fast_models = [InferenceTransformer(model, dtype) for model in models]
+        if torch.device(device).type == "cuda":
+            leave_out_cudnn_attention()
         if torch.device(device).type == "cpu":
             give_back_tensors(above=_largest_of_a_step(self.fast_models))
         self.task = task

@@ -1,23 +1,31 @@
 """Word dropout: the model reads some tokens as unknown, and must do without them."""
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from nmt.data.packing import PackedTranslationBatch
 from nmt.data.parallel_dataset import TranslationBatch
 from nmt.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
+AnyBatch = TypeVar("AnyBatch", bound=TranslationBatch | PackedTranslationBatch)
 _KEPT = (BOS_ID, EOS_ID, PAD_ID)
 
 
-def drop_words(batch: TranslationBatch, probability: float) -> TranslationBatch:
+def drop_words(batch: AnyBatch, probability: float) -> AnyBatch:
     """Replace tokens of the source and of the decoder's input by the unknown one; targets stay.
 
     Args:
-        batch: Padded sentence pairs; no beginning, end or padding is replaced.
+        batch: Padded or packed sentence pairs; no beginning, end or padding is replaced.
         probability: Of each token, on its own; drawn from the seeded generator of the batch's device.
     """
+    if isinstance(batch, PackedTranslationBatch):
+        dropped = batch.clone()
+        for row in (dropped.source, dropped.target_input):
+            row.copy_(_drop(row, probability))
+        return dropped
     return replace(
         batch,
         source=_drop(batch.source, probability),

@@ -1,0 +1,173 @@
+"""Packed batches: sentences one after another in one row, without padding between them, and all rows of one size.
+
+Work of one shape is what a GPU is good at: one recording (`nmt/recording.py`), or one compiled program, serves all
+updates. What is left of a row after its last sentence is filled with parts that count for nothing.
+
+Legend: B sentences, L tokens of a row, P parts of a row: its sentences, then those that fill it, then empty ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nmt.data.parallel_dataset import Pair, ParallelDataset
+from nmt.data.vocabulary import EOS_ID, PAD_ID
+
+_TOKENS_OF_A_FILLER = 256
+_NUM_ROWS = 5  # of `PackedTranslationBatch.content`, before the two tables of starts
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """The shape that all packed batches of a run have."""
+
+    length: int
+    """L: tokens of a row on either side; more than its sentences may take, since each filler has one at least."""
+    num_parts: int
+    """P."""
+    longest: int
+    """No part has more tokens than this."""
+
+    @classmethod
+    def of(cls, *, max_tokens: int, max_sentences: int, longest: int) -> Self:
+        """Return the shape for batches of at most so many tokens a side, sentences, and tokens a sentence."""
+        num_fillers = max(8, -(-max_tokens // _TOKENS_OF_A_FILLER))
+        length = -(-(max_tokens + num_fillers) // 8) * 8  # tensor cores multiply by eights
+        return cls(length, max_sentences + num_fillers, max(longest, -(-length // num_fillers)))
+
+
+@dataclass(frozen=True)
+class PackedTranslationBatch:
+    """Sentence pairs in a source row and a target row; part i of one belongs to part i of the other.
+
+    All is in one tensor, so that it goes between processes and to a device at once.
+    """
+
+    content: Tensor
+    """(5L + 2(P+1),) int32."""
+    shape: PackedShape
+    num_examples: int
+    """B."""
+    num_targets: int
+    """Number of target tokens to be predicted: eos included, padding not."""
+
+    @property
+    def source(self) -> Tensor:
+        """(L,) int32 token ids; each sentence ends with eos, fillers are padding."""
+        return self._row(0)
+
+    @property
+    def source_positions(self) -> Tensor:
+        """(L,) int32: the place of each token in its part, from 0."""
+        return self._row(1)
+
+    @property
+    def target_input(self) -> Tensor:
+        """(L,) int32: what the decoder reads, each sentence shifted right by one and begun with eos."""
+        return self._row(2)
+
+    @property
+    def target(self) -> Tensor:
+        """(L,) int32: what is to be predicted; padding where nothing is."""
+        return self._row(3)
+
+    @property
+    def target_positions(self) -> Tensor:
+        """(L,) int32, as for the source."""
+        return self._row(4)
+
+    @property
+    def source_starts(self) -> Tensor:
+        """(P+1,) int32: where each part begins, and the end of the last one, which is L."""
+        return self._starts(0)
+
+    @property
+    def target_starts(self) -> Tensor:
+        """(P+1,) int32, as for the source."""
+        return self._starts(1)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Copy to a device, without waiting for the copy if it is from pinned memory."""
+        return self._replace(self.content.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Copy to page-locked memory."""
+        return self._replace(self.content.pin_memory())
+
+    def clone(self) -> Self:
+        """Copy on its device."""
+        return self._replace(self.content.clone())
+
+    def copy_(self, other: "PackedTranslationBatch") -> None:
+        """Take over the tensors of another batch of the same shape; the counts stay, which are the host's."""
+        assert other.shape == self.shape, (other.shape, self.shape)
+        self.content.copy_(other.content, non_blocking=True)
+
+    def _replace(self, content: Tensor) -> Self:
+        return type(self)(content, self.shape, self.num_examples, self.num_targets)
+
+    def _row(self, number: int) -> Tensor:
+        length = self.shape.length
+        return self.content[number * length : (number + 1) * length]
+
+    def _starts(self, number: int) -> Tensor:
+        size = self.shape.num_parts + 1
+        first = _NUM_ROWS * self.shape.length + number * size
+        return self.content[first : first + size]
+
+
+class PackedDataset:
+    """The pairs of a data set, to be collated into packed batches of one shape. Pickles."""
+
+    def __init__(self, pairs: ParallelDataset, shape: PackedShape) -> None:
+        self.pairs = pairs
+        self.shape = shape
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """Numbers of source and target tokens of each pair, eos included: (N, 2)."""
+        return self.pairs.sizes
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        """Return source and target ids of a pair."""
+        return self.pairs[index]
+
+    def collate(self, items: Sequence[Pair]) -> PackedTranslationBatch:
+        """Pack pairs, which must fit."""
+        return pack_pairs(items, self.shape)
+
+
+def pack_pairs(pairs: Sequence[Pair], shape: PackedShape) -> PackedTranslationBatch:
+    """Lay pairs, at least one, one after another; on the CPU."""
+    sources, targets = zip(*pairs, strict=True)
+    lengths = np.zeros((2, shape.num_parts), dtype=np.int64)
+    for side, sentences in enumerate((sources, targets)):
+        lengths[side, : len(pairs)] = np.fromiter(map(len, sentences), dtype=np.int64, count=len(pairs))
+    num_tokens = lengths.sum(axis=1)
+    left = shape.length - num_tokens
+    num_fillers = -(-int(left.max()) // shape.longest)
+    assert len(pairs) + num_fillers <= shape.num_parts, "more sentences than the shape has room for"
+    assert num_fillers <= left.min(), "each filler must have a token on either side"
+    for side in range(2):
+        fillers = left[side] // num_fillers + (np.arange(num_fillers) < left[side] % num_fillers)
+        lengths[side, len(pairs) : len(pairs) + num_fillers] = fillers
+    starts = np.zeros((2, shape.num_parts + 1), dtype=np.int32)
+    np.cumsum(lengths, axis=1, out=starts[:, 1:])
+    rows = np.full((_NUM_ROWS, shape.length), PAD_ID, dtype=np.int32)
+    rows[0, : num_tokens[0]] = np.concatenate(sources)
+    rows[3, : num_tokens[1]] = np.concatenate(targets)
+    rows[2, 1 : num_tokens[1]] = rows[3, : num_tokens[1] - 1]
+    rows[2, starts[1, : len(pairs)]] = EOS_ID
+    for side, row in ((0, 1), (1, 4)):
+        rows[row] = np.arange(shape.length) - np.repeat(starts[side, :-1], lengths[side])
+    content = np.concatenate([rows.ravel(), starts.ravel()])
+    return PackedTranslationBatch(torch.from_numpy(content), shape, len(pairs), int(num_tokens[1]))

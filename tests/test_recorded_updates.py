@@ -1,0 +1,308 @@
+"""Updates of one shape: by a run on the CPU, and on a GPU, where they are recorded, beside plain ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_packing import make_pairs, shape_for
+from tiny_translation_model import WORDS
+from toy_run import assert_bit_equal, records, tensors
+
+from nmt import recording
+from nmt.data.batch_iterator import MicroBatch
+from nmt.data.options import PreprocessOptions
+from nmt.data.packing import PackedTranslationBatch, pack_pairs
+from nmt.data.parallel_dataset import collate_pairs
+from nmt.data.preprocess import preprocess
+from nmt.determinism import deterministic_algorithms
+from nmt.distributed import single
+from nmt.errors import UserError
+from nmt.memory import find_packed_split
+from nmt.models.options import TransformerOptions
+from nmt.models.transformer import Transformer
+from nmt.options import OptimizationOptions, TrainConfig, train_config
+from nmt.task import LossOutput
+from nmt.train_loop import train
+from nmt.trainer import Trainer
+from nmt.translation.loss import packed_translation_loss, translation_loss
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LENGTHS = [(3, 4), (7, 5), (2, 9), (12, 11), (1, 1), (6, 6)]
+
+
+class PairTask:
+    """The translation loss alone."""
+
+    metrics = {"loss": "min"}
+
+    def compute_loss(self, model: Transformer, batch: Any) -> LossOutput:
+        if isinstance(batch, PackedTranslationBatch):
+            return packed_translation_loss(model, batch, label_smoothing=0.1)
+        return translation_loss(model, batch, label_smoothing=0.1)
+
+
+def make_model(**options: Any) -> Transformer:
+    torch.manual_seed(3)
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in SIZES.items()}
+    return Transformer(
+        TransformerOptions(**{**sizes, "dropout": 0.0, **options}),
+        source_vocabulary_size=14,
+        target_vocabulary_size=14,
+        pad_id=1,
+    )
+
+
+SIZES = {"layers": 2, "embed_dim": 32, "ffn_embed_dim": 64, "attention_heads": 2}
+
+
+def make_trainer(device: torch.device, *, is_packed: bool = True, **options: Any) -> Trainer:
+    model_options = options.pop("model", {})
+    optimization = OptimizationOptions(**{"lr": 0.01, "warmup_updates": 4, "clip_norm": 0.5, **options})
+    return Trainer(
+        PairTask(),
+        make_model(**model_options),
+        optimization,
+        world=single(device),
+        seed=1,
+        updates_per_epoch=1,
+        has_one_shape=is_packed,
+    )
+
+
+def updates(*, is_packed: bool = True, count: int = 8) -> list[list[MicroBatch]]:
+    """Updates of two micro-batches and of one, in turn."""
+    shape = shape_for(LENGTHS, slack=6)
+
+    def batch(seed: int) -> Any:
+        pairs = make_pairs(LENGTHS[seed % 3 :], seed)
+        return pack_pairs(pairs, shape) if is_packed else collate_pairs(pairs)
+
+    return [[MicroBatch(batch(2 * n + i), 1.0, [n]) for i in range(1 + n % 2)] for n in range(count)]
+
+
+def trained(trainer: Trainer, given: list[list[MicroBatch]]) -> dict[str, torch.Tensor]:
+    """Make updates; return the weights and the loss of all."""
+    with trainer.metrics.scope("train"):
+        for micro_batches in given:
+            trainer.train_step(micro_batches)
+    sums = trainer.metrics.sums("train", trainer.world)
+    weights = {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters()}
+    return {**weights, "loss": torch.tensor(sums["loss"]), "targets": torch.tensor(sums["num_targets"])}
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def write_data(folder: Path) -> None:
+    """Make a data directory of 300 pairs of 1 to 12 words and their reversal."""
+    for split, size in (("train", 300), ("valid", 10)):
+        draws = torch.Generator().manual_seed(size)
+        lengths = torch.randint(1, 13, (size,), generator=draws).tolist()
+        lines = [
+            [WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=draws).tolist()] for n in lengths
+        ]
+        for language, step in (("en", 1), ("de", -1)):
+            text = "".join(" ".join(line[::step]) + "\n" for line in lines)
+            folder.with_name(f"{split}.{language}").write_text(text)
+    preprocess(
+        PreprocessOptions(
+            source_lang="en",
+            target_lang="de",
+            destdir=folder,
+            trainpref=str(folder.with_name("train")),
+            validpref=str(folder.with_name("valid")),
+            vocab_size=330,
+        ),
+        log=lambda _: None,
+    )
+
+
+def data_config(folder: Path, *, device: str = "cpu", **options: Any) -> TrainConfig[Any]:
+    """A run of a small Transformer on packed batches of the small corpus."""
+    data = folder.parent / "data"
+    if not data.exists():
+        write_data(data)
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in SIZES.items()}
+    given: dict[str, Any] = {
+        **{"data": data, "save_dir": folder, "device": device, "packing": "on", "max_tokens": 200, **sizes},
+        **{"eval_bleu": False, "share_all_embeddings": True, "warmup_updates": 4},
+        **{"max_update": 12, "save_interval_updates": 4, "keep_last": 9, "log_interval": 4, **options},
+    }
+    return train_config(**given)
+
+
+def test_a_run_trains_on_packed_batches_and_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(data_config(whole))
+    train(data_config(parts, max_update=5))
+    train(data_config(parts))
+    assert_bit_equal(tensors(whole, 12), tensors(parts, 12))
+    losses = [record["loss"] for record in records(whole, "train")]
+    assert losses == [record["loss"] for record in records(parts, "train")]
+    assert losses[-1] < losses[0]
+
+
+def test_packed_batches_hold_more_than_padded_ones(tmp_path: Path) -> None:
+    ends = []
+    for packing in ("on", "off"):
+        result = train(data_config(tmp_path / packing, packing=packing, max_update=None, max_epoch=1))
+        ends.append(max(record["update"] for record in result.history))
+    packed, padded = ends
+    assert packed < padded
+
+
+def test_a_task_that_cannot_pack_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`packing` must be auto or off"):
+        train(data_config(tmp_path / "run", r_drop=1.0, label_smoothing=0.0, dropout=0.1))
+
+
+def test_packing_needs_a_size(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`packing` must have `max-tokens`"):
+        train(data_config(tmp_path / "run", max_tokens=None, batch_size=8))
+
+
+def test_rows_that_do_not_fit_into_memory_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(CPU)
+    examples = _Examples()
+    asked: list[int] = []
+
+    def pack(max_tokens: int) -> Any:
+        examples.size = max_tokens
+        asked.append(max_tokens)
+        return examples
+
+    def probe(batch: Any) -> None:
+        if examples.size > 30:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(trainer, "probe", probe)
+    example = torch.tensor([0]).numpy()
+    assert find_packed_split(trainer, pack, example, max_tokens=100) == 25
+    assert find_packed_split(trainer, pack, example, max_tokens=30) is None
+    monkeypatch.setattr(trainer, "probe", out_of_memory)
+    with pytest.raises(UserError, match="a row of 12 tokens does not"):
+        find_packed_split(trainer, pack, example, max_tokens=100)
+
+
+def out_of_memory(_: Any) -> None:
+    raise torch.OutOfMemoryError("no room")
+
+
+class _Examples:
+    """One example of 10 tokens."""
+
+    size = 0
+    sizes = torch.tensor([[10, 8]]).numpy()
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, items: list[int]) -> list[int]:
+        return items
+
+
+def test_work_on_a_cpu_is_never_recorded() -> None:
+    calls: list[int] = []
+    work = recording.Recording(lambda: calls.append(1), CPU)
+    for _ in range(5):
+        work()
+    assert len(calls) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", [{}, {"encoder_normalize_before": True, "decoder_normalize_before": True}])
+def test_a_gpu_makes_the_updates_of_the_cpu(model: dict[str, Any]) -> None:
+    ours = trained(make_trainer(GPU, precision="fp32", model=model), updates())
+    theirs = trained(make_trainer(CPU, precision="fp32", model=model), updates())
+    assert_close(ours, theirs, 2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_packed_updates_are_the_padded_ones_on_a_gpu(precision: str) -> None:
+    packed = trained(make_trainer(GPU, precision=precision), updates())
+    padded = trained(make_trainer(GPU, precision=precision, is_packed=False), updates(is_packed=False))
+    assert_close(packed, padded, 2e-4 if precision == "fp32" else 5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_recorded_updates_are_the_plain_ones_bit_by_bit(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout: random numbers go on as they would."""
+    found = []
+    for num_plain_calls in (2, 1000):
+        monkeypatch.setattr(recording, "_NUM_PLAIN_CALLS", num_plain_calls)
+        with deterministic_algorithms(True):
+            trainer = make_trainer(GPU, precision=precision, model={"dropout": 0.3, "attention_dropout": 0.1})
+            found.append(trained(trainer, updates(count=12)))
+    assert_bit_equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_deterministic_run_on_a_gpu_resumes_bit_by_bit(tmp_path: Path, precision: str) -> None:
+    options: dict[str, Any] = {"device": "cuda", "packing": "auto", "deterministic": True, "dropout": 0.3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(data_config(whole, precision=precision, **options))
+    train(data_config(parts, precision=precision, max_update=5, **options))
+    train(data_config(parts, precision=precision, **options))
+    assert_bit_equal(tensors(whole, 12), tensors(parts, 12))
+
+
+@pytest.mark.gpu
+def test_an_overflow_in_fp16_is_cancelled_in_a_recording() -> None:
+    trainer = make_trainer(GPU, precision="fp16")
+    assert trainer.precision._scale is not None
+    trainer.precision._scale.fill_(2.0**40)
+    before = {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters()}
+    for micro_batches in updates(count=6):
+        trainer.train_step(micro_batches)
+    assert trainer.cancellations.num_in_a_row() == 0
+    assert [cancelled.is_overflow for cancelled in trainer.cancellations.take()] == [True] * 6
+    after = {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
+    assert_bit_equal(before, after)
+    assert trainer.precision.state_dict()["scale"] == 2.0**34
+
+
+@pytest.mark.gpu
+def test_a_row_that_fills_the_gpu_is_split() -> None:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2e9 / total)
+    try:
+        trainer = make_trainer(
+            GPU, precision="fp32", model={"encoder_embed_dim": 512, "decoder_embed_dim": 512}
+        )
+        pairs = make_pairs(LENGTHS)
+
+        def pack(max_tokens: int) -> Any:
+            examples = _Examples()
+            shape = shape_for(LENGTHS, slack=max_tokens)
+            examples.collate = lambda _: pack_pairs(pairs, shape)  # type: ignore[method-assign]
+            return examples
+
+        found = find_packed_split(trainer, pack, torch.tensor([0]).numpy(), max_tokens=400_000)
+        assert found is not None and 1000 < found < 400_000
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+def test_cudnn_is_not_asked_for_attention(tmp_path: Path) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    train(data_config(tmp_path / "run", device="cuda", max_update=2))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    query = torch.zeros(2, 2, 8, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.profiler.profile() as profiler:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    names = [event.key for event in profiler.key_averages()]
+    assert names and not any("cudnn" in name.lower() for name in names)
