@@ -5,7 +5,7 @@
                                [--peer huggingface] [--profile] [--quick]
 
 Sentences are random ids of the lengths that captions have (14 tokens on average), 8,000 types on both sides.
-Batches are read by two worker processes, as by default on a GPU; the clock runs over reading, copying and updating.
+Batches are read by two worker processes, as by default on a GPU; the clock runs over reading, copying and update.
 "of prod." is the share of the rate of square products (8192 each way, same type) that the products of the update
 reach, padding not counted. Peers are trained on padded batches of the same pairs and size; the first pass over
 their shapes is timed apart. Needs no package that nmt does not, but the peer.
