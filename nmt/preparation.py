@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import nn
 
 from nmt.checkpoint import CheckpointFolder, load_config
 from nmt.config import changed_fixed_options
-from nmt.data.batch_iterator import BatchIterator, batch_limits
-from nmt.data.batching import Window, window_examples
+from nmt.data.batch_iterator import BatchIterator, packed_limits
+from nmt.data.batching import BatchLimits, Window, window_examples
 from nmt.distributed import World, single
 from nmt.errors import UserError
 from nmt.memory import find_max_tokens
@@ -65,10 +65,19 @@ def left_out(batches: BatchIterator, config: TrainConfig[Any]) -> list[str]:
     ]
 
 
-def packer(
+class Packing(NamedTuple):
+    """How training batches are packed."""
+
+    limits: BatchLimits
+    """What a batch may hold."""
+    pack: Callable[[int], Examples[Any]]
+    """Returns the training examples, to be collated into rows for so many tokens."""
+
+
+def packing(
     config: TrainConfig[Any], task: Task[Any], examples: Examples[Any], device: torch.device
-) -> Callable[[int], Examples[Any]] | None:
-    """Return what packs the training examples into rows of so many tokens, or None if batches are to be padded.
+) -> Packing | None:
+    """Return how training batches are packed, or None if they are to be padded.
 
     Raises:
         UserError: They must be packed, but cannot.
@@ -77,7 +86,8 @@ def packer(
     is_wanted = batching.packing == "on" or (batching.packing == "auto" and device.type == "cuda")
     if not is_wanted or batching.max_tokens is None:
         return None
-    max_sentences = batch_limits(batching, is_packed=True).max_sentences
+    limits = packed_limits(batching, examples.sizes)
+    max_sentences = limits.max_sentences
     assert max_sentences is not None
 
     def pack(max_tokens: int) -> Examples[Any] | None:
@@ -92,7 +102,7 @@ def packer(
                 "Leave it out."
             )
         return None
-    return cast(Callable[[int], Examples[Any]], pack)
+    return Packing(limits, cast(Callable[[int], Examples[Any]], pack))
 
 
 def with_max_tokens(

@@ -18,7 +18,7 @@ from nmt.errors import UserError
 from nmt.forecast import forecast
 from nmt.memory import find_packed_split, find_split
 from nmt.options import TrainConfig
-from nmt.preparation import left_out, packer, refuse_other_run, with_max_tokens
+from nmt.preparation import left_out, packing, refuse_other_run, with_max_tokens
 from nmt.progress import Direction, Progress
 from nmt.reports import Clock, Reports
 from nmt.run_log import RunLog, read_records
@@ -93,14 +93,14 @@ class Run:
         self.valid_examples: Examples[Any] = self.task.open_split("valid")
         torch.manual_seed(config.seed)
         model = self.task.build_model().to(world.device)
-        self.pack = packer(config, self.task, self.train_examples, world.device)
-        if config.optimization.compile and self.pack is None:
-            sizes = self.train_examples.sizes
-            compile_model(model, has_one_shape=bool((sizes == sizes[:1]).all()))
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
         self.config = config = with_max_tokens(
             config, self.task, model, self.train_examples, world=world, checkpoints=self.checkpoints
         )
+        self.packing = packing(config, self.task, self.train_examples, world.device)
+        if config.optimization.compile and self.packing is None:
+            sizes = self.train_examples.sizes
+            compile_model(model, has_one_shape=bool((sizes == sizes[:1]).all()))
         self.batches = BatchIterator(
             self.train_examples,
             config.batching,
@@ -109,7 +109,7 @@ class Run:
             world_size=world.size,
             num_workers=_num_workers(config, world),
             pin_memory=world.device.type == "cuda",
-            is_packed=self.pack is not None,
+            limits=None if self.packing is None else self.packing.limits,
         )
         self.valid_batches = OrderedBatches(
             self.valid_examples,
@@ -125,7 +125,7 @@ class Run:
             world=world,
             seed=config.seed,
             updates_per_epoch=self.batches.updates_per_epoch,
-            has_one_shape=self.pack is not None,
+            has_one_shape=self.packing is not None,
         )
         self.log = RunLog(config.save_dir, is_writer=world.is_main, tensorboard=config.tensorboard)
         self.reports = Reports(self.log, self.trainer, self.batches, config.optimization)
@@ -164,16 +164,18 @@ class Run:
     def _decide_split(self) -> None:
         """Find out whether batches fit into memory, and let those that do not be run in parts."""
         first_batches, max_tokens = self.batches.first_batches, self.config.batching.max_tokens
-        if self.pack is None:
+        if self.packing is None:
             found = find_split(self.trainer, self.train_examples, first_batches)
         else:
             assert isinstance(max_tokens, int)
-            found = find_packed_split(self.trainer, self.pack, first_batches[0][:1], max_tokens=max_tokens)
+            found = find_packed_split(
+                self.trainer, self.packing.pack, first_batches[0][:1], max_tokens=max_tokens
+            )
         # What a run was split by stays, or it would round otherwise when it is resumed with more memory.
         limits = [limit for limit in (found, self.batches.split_above) if limit is not None]
         self.batches.split_above = min(limits, default=None)
-        if self.pack is not None and isinstance(max_tokens, int):
-            self.batches.collate_with(self.pack(min([max_tokens, *limits])))
+        if self.packing is not None and isinstance(max_tokens, int):
+            self.batches.collate_with(self.packing.pack(min([max_tokens, *limits])))
 
     def close(self) -> None:
         """End the processes that read batches ahead, and close the log."""

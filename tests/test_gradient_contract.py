@@ -17,7 +17,7 @@ from ranks import run_ranks
 from test_trainer import SIZES
 from torch import Tensor, nn
 
-from nmt.data.batch_iterator import BatchIterator, MicroBatch
+from nmt.data.batch_iterator import BatchIterator, MicroBatch, batch_limits
 from nmt.data.options import BatchingOptions
 from nmt.data.packing import PackedShape, PackedTranslationBatch, pack_pairs
 from nmt.data.parallel_dataset import Pair, TranslationBatch
@@ -121,7 +121,12 @@ def updates_of(world: World, update_freq: int, *, is_packed: bool = False) -> li
     options = replace(BATCHING, update_freq=update_freq, batch_size=4 if is_packed else 5)
     examples = PackedPairs() if is_packed else PairExamples()
     batches = BatchIterator(
-        examples, options, seed=1, rank=world.rank, world_size=world.size, is_packed=is_packed
+        examples,
+        options,
+        seed=1,
+        rank=world.rank,
+        world_size=world.size,
+        limits=replace(batch_limits(options), is_packed=is_packed),
     )
     updates: list[list[MicroBatch]] = []
     while len(updates) < NUM_UPDATES:

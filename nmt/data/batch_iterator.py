@@ -19,6 +19,7 @@ from nmt.data.batching import (
     BatchLimits,
     Cut,
     Indices,
+    Sizes,
     Window,
     count_too_long,
     cut_by,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from nmt.task import Examples
+
+
+_NUM_SAMPLED = 2**16  # examples that tell how long they are
 
 
 class MicroBatch(NamedTuple):
@@ -99,7 +103,7 @@ class BatchIterator:
         num_workers: int | None = None,
         max_positions: int | tuple[int, ...] | None = None,
         pin_memory: bool = False,
-        is_packed: bool = False,
+        limits: BatchLimits | None = None,
     ) -> None:
         """Start at the first epoch.
 
@@ -113,7 +117,7 @@ class BatchIterator:
             max_positions: largest length that the model takes, per column of `examples.sizes` or for all of
                 them; longer examples are left out.
             pin_memory: hand out batches in page-locked memory, for copies to a CUDA device.
-            is_packed: batches are limited by the sum of the lengths of each column, as nothing is padded.
+            limits: what a batch may hold, instead of what the options say.
         """
         assert 0 <= rank < world_size, (rank, world_size)
         if seed < 0:
@@ -121,7 +125,7 @@ class BatchIterator:
         options.check()
         self._examples = examples
         self._options = options
-        self._limits = batch_limits(options, max_positions=max_positions, is_packed=is_packed)
+        self._limits = limits or batch_limits(options, max_positions)
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
@@ -385,30 +389,37 @@ class OrderedBatches:
         self._loader = None
 
 
-def batch_limits(
-    options: BatchingOptions,
-    *,
-    max_positions: int | tuple[int, ...] | None = None,
-    is_packed: bool = False,
-) -> BatchLimits:
-    """Return what the options say that a batch may hold.
-
-    Packed batches are limited to a number of sentences in any case, for which their tensors have room: a quarter
-    of the tokens, so that only examples of fewer than four tokens on average fill it first.
-    """
+def batch_limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None = None) -> BatchLimits:
+    """Return what the options say that a batch may hold."""
     assert options.max_tokens != "auto", "find it first (nmt/memory.py)"
-    max_sentences = options.batch_size
-    if is_packed:
-        assert options.max_tokens is not None
-        room = max(1, options.max_tokens // 4)
-        max_sentences = room if max_sentences is None else min(room, max_sentences)
     return BatchLimits(
         max_tokens=options.max_tokens,
-        max_sentences=max_sentences,
+        max_sentences=options.batch_size,
         multiple=options.required_batch_size_multiple,
         max_positions=(max_positions,) if isinstance(max_positions, int) else max_positions,
-        is_packed=is_packed,
     )
+
+
+def packed_limits(options: BatchingOptions, sizes: Sizes) -> BatchLimits:
+    """Return what a packed batch may hold.
+
+    Its number of examples is limited in any case, since its tensors must have room for them: a quarter more than
+    are expected, by a sample of the data.
+
+    Args:
+        options: `max_tokens` is a number.
+        sizes: (N, C) lengths of all examples.
+    """
+    limits = batch_limits(options)
+    assert limits.max_tokens is not None
+    sample = np.linspace(0, len(sizes) - 1, min(len(sizes), _NUM_SAMPLED)).astype(np.int64)
+    lengths = longest(sizes[sample])
+    mean = (
+        float(lengths[lengths <= limits.max_tokens].mean()) if (lengths <= limits.max_tokens).any() else 1.0
+    )
+    room = int(1.25 * limits.max_tokens / mean) + 8
+    most = room if limits.max_sentences is None else min(room, limits.max_sentences)
+    return replace(limits, max_sentences=most, is_packed=True)
 
 
 def _num_workers(options: BatchingOptions) -> int:

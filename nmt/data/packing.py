@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nmt.data.batching import cut_packed
 from nmt.data.parallel_dataset import Pair, ParallelDataset
 from nmt.data.vocabulary import EOS_ID, PAD_ID
 
 _TOKENS_OF_A_FILLER = 256
-_NUM_ROWS = 5  # of `PackedTranslationBatch.content`, before the two tables of starts
+_NUM_ROWS = 7  # of `PackedTranslationBatch.content`, before the tables
+_BLOCK = 128  # tokens that one program of a kernel works on (`nmt/models/packed_kernels.py`)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,15 @@ class PackedShape:
     """P."""
     longest: int
     """No part has more tokens than this."""
+
+    @property
+    def num_items(self) -> int:
+        """I: most blocks that a row of this length can take on one side, see `_make_items`.
+
+        Two neighbouring groups have more than a block on one side together, so there are at most 4L / 128 + 1 of
+        them, and each long part among them is cut into one more block for each 128 tokens.
+        """
+        return -(-5 * self.length // _BLOCK) + 2
 
     @classmethod
     def of(cls, *, max_tokens: int, max_sentences: int, longest: int) -> Self:
@@ -49,7 +60,7 @@ class PackedTranslationBatch:
     """
 
     content: Tensor
-    """(5L + 2(P+1),) int32."""
+    """(7L + 2(P+1) + 12I,) int32."""
     shape: PackedShape
     num_examples: int
     """B."""
@@ -82,6 +93,16 @@ class PackedTranslationBatch:
         return self._row(4)
 
     @property
+    def source_parts(self) -> Tensor:
+        """(L,) int32: the number of each token's part."""
+        return self._row(5)
+
+    @property
+    def target_parts(self) -> Tensor:
+        """(L,) int32, as for the source."""
+        return self._row(6)
+
+    @property
     def source_starts(self) -> Tensor:
         """(P+1,) int32: where each part begins, and the end of the last one, which is L."""
         return self._starts(0)
@@ -90,6 +111,16 @@ class PackedTranslationBatch:
     def target_starts(self) -> Tensor:
         """(P+1,) int32, as for the source."""
         return self._starts(1)
+
+    @property
+    def source_items(self) -> Tensor:
+        """(I, 6) int32: blocks of the source for kernels, see `_make_items`."""
+        return self._items(0)
+
+    @property
+    def target_items(self) -> Tensor:
+        """(I, 6) int32: blocks of the target."""
+        return self._items(1)
 
     def to(self, device: torch.device | str) -> Self:
         """Copy to a device, without waiting for the copy if it is from pinned memory."""
@@ -119,6 +150,11 @@ class PackedTranslationBatch:
         size = self.shape.num_parts + 1
         first = _NUM_ROWS * self.shape.length + number * size
         return self.content[first : first + size]
+
+    def _items(self, number: int) -> Tensor:
+        size = 6 * self.shape.num_items
+        first = _NUM_ROWS * self.shape.length + 2 * (self.shape.num_parts + 1) + number * size
+        return self.content[first : first + size].view(-1, 6)
 
 
 class PackedDataset:
@@ -167,7 +203,42 @@ def pack_pairs(pairs: Sequence[Pair], shape: PackedShape) -> PackedTranslationBa
     rows[3, : num_tokens[1]] = np.concatenate(targets)
     rows[2, 1 : num_tokens[1]] = rows[3, : num_tokens[1] - 1]
     rows[2, starts[1, : len(pairs)]] = EOS_ID
-    for side, row in ((0, 1), (1, 4)):
-        rows[row] = np.arange(shape.length) - np.repeat(starts[side, :-1], lengths[side])
-    content = np.concatenate([rows.ravel(), starts.ravel()])
+    for side, positions, parts in ((0, 1, 5), (1, 4, 6)):
+        rows[parts] = np.repeat(np.arange(shape.num_parts), lengths[side])
+        rows[positions] = np.arange(shape.length) - starts[side, rows[parts]]
+    items = _make_items(lengths[:, : len(pairs) + num_fillers], shape)
+    content = np.concatenate([rows.ravel(), starts.ravel(), items.ravel()])
     return PackedTranslationBatch(torch.from_numpy(content), shape, len(pairs), int(num_tokens[1]))
+
+
+def _make_items(lengths: NDArray[np.int64], shape: PackedShape) -> NDArray[np.int32]:
+    """Say what the programs of a kernel work on.
+
+    Neighbouring parts make a group as long as they fit into a block on both sides. A token attends to tokens of
+    its group alone, so that a program has all that a block needs. A longer part is a group of its own, cut into
+    blocks.
+
+    Args:
+        lengths: (2, p): of the parts of source and target.
+        shape: That of the batch.
+
+    Returns:
+        (2, I, 6): for the blocks of the source, and of the target, their own start and end, then start and end of
+        their group in the source, and in the target. Zeros where there are fewer blocks than I.
+    """
+    ends = np.cumsum(lengths, axis=1)
+    groups = cut_packed(lengths.T, max_tokens=_BLOCK, max_sentences=None)
+    lasts = np.array([group[-1] for group in groups])
+    group_ends = ends[:, lasts]  # (2, groups)
+    group_starts = np.concatenate([np.zeros((2, 1), dtype=np.int64), group_ends[:, :-1]], axis=1)
+    spans = np.stack([group_starts[0], group_ends[0], group_starts[1], group_ends[1]], axis=1)  # (groups, 4)
+    items = np.zeros((2, shape.num_items, 6), dtype=np.int32)
+    for side in range(2):
+        counts = -(-(group_ends[side] - group_starts[side]) // _BLOCK)
+        owner = np.repeat(np.arange(len(groups)), counts)  # the group of each block
+        number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its group
+        first = group_starts[side, owner] + number * _BLOCK
+        items[side, : len(owner), 0] = first
+        items[side, : len(owner), 1] = np.minimum(first + _BLOCK, group_ends[side, owner])
+        items[side, : len(owner), 2:] = spans[owner]
+    return items

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nmt.models import fused
 from nmt.models.decoder_state import LayerState
 from nmt.models.fused import Linear
-from nmt.models.packed import Spans, attend_within
+from nmt.models.packed import Spans, attend_to_other, attend_to_self
 
 LEAST_WIDTH = 16
 """Rows of attention scores are best at least so wide: PyTorch's softmax on a CPU takes narrower ones one by one,
@@ -22,7 +22,7 @@ def attend(
     keys: Tensor,
     values: Tensor,
     *,
-    attention_mask: Tensor | Spans | None = None,
+    attention_mask: Tensor | None = None,
     is_causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -32,16 +32,13 @@ def attend(
         query: (B, H, T, E).
         keys: (B, H, S, E).
         values: (B, H, S, E).
-        attention_mask: bool, True where attention is allowed, broadcastable to (B, H, T, S); or the parts of
-            packed rows, whose B is 1.
+        attention_mask: bool, True where attention is allowed, broadcastable to (B, H, T, S).
         is_causal: Position t attends to the positions up to t only (T equals S).
         dropout: Probability with which an attention weight is dropped.
 
     Returns:
         (B, T, D): the heads side by side.
     """
-    if isinstance(attention_mask, Spans):
-        return attend_within(query, keys, values, attention_mask, is_causal=is_causal, dropout=dropout)
     if _is_for_fused(query):
         bias = _bias(query, keys, attention_mask, is_causal=is_causal)
         return fused.attention(query, keys, values, bias, dropout=dropout)
@@ -112,14 +109,23 @@ class SelfAttention(nn.Module):
         Args:
             x: (R, T, D).
             attention_mask: bool, True where attention is allowed, broadcastable to (R, H, T, T); or the parts of a
-                packed row.
+                packed row, with nothing else beside them.
             is_causal: Position t attends to the positions up to t only.
             state: The positions before `x`, which every position of `x` may attend to; `x` is added to it.
 
         Returns:
             (R, T, D).
         """
-        assert attention_mask is None or isinstance(attention_mask, Spans) or not is_causal
+        if isinstance(attention_mask, Spans):
+            return self.out_proj(
+                attend_to_self(
+                    self.qkv_proj(x),
+                    attention_mask,
+                    num_heads=self.num_heads,
+                    dropout=self.dropout if self.training else 0.0,
+                )
+            )
+        assert attention_mask is None or not is_causal
         query, keys, values = split_heads(self.qkv_proj(x), 3, self.num_heads)
         if state is not None:
             num_new = x.size(1)
@@ -156,14 +162,14 @@ class CrossAttention(nn.Module):
         keys, values = split_heads(self.kv_proj(encoded), 2, self.num_heads)
         return keys, values
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor | Spans) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor) -> Tensor:
         """Let each row attend to the memory of its sentence.
 
         Args:
             x: (R, T, D), the K rows of a sentence side by side.
             keys: (B, H, S, E).
             values: (B, H, S, E).
-            attention_mask: (B, 1, 1, S) bool, False at padding; or the parts of packed rows.
+            attention_mask: (B, 1, 1, S) bool, False at padding.
 
         Returns:
             (R, T, D).
@@ -176,3 +182,19 @@ class CrossAttention(nn.Module):
         (heads,) = split_heads(queries, 1, self.num_heads)
         attended = attend(heads, keys, values, attention_mask=attention_mask, dropout=dropout)
         return self.out_proj(attended).view(num_rows, length, dim)  # (B, K*T, D) -> (R, T, D)
+
+    def attend_packed(self, x: Tensor, memory: Tensor, spans: Spans) -> Tensor:
+        """Let each part of a packed row attend to that of another row.
+
+        Args:
+            x: (1, N, D).
+            memory: (1, M, memory_dim): the other row.
+            spans: Between the two.
+
+        Returns:
+            (1, N, D).
+        """
+        dropout = self.dropout if self.training else 0.0
+        query, projected = self.q_proj(x), self.kv_proj(memory)
+        attended = attend_to_other(query, projected, spans, num_heads=self.num_heads, dropout=dropout)
+        return self.out_proj(attended)

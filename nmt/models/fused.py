@@ -7,6 +7,7 @@ Shapes: B sentences, T and S lengths, N tokens, D model, H heads, E head size, V
 
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 # classes), elsewhere enough to keep the device busy.
 _LOGITS_AT_ONCE = {"cpu": 2_000_000}
 _LOGITS_AT_ONCE_ELSEWHERE = 64_000_000
+_LOGITS_OF_KERNEL_AT_ONCE = 192_000_000  # of two bytes each, and nothing beside them
 
 
 def is_elsewhere(x: Tensor) -> bool:
@@ -200,6 +202,28 @@ def linear_cross_entropy(
     return apply(features, weight, target, label_smoothing, ignored)
 
 
+@cache
+def _loss_kernel() -> ModuleType | None:
+    """Return `nmt.models.loss_kernel`, or None where Triton is missing."""
+    try:
+        from nmt.models import loss_kernel
+    except ImportError:
+        return None
+    return loss_kernel
+
+
+def _softmax_gradient(
+    h: Tensor, weight: Tensor, y: Tensor, extra: float, accurate: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logsumexp(z) and z_y of each token, and softmax(z) minus `extra` at y, in the type of h."""
+    z = product(h, weight.t()).to(accurate)
+    z_target, z_max = z.gather(1, y).squeeze(1), z.amax(dim=1)
+    p = torch.softmax(z, dim=1, out=z)
+    # log p_max instead of log p_y: the largest probability cannot underflow.
+    log_normalizer = z_max - p.amax(dim=1).log()
+    return log_normalizer, z_target, p.scatter_(1, y, p.gather(1, y) - extra).to(h.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Write z = Wh, q for the smoothed target distribution, s = eps / (V - 1) and c = 1 - eps - s.
 
@@ -226,17 +250,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=accurate)
         loss = torch.zeros((), dtype=accurate, device=features.device)
         nll = torch.zeros_like(loss)
+        kernel = (
+            _loss_kernel() if features.dtype in (torch.bfloat16, torch.float16) and features.is_cuda else None
+        )
         at_once = _LOGITS_AT_ONCE.get(features.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
+        if kernel is not None:
+            at_once = _LOGITS_OF_KERNEL_AT_ONCE
         chunk = max(1, at_once // vocabulary_size)
+        chunk = max(1, -(-num_tokens // max(1, -(-num_tokens // chunk))))  # as many parts, of one size
         is_counted = None if ignored is None else (target != ignored)[:, None]  # (N, 1)
         for start in range(0, num_tokens, chunk):
             part = slice(start, start + chunk)
             h, y = features[part], target[part, None]
-            z = product(h, weight.t()).to(accurate)
-            z_target, z_max = z.gather(1, y).squeeze(1), z.amax(dim=1)
-            p = torch.softmax(z, dim=1, out=z)
-            # log p_max instead of log p_y: the largest probability cannot underflow.
-            log_normalizer = z_max - p.amax(dim=1).log()
+            if kernel is not None:
+                grad = product(h, weight.t())
+                log_normalizer, z_target = kernel.softmax_gradient_(
+                    grad, target[part], extra=extra, ignored=ignored
+                )
+            else:
+                log_normalizer, z_target, grad = _softmax_gradient(h, weight, y, extra, accurate)
             if is_counted is not None:
                 # What is not counted is taken from the narrow factors of the products, not from (N, V).
                 h = h * is_counted[part]
@@ -244,7 +276,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nll += (log_normalizer - z_target).sum()
             loss += log_normalizer.sum() - extra * z_target.sum()
             if needs_gradient:
-                grad = p.scatter_(1, y, p.gather(1, y) - extra).to(features.dtype)
                 grad_features[part] = product(grad, weight)
                 grad_weight += product_over_rows(grad, h)
         weight_sum = weight.sum(dim=0, dtype=accurate)

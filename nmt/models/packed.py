@@ -1,9 +1,11 @@
 """Sentences one after another in one row, and attention that stays within each of them.
 
-Shapes: N tokens of a row, P parts of it, H heads, E head size, D model.
+Shapes: N, M tokens of the rows of queries and keys, P parts, I items, H heads, E head size, D = H*E model.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,78 +20,123 @@ class PackedTokens:
     """(N,) integers."""
     positions: Tensor
     """(N,) integers: the place of each token in its part, from 0."""
+    parts: Tensor
+    """(N,) int32: the number of each token's part."""
     starts: Tensor
     """(P+1,) int32: where each part begins, and N; a part may be empty."""
     longest: int
     """No part has more tokens."""
+    items: Tensor
+    """(I, 6) int32: blocks of tokens for kernels (`nmt/data/packing.py`)."""
+    is_target: bool
+    """On which side of the items' groups this row stands."""
 
 
 @dataclass(frozen=True)
 class Spans:
     """Which tokens attend to which: those of part i of one row to those of part i of another, or of the same."""
 
-    query_starts: Tensor  # (P+1,) int32
-    key_starts: Tensor  # (P+1,) int32
-    longest_query: int
-    longest_key: int
-
-    @classmethod
-    def between(cls, queries: PackedTokens, keys: PackedTokens) -> "Spans":
-        """Return the spans of two rows."""
-        return cls(queries.starts, keys.starts, queries.longest, keys.longest)
+    queries: PackedTokens
+    keys: PackedTokens
+    is_causal: bool = False
+    """Each token attends to those up to itself (a row to itself)."""
 
 
-def attend_within(
-    query: Tensor, keys: Tensor, values: Tensor, spans: Spans, *, is_causal: bool, dropout: float
-) -> Tensor:
-    """Compute softmax(Q K^T / sqrt(E)) V for each head and each part.
-
-    On a GPU by FlashAttention (Dao, 2023) in half precision, and by the memory-efficient kernels (Rabe and Staats,
-    2021) in float32: both take starts of parts, and neither plans anew for another shape. Elsewhere by a mask over
-    the whole rows: the reference for tests.
+def attend_to_self(projected: Tensor, spans: Spans, *, num_heads: int, dropout: float) -> Tensor:
+    """Compute softmax(Q K^T / sqrt(E)) V for each head, within each part of a row.
 
     Args:
-        query: (1, H, N, E).
-        keys: (1, H, M, E).
-        values: (1, H, M, E).
-        spans: P parts of the N and of the M tokens.
-        is_causal: Each token attends to those up to itself in its part (a row to itself).
+        projected: (1, N, 3*D): queries, keys and values side by side.
+        spans: The row's, to itself.
+        num_heads: H.
         dropout: Probability with which an attention weight is dropped.
 
     Returns:
         (1, N, D): the heads side by side.
     """
+    if _takes_kernels(projected, projected.size(2) // (3 * num_heads)):
+        return _by_kernels(projected[0], None, spans, num_heads=num_heads, dropout=dropout)
+    query, keys, values = projected.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return _attend(query, keys, values, spans, dropout=dropout)
+
+
+def attend_to_other(
+    query: Tensor, projected: Tensor, spans: Spans, *, num_heads: int, dropout: float
+) -> Tensor:
+    """Compute the same between the parts of one row and those of another.
+
+    Args:
+        query: (1, N, D).
+        projected: (1, M, 2*D): keys and values side by side.
+        spans: Of the row of queries to that of keys.
+        num_heads: H.
+        dropout: Probability with which an attention weight is dropped.
+
+    Returns:
+        (1, N, D).
+    """
+    if _takes_kernels(query, query.size(2) // num_heads):
+        return _by_kernels(query[0], projected[0], spans, num_heads=num_heads, dropout=dropout)
+    (heads,) = query.unflatten(-1, (1, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    keys, values = projected.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return _attend(heads, keys, values, spans, dropout=dropout)
+
+
+def _takes_kernels(x: Tensor, head_size: int) -> bool:
+    """Return whether our own kernels compute this: half precision on a GPU, sizes that they multiply by."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and is_half and head_size in (16, 32, 64, 128) and _kernels() is not None
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """Return `nmt.models.packed_kernels`, or None where Triton is missing."""
+    try:
+        from nmt.models import packed_kernels
+    except ImportError:
+        return None
+    return packed_kernels
+
+
+def _by_kernels(
+    query: Tensor, projected: Tensor | None, spans: Spans, *, num_heads: int, dropout: float
+) -> Tensor:
+    """(N, 3*D), or (N, D) and (M, 2*D) -> (1, N, D)."""
+    kernels = _kernels()
+    assert kernels is not None
+    queries, keys = spans.queries, spans.keys
+    device = query.device
+    # Nothing reads the seed where nothing is dropped.
+    seed = torch.randint(2**62, (1,), device=device) if dropout else queries.starts
+    tables = (queries.items, keys.items, queries.parts, keys.parts, seed)
+    sides = [kernels.TARGET if row.is_target else kernels.SOURCE for row in (queries, keys)]
+    settings = (num_heads, *sides, spans.is_causal, dropout)
+    return kernels.attend(query, projected, tables, settings)[None]
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, spans: Spans, *, dropout: float) -> Tensor:
+    """Attend with PyTorch's own operations: (1, H, N, E) and twice (1, H, M, E) -> (1, N, D).
+
+    On a GPU by FlashAttention (Dao, 2023) in half precision, and by the memory-efficient kernels (Rabe and Staats,
+    2021) in float32: both take starts of parts, and neither plans anew for another shape. Elsewhere by a mask over
+    the whole rows: the reference for tests.
+    """
+    is_causal = spans.is_causal
     if not query.is_cuda:
-        mask = _mask(spans, query.size(2), keys.size(2), is_causal=is_causal)
+        mask = spans.queries.parts[:, None] == spans.keys.parts[None, :]
+        mask = mask.tril() if is_causal else mask
         heads = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
         return heads.transpose(1, 2).flatten(2)  # (1, H, N, E) -> (1, N, D)
+    starts = (spans.queries.starts, spans.keys.starts, spans.queries.longest, spans.keys.longest)
     by_token = [x.transpose(1, 2) for x in (query, keys, values)]  # (1, H, N, E) -> (1, N, H, E)
-    if query.dtype in (torch.bfloat16, torch.float16) and query.size(3) % 8 == 0 and query.size(3) <= 256:
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    if is_half and query.size(3) % 8 == 0 and query.size(3) <= 256:
         heads = torch.ops.aten._flash_attention_forward(
-            *(x.squeeze(0) for x in by_token),
-            *(spans.query_starts, spans.key_starts, spans.longest_query, spans.longest_key),
-            *(dropout, is_causal, False),
+            *(x.squeeze(0) for x in by_token), *starts, dropout, is_causal, False
         )[0]
         return heads.flatten(1)[None]  # (N, H, E) -> (1, N, D)
+    mask_type = 1 if is_causal else 0  # 1: causal from the top left
     heads = torch.ops.aten._efficient_attention_forward(
-        *by_token,
-        None,  # bias
-        *(spans.query_starts, spans.key_starts, spans.longest_query, spans.longest_key),
-        *(dropout, 1 if is_causal else 0, torch.is_grad_enabled()),  # 1: causal from the top left
+        *by_token, None, *starts, dropout, mask_type, torch.is_grad_enabled()
     )[0]
     return heads.flatten(2)  # (1, N, H, E) -> (1, N, D)
-
-
-def _mask(spans: Spans, num_queries: int, num_keys: int, *, is_causal: bool) -> Tensor:
-    """Return where attention is allowed: (N, M) bool."""
-    places = [
-        torch.arange(count, dtype=starts.dtype, device=starts.device)
-        for count, starts in ((num_queries, spans.query_starts), (num_keys, spans.key_starts))
-    ]
-    # The part of a token is the number of starts up to it; empty parts have the same start as the next one.
-    parts = [
-        torch.searchsorted(starts, place, right=True)
-        for place, starts in zip(places, (spans.query_starts, spans.key_starts), strict=True)
-    ]
-    mask = parts[0][:, None] == parts[1][None, :]
-    return mask & (places[0][:, None] >= places[1][None, :]) if is_causal else mask

@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         return self.decoder(target_input, memory, state)
 
     def packed_features(self, source: PackedTokens, target_input: PackedTokens) -> Tensor:
-        """Encode sources and decode their targets, packed into a row each: what training on a GPU does.
+        """Encode sources and decode their targets, packed into a row each: how a GPU trains.
 
         Args:
             source: N tokens; each sentence ends in eos.
@@ -71,18 +71,7 @@ class Transformer(nn.Module):
         Returns:
             (M, D): the decoder's last hidden states.
         """
-        encoded = self.encoder(
-            source.ids[None], Spans.between(source, source), positions=source.positions
-        )  # (1, N, D)
-        memory = self.decoder.project_memory(encoded, torch.zeros_like(source.ids[None], dtype=torch.bool))
-        features = self.decoder(
-            target_input.ids[None],
-            memory,
-            None,
-            positions=target_input.positions,
-            spans=(Spans.between(target_input, target_input), Spans.between(target_input, source)),
-        )
-        return features.squeeze(0)
+        return self.decoder.packed(target_input, self.encoder.packed(source), source)
 
     def decode(self, target_input: Tensor, memory: Memory, state: DecoderState | None = None) -> Tensor:
         """Predict the token that follows each position.
@@ -125,10 +114,18 @@ class Encoder(nn.Module):
         self.activation_checkpointing = options.activation_checkpointing
         self.final_norm = nn.LayerNorm(dim) if options.encoder_normalize_before else nn.Identity()
 
-    def forward(self, source: Tensor, padding: Tensor | Spans, positions: Tensor | None = None) -> Tensor:
-        """(B, S) int64 and its padding mask, or (1, S), its parts and their positions -> (B, S, D)."""
-        attention_mask = padding if isinstance(padding, Spans) else ~padding[:, None, None, :]  # (B, 1, 1, S)
-        x = self.embedding(source, positions=positions)
+    def forward(self, source: Tensor, padding_mask: Tensor) -> Tensor:
+        """(B, S) int64 and its padding mask -> (B, S, D)."""
+        attention_mask = ~padding_mask[:, None, None, :]  # (B, 1, 1, S)
+        return self._run_layers(self.embedding(source), attention_mask)
+
+    def packed(self, source: PackedTokens) -> Tensor:
+        """Encode a packed row of N tokens: (1, N, D)."""
+        return self._run_layers(
+            self.embedding(source.ids[None], positions=source.positions), Spans(source, source)
+        )
+
+    def _run_layers(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             x = recomputed(layer, x, attention_mask) if recompute else layer(x, attention_mask)
@@ -160,36 +157,27 @@ class Decoder(nn.Module):
         ]
         return Memory([keys for keys, _ in projected], [values for _, values in projected], padding_mask)
 
-    def forward(
-        self,
-        target_input: Tensor,
-        memory: Memory,
-        state: DecoderState | None,
-        *,
-        positions: Tensor | None = None,
-        spans: tuple[Spans, Spans] | None = None,
-    ) -> Tensor:
-        """(R, T) int64 -> (R, T, D); see `Transformer.decode`.
-
-        Of a packed row: the positions of its tokens, and how its parts attend to themselves and to the memory.
-        """
-        if spans is None:
-            # Memory and its mask have B sentences, x has their R = B*K rows: more queries, to CrossAttention.
-            masks: tuple[Spans | None, Tensor | Spans] = (None, ~memory.padding_mask[:, None, None, :])
-        else:
-            masks = spans
-        x = self.embedding(target_input, start=0 if state is None else state.length, positions=positions)
+    def forward(self, target_input: Tensor, memory: Memory, state: DecoderState | None) -> Tensor:
+        """(R, T) int64 -> (R, T, D); see `Transformer.decode`."""
+        # Memory and its mask have B sentences, x has their R = B*K rows: more queries, to CrossAttention.
+        attention_mask = ~memory.padding_mask[:, None, None, :]  # (B, 1, 1, S)
+        x = self.embedding(target_input, start=0 if state is None else state.length)
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and state is None
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[i]
-            inputs = (x, memory.keys[i], memory.values[i])
-            context: dict[str, Any] = {
-                "own_mask": masks[0],
-                "attention_mask": masks[1],
-                "state": layer_state,
-            }
+            inputs = (x, (memory.keys[i], memory.values[i]))
+            context: dict[str, Any] = {"attention_mask": attention_mask, "state": layer_state}
             x = recomputed(layer, *inputs, **context) if recompute else layer(*inputs, **context)
         return self.final_norm(x)
+
+    def packed(self, target_input: PackedTokens, encoded: Tensor, source: PackedTokens) -> Tensor:
+        """Decode a packed row of M tokens from its encoded source (1, N, D): (M, D)."""
+        x = self.embedding(target_input.ids[None], positions=target_input.positions)
+        spans = (Spans(target_input, target_input, is_causal=True), Spans(target_input, source))
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = recomputed(layer, x, encoded, spans=spans) if recompute else layer(x, encoded, spans=spans)
+        return self.final_norm(x).squeeze(0)
 
 
 class EncoderLayer(nn.Module):
@@ -207,7 +195,7 @@ class EncoderLayer(nn.Module):
         self.around_feed_forward = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
 
     def forward(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
-        """(B, S, D) -> (B, S, D); the mask is True where attention is allowed."""
+        """(B, S, D) -> (B, S, D); the mask is True where attention is allowed, or says so of packed rows."""
         x = self.around_attention(x, lambda y: self.self_attention(y, attention_mask=attention_mask))
         return self.around_feed_forward(x, self.feed_forward)
 
@@ -231,22 +219,38 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        memory: Tensor | tuple[Tensor, Tensor],
         *,
-        attention_mask: Tensor | Spans,
-        own_mask: Spans | None = None,
+        attention_mask: Tensor | None = None,
         state: LayerState | None = None,
+        spans: tuple[Spans, Spans] | None = None,
     ) -> Tensor:
-        """(R, T, D) -> (R, T, D); keys, values and mask are the memory's, the state is this layer's."""
+        """Compute a layer's output.
+
+        Args:
+            x: (R, T, D).
+            memory: What `project_memory` made of the source for this layer, keys and values; of packed rows the
+                encoder's output itself.
+            attention_mask: The memory's.
+            state: This layer's.
+            spans: Of packed rows instead: the row's to itself, and to its source.
+
+        Returns:
+            (R, T, D).
+        """
 
         def attend_to_past(y: Tensor) -> Tensor:
-            return self.self_attention(y, attention_mask=own_mask, is_causal=True, state=state)
+            if spans is not None:
+                return self.self_attention(y, attention_mask=spans[0])
+            # No padding mask: padding stands on the right, so no token sees it, and its own outputs do not count.
+            return self.self_attention(y, is_causal=True, state=state)
 
         def attend_to_source(y: Tensor) -> Tensor:
-            return self.cross_attention(y, keys, values, attention_mask=attention_mask)
+            if isinstance(memory, Tensor):
+                assert spans is not None
+                return self.cross_attention.attend_packed(y, memory, spans[1])
+            return self.cross_attention(y, *memory, attention_mask=attention_mask)
 
-        # No padding mask: padding stands on the right, so no token sees it, and its own outputs are not counted.
         x = self.around_self_attention(x, attend_to_past)
         x = self.around_cross_attention(x, attend_to_source)
         return self.around_feed_forward(x, self.feed_forward)

@@ -51,10 +51,25 @@ def packed_translation_loss(
 
 def packed_features(model: Transformer, batch: PackedTranslationBatch) -> Tensor:
     """Run the model on a packed batch, and return the decoder's last hidden states (L, D)."""
-    longest = batch.shape.longest
-    source = PackedTokens(batch.source, batch.source_positions, batch.source_starts, longest)
-    target = PackedTokens(batch.target_input, batch.target_positions, batch.target_starts, longest)
-    return model.packed_features(source, target)
+    source = PackedTokens(
+        ids=batch.source,
+        positions=batch.source_positions,
+        parts=batch.source_parts,
+        starts=batch.source_starts,
+        longest=batch.shape.longest,
+        items=batch.source_items,
+        is_target=False,
+    )
+    target_input = PackedTokens(
+        ids=batch.target_input,
+        positions=batch.target_positions,
+        parts=batch.target_parts,
+        starts=batch.target_starts,
+        longest=batch.shape.longest,
+        items=batch.target_items,
+        is_target=True,
+    )
+    return model.packed_features(source, target_input)
 
 
 def target_features(model: Transformer, batch: TranslationBatch) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from train import count_flops, measure_gemm
 
-from nmt.data.batch_iterator import BatchIterator, MicroBatch, batch_limits
+from nmt.data.batch_iterator import BatchIterator, MicroBatch, packed_limits
 from nmt.data.options import BatchingOptions
 from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
 from nmt.data.parallel_dataset import ParallelDataset
@@ -158,8 +158,9 @@ def ours(
     is_gpu = world.device.type == "cuda"
     start = time.perf_counter()
     examples: Any = pairs
+    limits = None
     if is_packed:
-        limits = batch_limits(batching, is_packed=True)
+        limits = packed_limits(batching, pairs.sizes)
         assert limits.max_sentences is not None
         longest = int(pairs.sizes.max())
         shape = PackedShape.of(max_tokens=max_tokens, max_sentences=limits.max_sentences, longest=longest)
@@ -190,7 +191,7 @@ def ours(
         seed=1,
         num_workers=2 if is_gpu else 0,
         pin_memory=is_gpu,
-        is_packed=is_packed,
+        limits=limits,
     )
     losses: list[float] = []
     with batches:

@@ -1,0 +1,315 @@
+"""Attention within the sentences of packed rows, as kernels for GPUs (in Triton).
+
+FlashAttention gives every sentence a program of its own, of 128 queries and 128 keys, however short it is, and as
+many programs as the longest sentence has blocks. Here neighbouring sentences share a program as long as they fit
+into a block, and a table says what each program works on. Scores are recomputed in the backward pass (Dao et al.,
+2022). Gradients are written where the gradient of the projection is read, so that nothing is copied; and sums have
+one order, so that they are the same bits each time.
+
+Shapes: N, M tokens of the rows of queries and keys, H heads, E head size, I items of a table.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 128
+
+
+@triton.jit
+def _keep(seed: Any, head: Any, rows: Any, columns: Any, num_columns: Any, dropout: Any) -> Any:
+    """Say which attention weights are kept: a function of the seed and their place alone."""
+    return tl.rand(seed + head, rows * num_columns + columns) >= dropout
+
+
+@triton.jit
+def _allowed(q_part: Any, k_part: Any, q_at: Any, k_at: Any, CAUSAL: tl.constexpr) -> Any:
+    allowed = q_part[:, None] == k_part[None, :]
+    if CAUSAL:
+        allowed = allowed & (k_at[None, :] <= q_at[:, None])
+    return allowed
+
+
+@triton.jit
+def _forward(
+    q, k, v, out, lse, items, q_parts, k_parts, seed_at, scale, dropout, q_stride, k_stride, num_q, num_k,
+    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    item, head = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
+    if start < end:
+        first, last = tl.load(items + item * 6 + OTHER), tl.load(items + item * 6 + OTHER + 1)
+        sizes = tl.arange(0, E)
+        q_at = start + tl.arange(0, BLOCK)
+        q_in = q_at < end
+        query = tl.load(
+            q + q_at[:, None] * q_stride + head * E + sizes[None, :], mask=q_in[:, None], other=0.0
+        )
+        q_part = tl.load(q_parts + q_at, mask=q_in, other=-1)
+        highest = tl.full((BLOCK,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        summed = tl.zeros((BLOCK, E), tl.float32)
+        for first_k in range(first, last, BLOCK):
+            k_at = first_k + tl.arange(0, BLOCK)
+            k_in = k_at < last
+            at = k_at[:, None] * k_stride + head * E + sizes[None, :]
+            key = tl.load(k + at, mask=k_in[:, None], other=0.0)
+            value = tl.load(v + at, mask=k_in[:, None], other=0.0)
+            k_part = tl.load(k_parts + k_at, mask=k_in, other=-2)
+            scores = tl.dot(query, tl.trans(key)) * scale
+            scores = tl.where(_allowed(q_part, k_part, q_at, k_at, CAUSAL), scores, -float("inf"))
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            # A row that may attend to nothing so far stays at minus infinity, from which nothing is subtracted.
+            base = tl.where(higher == -float("inf"), 0.0, higher)
+            weights = tl.exp(scores - base[:, None])
+            shrink = tl.exp(highest - base)
+            total = total * shrink + tl.sum(weights, 1)
+            if DROPS:
+                kept = _keep(tl.load(seed_at), head, q_at[:, None], k_at[None, :], num_k, dropout)
+                weights = tl.where(kept, weights / (1.0 - dropout), 0.0)
+            summed = summed * shrink[:, None] + tl.dot(weights.to(value.dtype), value)
+            highest = higher
+        is_empty = total == 0.0
+        total = tl.where(is_empty, 1.0, total)
+        summed = summed / total[:, None]
+        place = q_at[:, None] * (H * E) + head * E + sizes[None, :]
+        tl.store(out + place, summed.to(out.dtype.element_ty), mask=q_in[:, None])
+        # The weights of a row without keys are zero in the backward pass too.
+        tl.store(
+            lse + head * num_q + q_at, tl.where(is_empty, float("inf"), highest + tl.log(total)), mask=q_in
+        )
+
+
+@triton.jit
+def _backward_queries(
+    q, k, v, out, grad_out, lse, delta, grad_q, items, q_parts, k_parts, seed_at, scale, dropout,
+    q_stride, k_stride, grad_q_stride, num_q, num_k,
+    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    item, head = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
+    if start < end:
+        first, last = tl.load(items + item * 6 + OTHER), tl.load(items + item * 6 + OTHER + 1)
+        sizes = tl.arange(0, E)
+        q_at = start + tl.arange(0, BLOCK)
+        q_in = q_at < end
+        query = tl.load(
+            q + q_at[:, None] * q_stride + head * E + sizes[None, :], mask=q_in[:, None], other=0.0
+        )
+        place = q_at[:, None] * (H * E) + head * E + sizes[None, :]
+        grad = tl.load(grad_out + place, mask=q_in[:, None], other=0.0)
+        result = tl.load(out + place, mask=q_in[:, None], other=0.0)
+        q_delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
+        tl.store(delta + head * num_q + q_at, q_delta, mask=q_in)
+        q_lse = tl.load(lse + head * num_q + q_at, mask=q_in, other=float("inf"))
+        q_part = tl.load(q_parts + q_at, mask=q_in, other=-1)
+        summed = tl.zeros((BLOCK, E), tl.float32)
+        for first_k in range(first, last, BLOCK):
+            k_at = first_k + tl.arange(0, BLOCK)
+            k_in = k_at < last
+            at = k_at[:, None] * k_stride + head * E + sizes[None, :]
+            key = tl.load(k + at, mask=k_in[:, None], other=0.0)
+            value = tl.load(v + at, mask=k_in[:, None], other=0.0)
+            k_part = tl.load(k_parts + k_at, mask=k_in, other=-2)
+            allowed = _allowed(q_part, k_part, q_at, k_at, CAUSAL)
+            scores = tl.dot(query, tl.trans(key)) * scale
+            weights = tl.where(allowed, tl.exp(scores - q_lse[:, None]), 0.0)
+            grad_weights = tl.dot(grad, tl.trans(value))
+            if DROPS:
+                kept = _keep(tl.load(seed_at), head, q_at[:, None], k_at[None, :], num_k, dropout)
+                grad_weights = tl.where(kept, grad_weights / (1.0 - dropout), 0.0)
+            grad_scores = weights * (grad_weights - q_delta[:, None]) * scale
+            summed += tl.dot(grad_scores.to(key.dtype), key)
+        place = q_at[:, None] * grad_q_stride + head * E + sizes[None, :]
+        tl.store(grad_q + place, summed.to(grad_q.dtype.element_ty), mask=q_in[:, None])
+
+
+@triton.jit
+def _backward_keys(
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, items, q_parts, k_parts, seed_at, scale, dropout,
+    q_stride, k_stride, grad_k_stride, num_q, num_k,
+    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    item, head = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
+    if start < end:
+        first, last = tl.load(items + item * 6 + OTHER), tl.load(items + item * 6 + OTHER + 1)
+        sizes = tl.arange(0, E)
+        k_at = start + tl.arange(0, BLOCK)
+        k_in = k_at < end
+        at = k_at[:, None] * k_stride + head * E + sizes[None, :]
+        key = tl.load(k + at, mask=k_in[:, None], other=0.0)
+        value = tl.load(v + at, mask=k_in[:, None], other=0.0)
+        k_part = tl.load(k_parts + k_at, mask=k_in, other=-2)
+        sum_k = tl.zeros((BLOCK, E), tl.float32)
+        sum_v = tl.zeros((BLOCK, E), tl.float32)
+        for first_q in range(first, last, BLOCK):
+            q_at = first_q + tl.arange(0, BLOCK)
+            q_in = q_at < last
+            query = tl.load(
+                q + q_at[:, None] * q_stride + head * E + sizes[None, :], mask=q_in[:, None], other=0.0
+            )
+            place = q_at[:, None] * (H * E) + head * E + sizes[None, :]
+            grad = tl.load(grad_out + place, mask=q_in[:, None], other=0.0)
+            q_lse = tl.load(lse + head * num_q + q_at, mask=q_in, other=float("inf"))
+            q_delta = tl.load(delta + head * num_q + q_at, mask=q_in, other=0.0)
+            q_part = tl.load(q_parts + q_at, mask=q_in, other=-1)
+            allowed = _allowed(q_part, k_part, q_at, k_at, CAUSAL)
+            scores = tl.dot(query, tl.trans(key)) * scale
+            weights = tl.where(allowed, tl.exp(scores - q_lse[:, None]), 0.0)
+            grad_weights = tl.dot(grad, tl.trans(value))
+            used = weights
+            if DROPS:
+                kept = _keep(tl.load(seed_at), head, q_at[:, None], k_at[None, :], num_k, dropout)
+                used = tl.where(kept, weights / (1.0 - dropout), 0.0)
+                grad_weights = tl.where(kept, grad_weights / (1.0 - dropout), 0.0)
+            sum_v += tl.dot(tl.trans(used.to(grad.dtype)), grad)
+            grad_scores = weights * (grad_weights - q_delta[:, None]) * scale
+            sum_k += tl.dot(tl.trans(grad_scores.to(query.dtype)), query)
+        place = k_at[:, None] * grad_k_stride + head * E + sizes[None, :]
+        tl.store(grad_k + place, sum_k.to(grad_k.dtype.element_ty), mask=k_in[:, None])
+        tl.store(grad_v + place, sum_v.to(grad_v.dtype.element_ty), mask=k_in[:, None])
+
+
+# Columns of an item: its own start and end; then those of its group of parts, of the source and of the target.
+SOURCE, TARGET = 2, 4
+
+
+@torch.library.custom_op("nmt::attend_packed", mutates_args=())
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, q_items: Tensor, k_items: Tensor, q_parts: Tensor, k_parts: Tensor,
+    seed: Tensor, num_heads: int, q_side: int, k_side: int, is_causal: bool, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute softmax(Q K^T / sqrt(E)) V for each head, each token within its part.
+
+    Args:
+        q: (N, H*E) bfloat16 or float16; its columns lie side by side, its rows anywhere.
+        k: (M, H*E), rows as far apart as those of `v`.
+        v: (M, H*E).
+        q_items: (I, 6) int32: blocks of at most 128 queries, those that are left empty.
+        k_items: (I, 6) int32: blocks of keys.
+        q_parts: (N,) int32: the part of each query.
+        k_parts: (M,) int32.
+        seed: (1,) int64, of dropout.
+        num_heads: H.
+        q_side: SOURCE or TARGET: where an item says which queries its group has.
+        k_side: The same for keys.
+        is_causal: Each token attends to those up to itself.
+        dropout: Probability with which an attention weight is dropped.
+
+    Returns:
+        (N, H*E), and for the backward pass the logarithms of the normalisers (H, N) float32.
+    """
+    num_q, size = q.size(0), q.size(1) // num_heads
+    out = torch.empty((num_q, q.size(1)), dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, num_q), dtype=torch.float32, device=q.device)
+    _forward[(q_items.size(0), num_heads)](
+        q, k, v, out, lse, q_items, q_parts, k_parts, seed, size**-0.5, dropout,
+        q.stride(0), k.stride(0), num_q, k.size(0),
+        OTHER=k_side, CAUSAL=is_causal, DROPS=dropout > 0.0, H=num_heads, E=size, BLOCK=BLOCK,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out, lse
+
+
+@attend_packed.register_fake
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    num_heads: int = others[7]
+    out = q.new_empty((q.size(0), q.size(1)))
+    return out, q.new_empty((num_heads, q.size(0)), dtype=torch.float32)
+
+
+@torch.library.custom_op("nmt::attend_packed_backward", mutates_args=())
+def attend_packed_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    q_items: Tensor, k_items: Tensor, q_parts: Tensor, k_parts: Tensor, seed: Tensor,
+    num_heads: int, q_side: int, k_side: int, is_causal: bool, dropout: float, is_self: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of queries, and of keys and values side by side; if `is_self` of all three so.
+
+    Args:
+        grad: (N, H*E): the gradient of what `attend_packed` returned, `out`.
+        is_self: Whether queries, keys and values are columns of one tensor.
+
+    All others are as there.
+
+    Returns:
+        (N, H*E) and (M, 2*H*E); if `is_self` (N, 3*H*E) and nothing.
+    """
+    num_q, width = q.shape
+    num_k, size = k.size(0), width // num_heads
+    if is_self:
+        first = torch.empty((num_q, 3 * width), dtype=q.dtype, device=q.device)
+        second = first.new_empty(0)
+        grad_q, grad_k, grad_v = first.split(width, dim=1)
+    else:
+        first = torch.empty((num_q, width), dtype=q.dtype, device=q.device)
+        second = torch.empty((num_k, 2 * width), dtype=q.dtype, device=q.device)
+        grad_q = first
+        grad_k, grad_v = second.split(width, dim=1)
+    grad = grad.contiguous()
+    delta = torch.empty_like(lse)
+    shared: dict[str, Any] = {
+        **{"CAUSAL": is_causal, "DROPS": dropout > 0.0, "H": num_heads, "E": size, "BLOCK": BLOCK},
+        **{"num_warps": 8, "num_stages": 1},
+    }
+    _backward_queries[(q_items.size(0), num_heads)](
+        q, k, v, out, grad, lse, delta, grad_q, q_items, q_parts, k_parts, seed, size**-0.5, dropout,
+        q.stride(0), k.stride(0), grad_q.stride(0), num_q, num_k, OTHER=k_side, **shared,
+    )  # fmt: skip
+    _backward_keys[(k_items.size(0), num_heads)](
+        q, k, v, grad, lse, delta, grad_k, grad_v, k_items, q_parts, k_parts, seed, size**-0.5, dropout,
+        q.stride(0), k.stride(0), grad_k.stride(0), num_q, num_k, OTHER=q_side, **shared,
+    )  # fmt: skip
+    return first, second
+
+
+@attend_packed_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    is_self: bool = others[-1]
+    width = q.size(1)
+    if is_self:
+        return q.new_empty((q.size(0), 3 * width)), q.new_empty(0)
+    return q.new_empty((q.size(0), width)), q.new_empty((k.size(0), 2 * width))
+
+
+def attend(
+    q: Tensor, kv: Tensor | None, tables: tuple[Tensor, ...], settings: tuple[int | bool | float, ...]
+) -> Tensor:
+    """Attend, with gradients: a row to itself, or to another one.
+
+    Args:
+        q: (N, H*E); or where `kv` is None (N, 3*H*E): queries, keys and values side by side.
+        kv: (M, 2*H*E): keys and values side by side.
+        tables: `q_items` to `seed` of `attend_packed`.
+        settings: `num_heads` to `dropout` of it.
+
+    Returns:
+        (N, H*E).
+    """
+    result: Tensor = _Attend.apply(q, kv, tables, settings)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, kv: Tensor | None, tables: tuple[Tensor, ...], settings: tuple[Any, ...]
+    ) -> Tensor:
+        q, k, v = q.chunk(3, dim=1) if kv is None else (q, *kv.chunk(2, dim=1))
+        out, lse = attend_packed(q, k, v, *tables, *settings)
+        ctx.save_for_backward(q, k, v, out, lse, *tables)
+        ctx.settings, ctx.is_self = settings, kv is None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse, *tables = ctx.saved_tensors
+        first, second = attend_packed_backward(grad, q, k, v, out, lse, *tables, *ctx.settings, ctx.is_self)
+        return first, None if ctx.is_self else second, None, None
