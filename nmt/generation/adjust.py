@@ -28,21 +28,28 @@ def combine(logits: Sequence[Tensor], options: DecodingOptions) -> Tensor:
     Returns:
         (R, V), float64 if the logits are, else float32.
     """
-    each = [x if x.dtype == torch.float64 else x.float() for x in logits]
     if options.temperature != 1.0:
-        for x in each:
+        logits = [x if x.dtype == torch.float64 else x.float() for x in logits]
+        for x in logits:
             x /= options.temperature
-    # In place: a chunk of rows fills the caches, and to ask for as much memory again takes as long as to compute.
-    log_probs = [torch.log_softmax(x, dim=1, out=x) for x in each]
-    if len(each) == 1:
+    log_probs = [_log_softmax_(x) for x in logits]
+    if len(log_probs) == 1:
         return log_probs[0]
-    weights = options.ensemble_weights or (1.0,) * len(each)
+    weights = options.ensemble_weights or (1.0,) * len(log_probs)
     shares = [weight / sum(weights) for weight in weights]
     if options.ensemble_by == "log-probabilities":
         mean = torch.stack([x.mul_(share) for share, x in zip(shares, log_probs, strict=True)]).sum(dim=0)
         return mean.log_softmax(dim=1)
     weighted = [x.add_(math.log(share)) for share, x in zip(shares, log_probs, strict=True)]
     return torch.stack(weighted).logsumexp(dim=0)
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """Return log-probabilities (R, V), in the place of the logits if those are not of fewer bits than float32."""
+    if logits.dtype.itemsize < 4:
+        return torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    # In place: a chunk of rows fills the caches, and to ask for as much memory again takes as long as to compute.
+    return torch.log_softmax(logits, dim=1, out=logits)
 
 
 def penalize_repetition_(

@@ -42,7 +42,7 @@ def choose(
     """Return each sentence's best candidates, or the one that is drawn for it.
 
     Args:
-        logits: (R, V) of each model, of float32 or float64; overwritten.
+        logits: (R, V) of each model; overwritten.
         hypotheses: The R of B sentences.
         rules: What else counts.
         some_at_limit: Whether a sentence may be at its length limit.
@@ -51,6 +51,7 @@ def choose(
     """
     options = rules.options
     if options.repetition_penalty != 1.0:
+        logits = [x if x.dtype.itemsize >= 4 else x.float() for x in logits]
         for x, offset in zip(logits, rules.logit_offsets, strict=True):
             penalize_repetition_(
                 x,

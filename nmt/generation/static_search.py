@@ -38,6 +38,7 @@ _STEPS_A_LOOK = 2  # between looks at which sentences are done; each is read one
 _KEPT_SHARE = 2  # a search goes on in smaller tables when at most one sentence in so many is left
 _FEWEST_ROWS = 64  # for fewer, smaller tables save no time
 _MOST_RECORDINGS = 128
+_COLUMNS_A_PIECE = 4  # of a source: twice as long a translation, in tables that may be half empty
 # See `generator.py`.
 _STRAGGLING_SHARE = 16
 _STRAGGLING_TIMES = 2.0
@@ -83,6 +84,12 @@ class StaticSearch:
     def clear(self) -> None:
         """Give the memory of tables and recordings back."""
         self._reserve.clear()
+
+    def bytes_of_piece(self, beam_size: int) -> int:
+        """Return about how much memory each piece of a source takes, whose translation may be twice as long."""
+        length = _SOURCE_LENGTHS[-1]
+        num_columns = beam_size * _COLUMNS_A_PIECE * length
+        return sum(x.bytes_of(source_length=length, num_columns=num_columns) for x in self.decoders) // length
 
     @torch.inference_mode()
     def refresh_(self, models: Sequence[InferenceTransformer]) -> None:

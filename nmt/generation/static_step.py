@@ -235,7 +235,7 @@ def _choose(
         logits = [decoder.project(x[rows]) for decoder, x in zip(decoders, features, strict=True)]
         parts.append(
             choose(
-                [x if x.dtype.itemsize >= 4 else x.float() for x in logits],
+                logits,
                 hypotheses if at_once >= tables.sizes.num_sentences else take(hypotheses, some),
                 rules,
                 some_at_limit=some_at_limit,

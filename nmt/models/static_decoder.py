@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nmt.models.inference import InferenceTransformer
 from nmt.models.reserve import Reserve
-from nmt.models.transformer import DecoderLayer
+from nmt.models.transformer import DecoderLayer, EncoderLayer
 
 # All but cuDNN's attention, which makes a plan of half a second for every new shape.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -81,6 +81,13 @@ class StaticDecoder:
     def vocabulary_size(self) -> int:
         """V."""
         return self._outer.output.size(0)
+
+    def bytes_of(self, *, source_length: int, num_columns: int) -> int:
+        """Return how much memory a sentence takes in the tables, and about as much as it takes to be encoded."""
+        tables = 2 * len(self._layers) * self.dim * (source_length + num_columns) * self.dtype.itemsize
+        encoder = cast(EncoderLayer, self.model.plain.encoder.layers[0])
+        dim, ffn_dim = encoder.feed_forward.expand.in_features, encoder.feed_forward.expand.out_features
+        return tables + source_length * (10 * dim + 2 * ffn_dim) * 4
 
     def tables(self, reserve: Reserve, name: str, sizes: Sizes) -> DecoderTables:
         """Cut tables of some sizes out of a reserve, under names that begin with `name`."""
