@@ -169,7 +169,7 @@ def free_slots(ends: Tensor, scores: Tensor, *, counts: Tensor, is_done: Tensor)
         is_done: (B,) bool: the sentence takes no more.
     """
     beam_size = ends.size(1)
-    ends = ends & scores.isfinite() & ~is_done[:, None]
+    ends = ends & (scores > -torch.inf) & ~is_done[:, None]
     slots = counts[:, None] + ends.cumsum(dim=1) - 1
     # What ends when all slots are filled is waste too.
     return slots.masked_fill_(~ends, beam_size).clamp_(max=beam_size)

@@ -91,14 +91,6 @@ class StaticSearch:
         num_columns = beam_size * _COLUMNS_A_PIECE * length
         return sum(x.bytes_of(source_length=length, num_columns=num_columns) for x in self.decoders) // length
 
-    @torch.inference_mode()
-    def refresh_(self, models: Sequence[InferenceTransformer]) -> None:
-        """Take over new weights of models of the same sizes. What was recorded goes on with them."""
-        for decoder, model in zip(self.decoders, models, strict=True):
-            decoder.refresh_(model)
-        for key in [key for key in self._recordings if isinstance(key, tuple) and key[0] == _ENCODE]:
-            del self._recordings[key]  # the encoder is another one
-
     def tables(self, sizes: Sizes, rules: Rules, *, has_prefixes: bool) -> SearchTables:
         """Return the tables of some sizes, which are those of all sizes."""
         key = (sizes, rules.read_tokens, has_prefixes)
@@ -184,7 +176,7 @@ class _Search:
         num_sentences, length = job.source.shape
         tables.source.fill_(self.rules.pad_id)[:, 0] = self.rules.eos_id  # where no sentence is: an empty one
         tables.source[:num_sentences, :length] = job.source
-        key = (_ENCODE, tables.sizes.num_sentences, tables.sizes.source_length)
+        key = ("encode", tables.sizes.num_sentences, tables.sizes.source_length)
         self.owner.record(key, partial(_encode, self.owner.decoders, tables))()
         start_(
             tables,
@@ -265,9 +257,6 @@ class _Search:
         for place, hypotheses in zip(places, found, strict=True):
             self.results[self.sentences[place]] = hypotheses
             self.sentences[place] = -1
-
-
-_ENCODE = "encode"
 
 
 def _encode(decoders: Sequence[StaticDecoder], tables: SearchTables) -> None:

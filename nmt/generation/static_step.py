@@ -252,8 +252,13 @@ def _finish_(tables: SearchTables, candidates: Candidates, ends: Tensor, index: 
     record.scores.index_copy_(0, index, candidates.scores[None])
     record.token_scores.index_copy_(0, index, candidates.token_scores[None])
     record.tokens.index_copy_(0, index, candidates.tokens[None])
-    if beam_size > 1:
-        record.parents.index_copy_(0, index, candidates.parents[None])
+    if beam_size == 1:  # the same as below with fewer operators: slot 0 is filled once
+        ended = ends.logical_and(candidates.scores > -torch.inf).logical_and_(~tables.is_done[:, None])
+        record.ends[:, :1].copy_(torch.where(ended, tables.step, record.ends[:, :1]))
+        record.counts.add_(ended[:, 0])
+        tables.is_done.logical_or_(ended[:, 0]).logical_or_(tables.limits <= tables.step)
+        return
+    record.parents.index_copy_(0, index, candidates.parents[None])
     slots = free_slots(
         ends[:, :beam_size],
         candidates.scores[:, :beam_size],

@@ -178,17 +178,6 @@ class StaticDecoder:
         rows = parents[:, None, :, None].expand(-1, -1, -1, tables.mask.size(3))
         tables.mask.copy_(tables.mask.gather(2, rows))
 
-    def refresh_(self, model: InferenceTransformer) -> None:
-        """Take over the weights of a model of the same sizes, in place."""
-        self.model = model
-        outer, layers = self._weights()
-        before: list[_Outer | _Layer] = [self._outer, *self._layers]
-        for old, new in zip(before, (outer, *layers), strict=True):
-            for own in fields(old):
-                value = getattr(old, own.name)
-                if isinstance(value, Tensor):
-                    value.copy_(getattr(new, own.name))
-
     def _attend_to_past(
         self, x: Tensor, layer: _Layer, past: Tensor, columns: Tensor, mask: Tensor
     ) -> Tensor:
