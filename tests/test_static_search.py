@@ -102,6 +102,7 @@ def assert_same(found: list[list[Hypothesis]], expected: list[list[Hypothesis]])
 def short_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tables be so small that searches outgrow them, and go on in smaller ones, all the time."""
     monkeypatch.setattr(module, "_STEPS", (2, 4, 8))
+    monkeypatch.setattr(module, "_WIDTHS", (1, 3, 4, 5))
     monkeypatch.setattr(module, "_SENTENCES", (1, 2, 4))
     monkeypatch.setattr(module, "_SOURCE_LENGTHS", (3, 6))
     monkeypatch.setattr(module, "_KEPT_SHARE", 1)
@@ -271,7 +272,7 @@ def operators_of_a_step(num_layers: int, options: DecodingOptions, *, is_late: b
         )
         for _ in range(2):
             with Operators() as operators:
-                run_step(decoders, tables, rules, some_at_limit=is_late, is_forced=is_late)
+                run_step(decoders, tables, rules, width=16, some_at_limit=is_late, is_forced=is_late)
     return operators.counts
 
 

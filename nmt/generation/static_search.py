@@ -34,6 +34,7 @@ from nmt.recording import Recording
 _SENTENCES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _SOURCE_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 512)
 _STEPS = (32, 64, 128, 256, 512, 1024)
+_WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # steps that are looked at, of those
 _STEPS_A_LOOK = 2  # between looks at which sentences are done; each is read one look later
 _KEPT_SHARE = 2  # a search goes on in smaller tables when at most one sentence in so many is left
 _FEWEST_ROWS = 64  # for fewer, smaller tables save no time
@@ -191,12 +192,15 @@ class _Search:
     def _run_step(self) -> None:
         some_at_limit = self.step >= self.first_limit
         is_forced = self.step < self.prefix_length
-        key = (self.tables.sizes, self.step_options, self.prefix_length > 0, some_at_limit, is_forced)
+        sizes = self.tables.sizes
+        width = min(_round_up(self.step + 1, _WIDTHS), sizes.num_steps)
+        key = (sizes, width, self.step_options, self.prefix_length > 0, some_at_limit, is_forced)
         step = partial(
             run_step,
             self.owner.decoders,
             self.tables,
             self.rules,
+            width=width,
             some_at_limit=some_at_limit,
             is_forced=is_forced,
         )

@@ -163,6 +163,7 @@ def run_step(
     tables: SearchTables,
     rules: Rules,
     *,
+    width: int,
     some_at_limit: bool,
     is_forced: bool,
 ) -> None:
@@ -172,6 +173,7 @@ def run_step(
         decoders: Of the models.
         tables: Are read and written.
         rules: By which the choice is made.
+        width: Above the number of steps that were taken: how many steps decoders look at.
         some_at_limit: Whether a sentence may be at its length limit.
         is_forced: Whether there is a forced token for some sentence.
     """
@@ -179,7 +181,7 @@ def run_step(
     index = step.view(1)
     with without_cudnn():
         features = [
-            decoder.features(own, tables.last_tokens.flatten(), step)
+            decoder.features(own, tables.last_tokens.flatten(), step, width=width)
             for decoder, own in zip(decoders, tables.decoders, strict=True)
         ]
     forced = tables.prefixes.index_select(1, index).squeeze(1) if is_forced else None
@@ -195,7 +197,7 @@ def run_step(
         chosen = candidates.take(ranks)
         tables.record.ranks.index_copy_(0, index, ranks[None])
         for decoder, own in zip(decoders, tables.decoders, strict=True):
-            decoder.reorder_(own, chosen.parents)
+            decoder.reorder_(own, chosen.parents, width=width)
     if tables.tokens.size(2) > 0:
         if beam_size > 1:
             rows = chosen.parents[:, :, None].expand_as(tables.tokens)

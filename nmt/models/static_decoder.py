@@ -141,13 +141,14 @@ class StaticDecoder:
         mask = old.mask.clone() if sentences is None or old.mask.size(0) == 1 else old.mask[sentences]
         new.mask.fill_(-torch.inf)[:, :, :, :num_columns].copy_(mask)
 
-    def features(self, tables: DecoderTables, tokens: Tensor, step: Tensor) -> Tensor:
+    def features(self, tables: DecoderTables, tokens: Tensor, step: Tensor, *, width: int) -> Tensor:
         """Take one new token a row into the past.
 
         Args:
             tables: Of the sentences.
             tokens: (R,) int64; the K rows of a sentence lie side by side.
             step: () int64, how many tokens each row has taken before; less than C.
+            width: The past of so many steps is attended to, which is masked where there is none; above `step`.
 
         Returns:
             (R, D), the last hidden states.
@@ -156,13 +157,14 @@ class StaticDecoder:
         beam_size = tables.sizes.beam_size
         columns = index if beam_size == 1 else torch.add(tables.places, step, alpha=beam_size)  # (K,)
         tables.mask.index_copy_(3, columns, tables.diagonal)
+        mask = tables.mask[:, :, :, : beam_size * width]
         outer = self._outer
         positions = outer.positions.index_select(0, index)  # (1, D)
         x = torch.add(positions, F.embedding(tokens, outer.tokens), alpha=outer.scale)
         if self._embedding_norm:
             x = self._normalize(x, outer.embedding_norm, outer.embedding_norm_bias)
         for layer, past, memory in zip(self._layers, tables.past, tables.memory, strict=True):
-            x = self._attend_to_past(x, layer, past, columns, tables.mask)
+            x = self._attend_to_past(x, layer, past, columns, mask)
             x = self._attend_to_source(x, layer, memory, tables.padding)
             x = self._feed_forward(x, layer)
         return self._normalize(x, outer.final_norm, outer.final_norm_bias) if self._final_norm else x
@@ -173,10 +175,10 @@ class StaticDecoder:
             return F.linear(features, self._outer.output)
         return F.linear(features, self._outer.output, self._outer.output_bias)
 
-    def reorder_(self, tables: DecoderTables, parents: Tensor) -> None:
+    def reorder_(self, tables: DecoderTables, parents: Tensor, *, width: int) -> None:
         """Let each hypothesis (B, K) of a sentence go on from one of them; with K = 1 there is nothing to do."""
-        rows = parents[:, None, :, None].expand(-1, -1, -1, tables.mask.size(3))
-        tables.mask.copy_(tables.mask.gather(2, rows))
+        mask = tables.mask[:, :, :, : tables.sizes.beam_size * width]
+        mask.copy_(mask.gather(2, parents[:, None, :, None].expand_as(mask)))
 
     def _attend_to_past(
         self, x: Tensor, layer: _Layer, past: Tensor, columns: Tensor, mask: Tensor
@@ -184,7 +186,7 @@ class StaticDecoder:
         y = self._normalize(x, layer.past_norm, layer.past_norm_bias) if self._is_pre_norm else x
         parts = F.linear(y, layer.qkv, layer.qkv_bias).view(past.size(0), -1, 3, *past.shape[3:])
         past.index_copy_(1, columns, parts[:, :, 1:])  # (B, K, 2, H, E)
-        heads = _attend(parts[:, :, 0], past, mask)
+        heads = _attend(parts[:, :, 0], past[:, : mask.size(3)], mask)
         return self._add(x, heads, layer.past_out, layer.past_out_bias, layer.past_norm, layer.past_norm_bias)
 
     def _attend_to_source(self, x: Tensor, layer: _Layer, memory: Tensor, padding: Tensor) -> Tensor:

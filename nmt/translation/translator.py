@@ -246,7 +246,8 @@ class Translator:
             )
 
         starts = itertools.chain(prefixes or (), itertools.repeat(_NOTHING))  # a line may have none
-        work = _Work(search, self._runner(batching, options.beam), too_long, lenpen, on_progress or _ignore)
+        runner = self._search_runner(batching or Batching(), options.beam)
+        work = _Work(search, runner, too_long, lenpen, on_progress or _ignore)
         return self._in_buffers(lines, starts, work)
 
     def score_lines(
@@ -278,7 +279,8 @@ class Translator:
         ) -> list[list[Hypothesis]]:
             return self.score_ids(sources, targets)
 
-        work = _Work(score, self._runner(batching), too_long, 1.0, on_progress or _ignore)
+        runner = BatchRunner(batching or Batching(), num_at_once=self._num_at_once())
+        work = _Work(score, runner, too_long, 1.0, on_progress or _ignore)
         return self._in_buffers(lines, endless, work)
 
     def score_ids(
@@ -310,19 +312,19 @@ class Translator:
         """The most pieces that a source may have."""
         return min(model.max_source_positions for model in self.models) - 1  # eos takes a position too
 
-    def _runner(self, batching: Batching | None, beam_size: int = 2) -> BatchRunner:
+    def _search_runner(self, batching: Batching, beam_size: int) -> BatchRunner:
+        if self.static_search is None:
+            return BatchRunner(batching, num_at_once=self._num_at_once(), beam_size=beam_size)
+        if self._free_memory is not None:
+            batching = batching.fill_in(
+                num_bytes=self._free_memory, bytes_of_piece=self.static_search.bytes_of_piece(beam_size)
+            )
+        return BatchRunner(batching, beam_size=beam_size)
+
+    def _num_at_once(self) -> int:
         # On a CPU each core takes a batch of its own: the steps of a search are too small to be divided among
         # cores without most of them waiting. PyTorch lets go of Python's lock while it computes.
-        batching = batching or Batching()
-        num_at_once = torch.get_num_threads() if self.device.type == "cpu" else 1
-        if self.static_search is not None:
-            num_at_once = 1
-            if self._free_memory is not None:
-                batching = batching.fill_in(
-                    num_bytes=self._free_memory,
-                    bytes_of_piece=self.static_search.bytes_of_piece(beam_size),
-                )
-        return BatchRunner(batching, num_at_once=num_at_once, beam_size=beam_size)
+        return torch.get_num_threads() if self.device.type == "cpu" else 1
 
     def _make_generator(self, options: DecodingOptions) -> Generator | MinimumRisk:
         """Return what finds translations: a search, or a choice among the candidates of one or two."""
