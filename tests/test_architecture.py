@@ -41,7 +41,6 @@ LAYERS = {
     "nmt.new_folder": 0,
     "nmt.allocator": 0,
     "nmt.prepared_shapes": 0,
-    "nmt.recording": 0,
     "nmt.signals": 0,
     "nmt.signs_of_life": 0,
     "nmt.task": 0,

@@ -1,5 +1,7 @@
 """The search in place, whose steps a GPU replays, run plainly: it equals the other search, and asks nothing."""
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -366,11 +368,24 @@ def test_recordings_serve_the_next_batch_of_like_sizes() -> None:
     search = static.static_search
     assert search is not None
     static.generate(sources([[5, 6, 7], [8]]))
-    recordings = dict(search._recordings)
+    recordings = dict(search._known.recordings)
     static.generate(sources([[9, 4], [5, 5, 5]]))
-    assert dict(search._recordings) == recordings
+    assert dict(search._known.recordings) == recordings
     search.clear()
-    assert not search._recordings
+    assert not search._known.recordings
+
+
+def test_a_search_that_nobody_holds_gives_its_memory_back_at_once() -> None:
+    static, _ = generators([2], DecodingOptions(beam=2, max_len_b=3))
+    static.generate(sources([[5, 6, 7], [8]]))
+    assert static.static_search is not None
+    storage = weakref.ref(static.static_search._reserve)
+    gc.disable()
+    try:
+        del static
+        assert storage() is None
+    finally:
+        gc.enable()
 
 
 def test_batches_of_a_gpu_are_what_its_memory_allows() -> None:

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,10 +66,8 @@ class StaticSearch:
         self.device = models[0].plain.output_weight.device
         is_double = any(decoder.dtype == torch.float64 for decoder in self.decoders)
         self._score_dtype = torch.float64 if is_double else torch.float32
-        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        self._tables: dict[Hashable, SearchTables] = {}
-        self._pool: tuple[int, int] | None = None
-        self._reserve = Reserve(self.device, self._forget)
+        self._known = _Known(self.device)
+        self._reserve = Reserve(self.device, self._known.forget)
 
     @torch.inference_mode()
     def search(self, job: Job, rules: Rules) -> list[list[Hypothesis]]:
@@ -95,8 +94,9 @@ class StaticSearch:
     def tables(self, sizes: Sizes, rules: Rules, *, has_prefixes: bool) -> SearchTables:
         """Return the tables of some sizes, which are those of all sizes."""
         key = (sizes, rules.read_tokens, has_prefixes)
-        if key not in self._tables:
-            # What is cut may move what was cut before, which empties `_tables`.
+        tables = self._known.tables.get(key)
+        if tables is None:
+            # What is cut may move what was cut before, and then nothing else is known any more.
             tables = make_tables(
                 self.decoders,
                 self._reserve,
@@ -105,24 +105,39 @@ class StaticSearch:
                 keeps_tokens=rules.read_tokens,
                 has_prefixes=has_prefixes,
             )
-            self._tables[key] = tables
-        return self._tables[key]
+            self._known.tables[key] = tables
+        return tables
 
     def record(self, key: Hashable, function: Callable[[], None]) -> Recording:
         """Return what replays a function, the same for an equal key."""
-        recording = self._recordings.get(key)
+        return self._known.record(key, function)
+
+
+class _Known:
+    """What knows the addresses of tables: the views of them, and recordings."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tables: dict[Hashable, SearchTables] = {}
+        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._device = device
+        self._pool: Any = None
+
+    def record(self, key: Hashable, function: Callable[[], None]) -> Recording:
+        """Return the recording of a key, or a new one in place of that which was least recently used."""
+        recording = self.recordings.get(key)
         if recording is None:
-            if self._pool is None and self.device.type == "cuda":
+            if self._pool is None and self._device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
-            recording = self._recordings[key] = Recording(function, self.device, pool=self._pool)
-            if len(self._recordings) > _MOST_RECORDINGS:
-                self._recordings.popitem(last=False)
-        self._recordings.move_to_end(key)
+            recording = self.recordings[key] = Recording(function, self._device, pool=self._pool)
+            if len(self.recordings) > _MOST_RECORDINGS:
+                self.recordings.popitem(last=False)
+        self.recordings.move_to_end(key)
         return recording
 
-    def _forget(self) -> None:
-        self._recordings.clear()
-        self._tables.clear()
+    def forget(self) -> None:
+        """Give back all, and the memory that recordings share."""
+        self.recordings.clear()
+        self.tables.clear()
         self._pool = None
 
 
