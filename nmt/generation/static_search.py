@@ -78,6 +78,10 @@ class StaticSearch:
         try:
             return _Search(self, job, rules).run()
         except RuntimeError:  # there is no memory, perhaps
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(
+                    self.device
+                )  # what goes on in another stream still writes to the tables
             self.clear()
             raise
 
