@@ -5,6 +5,7 @@ one by one, slower than they run. A replay launches all of them at once.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,8 +61,15 @@ class Recording:
 
 def _on_other_stream(function: Callable[[], None]) -> None:
     """Run plainly, but as it is going to be recorded: not on the default stream, which others wait for."""
-    current, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    current = torch.cuda.current_stream()
+    other = _other_stream(current.device)
     other.wait_stream(current)
     with torch.cuda.stream(other):
         function()
     current.wait_stream(other)
+
+
+@cache
+def _other_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the same stream each time: the allocator and cuBLAS keep memory for every one that they meet."""
+    return torch.cuda.Stream(device)

@@ -17,6 +17,7 @@ from tiny_translation_model import WORDS, write_tiny_model
 from torch import Tensor
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
+from nmt.generation import choice as choice_module
 from nmt.generation import generator as generator_module
 from nmt.generation.beam_search import Beam, Candidates, Hypothesis
 from nmt.generation.generator import Generator
@@ -87,7 +88,7 @@ def recorded_gaps() -> Iterator[list[float]]:
         record((beam.scores[:, :, None] + log_probs).flatten(1), 2 * beam.scores.size(1) + 1)
         return best_candidates(scores, beam)
 
-    with mock.patch.object(generator_module, "best_candidates", choose_and_record):
+    with mock.patch.object(choice_module, "best_candidates", choose_and_record):
         yield gaps
 
 

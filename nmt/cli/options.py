@@ -49,8 +49,8 @@ class GenerateOptions:
     """Lines that are read, sorted by length and translated before they are written, in their own order; 10,000, or
     1 where lines are typed: with 1 a line is answered before the next one is read."""
     max_tokens: int | None = None
-    """Largest batch: its sentences times the pieces of the longest one; 2,048, or 4,096 with a beam of 1. It
-    changes speed and memory alone."""
+    """Largest batch: its sentences times the pieces of the longest one; 2,048, or 4,096 with a beam of 1, and on
+    a GPU 512 sentences or what its memory has room for. It changes speed and memory alone."""
     batch_size: int | None = None
     """Most sentences of a batch."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -28,15 +28,14 @@ def combine(logits: Sequence[Tensor], options: DecodingOptions) -> Tensor:
     Returns:
         (R, V), float64 if the logits are, else float32.
     """
-    each = [x if x.dtype == torch.float64 else x.float() for x in logits]
     if options.temperature != 1.0:
-        for x in each:
+        logits = [x if x.dtype == torch.float64 else x.float() for x in logits]
+        for x in logits:
             x /= options.temperature
-    # In place: a chunk of rows fills the caches, and to ask for as much memory again takes as long as to compute.
-    log_probs = [torch.log_softmax(x, dim=1, out=x) for x in each]
-    if len(each) == 1:
+    log_probs = [_log_softmax_(x) for x in logits]
+    if len(log_probs) == 1:
         return log_probs[0]
-    weights = options.ensemble_weights or (1.0,) * len(each)
+    weights = options.ensemble_weights or (1.0,) * len(log_probs)
     shares = [weight / sum(weights) for weight in weights]
     if options.ensemble_by == "log-probabilities":
         mean = torch.stack([x.mul_(share) for share, x in zip(shares, log_probs, strict=True)]).sum(dim=0)
@@ -45,7 +44,22 @@ def combine(logits: Sequence[Tensor], options: DecodingOptions) -> Tensor:
     return torch.stack(weighted).logsumexp(dim=0)
 
 
-def penalize_repetition_(logits: Tensor, tokens: Tensor, *, penalty: float, offset: float = 0.0) -> None:
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """Return log-probabilities (R, V), in the place of the logits if those are not of fewer bits than float32."""
+    if logits.dtype.itemsize < 4:
+        return torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    # In place: a chunk of rows fills the caches, and to ask for as much memory again takes as long as to compute.
+    return torch.log_softmax(logits, dim=1, out=logits)
+
+
+def penalize_repetition_(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    penalty: float,
+    offset: float = 0.0,
+    num_filled: Tensor | None = None,
+) -> None:
     """Make the tokens that a hypothesis has already less likely, in place (CTRL; Keskar et al., 2019).
 
     A positive logit is divided by the penalty. A negative one is multiplied by it, as in the authors' code and
@@ -56,9 +70,16 @@ def penalize_repetition_(logits: Tensor, tokens: Tensor, *, penalty: float, offs
         tokens: (R, t) int64.
         penalty: Above 1 to discourage, below 1 to encourage.
         offset: What the model has subtracted from its logits, whose sign counts.
+        num_filled: () int64: how many of the tokens there are, the others are room; all if it is left out.
     """
+    if num_filled is not None:  # what is room stands for the first token once more
+        is_room = torch.arange(tokens.size(1), device=tokens.device) >= num_filled  # (t,)
+        tokens = torch.where(is_room, tokens[:, :1], tokens)
     chosen = logits.gather(1, tokens) + offset
-    logits.scatter_(1, tokens, torch.where(chosen > 0, chosen / penalty, chosen * penalty) - offset)
+    penalized = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
+    if num_filled is not None:
+        penalized = torch.where(num_filled > 0, penalized, chosen)
+    logits.scatter_(1, tokens, penalized - offset)
 
 
 def adjust_(
@@ -69,7 +90,7 @@ def adjust_(
     pad_id: int,
     eos_id: int,
     unk_id: int,
-    first_limit: int = 0,
+    some_at_limit: bool = True,
     forced: Tensor | None = None,
 ) -> None:
     """Apply limits and penalties, in place.
@@ -81,26 +102,29 @@ def adjust_(
         pad_id: Never chosen.
         eos_id: Forbidden before the shortest length, the only choice at the sentence's limit.
         unk_id: Penalised.
-        first_limit: No sentence has a lower limit; before that step none is looked for.
+        some_at_limit: Whether any sentence may be at its limit; if not, none is looked for.
         forced: (B,) int64, the only choice for the sentence below its limit, with the model's score; `pad_id`
             where the choice is free.
     """
     scores[:, :, pad_id].fill_(-torch.inf)
     if options.unkpen != 0.0:
         scores[:, :, unk_id] -= options.unkpen
-    some_at_limit = beam.step >= first_limit
+    step = beam.step if beam.num_filled is None else beam.num_filled
     if some_at_limit:
         eos_scores = scores[:, :, eos_id].clone()
     if some_at_limit or forced is not None:
-        at_limit = (beam.limits <= beam.step)[:, None]  # (B, 1)
+        at_limit = (beam.limits <= step)[:, None]  # (B, 1)
     if forced is not None:
         is_forced = ((forced != pad_id)[:, None] & ~at_limit)[:, :, None]  # (B, 1, 1)
         forced = forced[:, None, None].expand(-1, scores.size(1), 1)  # (B, K, 1)
         forced_scores = scores.gather(2, forced)
-    if beam.step < options.min_len:
+    if isinstance(step, Tensor):
+        if options.min_len > 0:
+            scores[:, :, eos_id].masked_fill_(step < options.min_len, -torch.inf)
+    elif step < options.min_len:
         scores[:, :, eos_id] = -torch.inf
     if options.no_repeat_ngram_size > 0:
-        forbid_repeats_(scores, beam.tokens, size=options.no_repeat_ngram_size)
+        forbid_repeats_(scores, beam.tokens, size=options.no_repeat_ngram_size, num_filled=beam.num_filled)
     if some_at_limit:
         scores.masked_fill_(at_limit[:, :, None], -torch.inf)
         scores[:, :, eos_id] = torch.where(at_limit, eos_scores, scores[:, :, eos_id])
@@ -109,18 +133,26 @@ def adjust_(
         scores.scatter_(2, forced, torch.where(is_forced, forced_scores, scores.gather(2, forced)))
 
 
-def forbid_repeats_(scores: Tensor, tokens: Tensor, *, size: int) -> None:
+def forbid_repeats_(scores: Tensor, tokens: Tensor, *, size: int, num_filled: Tensor | None = None) -> None:
     """Forbid, in place, the tokens that would complete an n-gram which the hypothesis has already.
 
     Args:
         scores: (B, K, V).
         tokens: (B, K, t), without the token that starts the decoder.
         size: n, at least 1.
+        num_filled: () int64: how many of the t there are, the others are room; all if it is left out.
     """
     if tokens.size(2) < size:
         return
     ngrams = tokens.unfold(2, size, 1)  # (B, K, t) -> (B, K, t-n+1, n)
-    last = tokens[:, :, tokens.size(2) - size + 1 :]  # (B, K, n-1)
+    if num_filled is None:
+        last = tokens[:, :, tokens.size(2) - size + 1 :]  # (B, K, n-1)
+    else:
+        places = torch.arange(1 - size, 0, device=tokens.device) + num_filled  # (n-1,)
+        last = tokens.index_select(2, places.clamp_(min=0))
     is_repeat = (ngrams[..., :-1] == last[:, :, None]).all(dim=3)  # (B, K, t-n+1)
+    if num_filled is not None:
+        ends = torch.arange(size, tokens.size(2) + 1, device=tokens.device)  # (t-n+1,)
+        is_repeat &= ends <= num_filled
     penalty = torch.zeros_like(is_repeat, dtype=scores.dtype).masked_fill_(is_repeat, -torch.inf)
     scores.scatter_add_(2, ngrams[..., -1], penalty)

@@ -64,6 +64,8 @@ class Beam:
     sentences: Tensor  # (B,) int64: where the sentence stands among the N at the start
     limits: Tensor  # (B,) int64: most tokens that a hypothesis may have, eos not counted
     is_done: Tensor  # (B,) bool: the sentence has its results; whatever still happens to it is ignored
+    # () int64: how many tokens each hypothesis has, where there is room for more (`static_step.py`)
+    num_filled: Tensor | None = None
 
     @property
     def step(self) -> int:
@@ -137,9 +139,7 @@ def extend(
 
     chosen = candidates
     if ends.size(1) > beam_size:
-        # A stable sort of the flag (bool cannot be sorted) puts those that go on first, best first.
-        ranks_going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam_size]
-        chosen = candidates.take(ranks_going_on)  # (B, C) -> (B, K)
+        chosen = candidates.take(ranks_going_on(ends, beam_size))  # (B, C) -> (B, K)
     is_full = finished.counts[beam.sentences] == beam_size
     extended = Beam(
         tokens=_append(_gather_hypotheses(beam.tokens, chosen.parents), chosen.tokens),
@@ -151,6 +151,28 @@ def extend(
     )
     first_rows = torch.arange(num_sentences, device=ends.device)[:, None] * beam_size
     return extended, (first_rows + chosen.parents).flatten()
+
+
+def ranks_going_on(ends: Tensor, beam_size: int) -> Tensor:
+    """Return the ranks (B, K) of the best candidates that do not end, given which of (B, 2K) do."""
+    # A stable sort of the flag (bool cannot be sorted) puts those that go on first, best first.
+    return ends.byte().argsort(dim=1, stable=True)[:, :beam_size]
+
+
+def free_slots(ends: Tensor, scores: Tensor, *, counts: Tensor, is_done: Tensor) -> Tensor:
+    """Return which slot each candidate of the first K ranks fills: K, for waste, if it does not end.
+
+    Args:
+        ends: (B, K) bool.
+        scores: (B, K); what has no probability does not end.
+        counts: (B,) int64: how many slots are filled, better candidates first.
+        is_done: (B,) bool: the sentence takes no more.
+    """
+    beam_size = ends.size(1)
+    ends = ends & (scores > -torch.inf) & ~is_done[:, None]
+    slots = counts[:, None] + ends.cumsum(dim=1) - 1
+    # What ends when all slots are filled is waste too.
+    return slots.masked_fill_(~ends, beam_size).clamp_(max=beam_size)
 
 
 def copy_first(candidates: Candidates, *, where: Tensor) -> Candidates:
@@ -184,6 +206,7 @@ def take(beam: Beam, sentences: Tensor | slice) -> Beam:
         sentences=beam.sentences[sentences],
         limits=beam.limits[sentences],
         is_done=beam.is_done[sentences],
+        num_filled=beam.num_filled,
     )
 
 
@@ -223,10 +246,7 @@ def _finish_(finished: Finished, beam: Beam, candidates: Candidates, *, ends: Te
     """Write the candidates of the first K ranks that end into free slots, better ones first."""
     beam_size = ends.size(1)
     scores, parents = candidates.scores[:, :beam_size], candidates.parents[:, :beam_size]
-    ends = ends & scores.isfinite() & ~beam.is_done[:, None]
-    slots = finished.counts[beam.sentences][:, None] + ends.cumsum(dim=1) - 1
-    # Slot K is for waste: what does not end, and what ends when all slots are filled.
-    slots = torch.where(ends, slots, beam_size).clamp(max=beam_size)
+    slots = free_slots(ends, scores, counts=finished.counts[beam.sentences], is_done=beam.is_done)
     place = (beam.sentences[:, None], slots)  # (B, K)
     length = beam.step + 1
     token_scores = _append(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nmt.generation.adjust import adjust_, combine, penalize_repetition_
+from nmt.generation.adjust import combine
 from nmt.generation.beam_search import (
     Beam,
     Candidates,
@@ -25,9 +25,10 @@ from nmt.generation.beam_search import (
     start,
     take,
 )
+from nmt.generation.choice import Rules, choose
 from nmt.generation.options import DecodingOptions
 from nmt.generation.random import start_streams, uniform
-from nmt.generation.select import best_candidates, sample_tokens, single_candidates
+from nmt.generation.static_search import Job, StaticSearch
 
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
 ROWS_AT_ONCE = {"cpu": 256}
@@ -80,7 +81,18 @@ class Generator:
         pad_id: int,
         eos_id: int,
         unk_id: int,
+        static_search: StaticSearch | None = None,
     ) -> None:
+        """Take models in evaluation mode.
+
+        Args:
+            models: At least one.
+            options: How to search.
+            pad_id: Of their vocabularies.
+            eos_id: Of their vocabularies.
+            unk_id: Of their vocabularies.
+            static_search: Of the same models: searches in place of this one, as is faster on a GPU.
+        """
         options.check()
         assert options.mbr is None, "candidates are chosen by nmt.translation.mbr"
         options.check_models(len(models))
@@ -89,6 +101,8 @@ class Generator:
         self.pad_id = pad_id
         self.eos_id = eos_id
         self.unk_id = unk_id
+        self.static_search = static_search
+        self.rules = Rules(options, pad_id, eos_id, unk_id, tuple(model.logit_offset for model in models))
 
     @torch.inference_mode()
     def generate(
@@ -117,9 +131,12 @@ class Generator:
         if source.size(0) == 0:
             return []
         options = self.options
-        memories = [model.encode(source) for model in self.models]
+        memories = [] if self.static_search else [model.encode(source) for model in self.models]
         limits = self._limits(source)
         if not options.sampling:
+            if self.static_search:
+                job = Job(source, limits, prefixes, may_drop_stragglers=may_drop_stragglers)
+                return self.static_search.search(job, self.rules)
             return self._search(memories, limits, prefixes, may_drop_stragglers=may_drop_stragglers)
         # Translations are drawn independently: each is a sentence with a beam of one.
         places = torch.arange(source.size(0), device=source.device)
@@ -130,12 +147,13 @@ class Generator:
         drawn: list[list[Hypothesis]] = []
         at_once = _ROWS_DRAWN_AT_ONCE.get(source.device.type, _ROWS_DRAWN_AT_ONCE_ELSEWHERE)
         for rows, own_streams in zip(each.split(at_once), streams.split(at_once), strict=True):
-            drawn += self._search(
-                [memory.select(rows) for memory in memories],
-                limits[rows],
-                None if prefixes is None else prefixes[rows],
-                own_streams,
-            )
+            own_prefixes = None if prefixes is None else prefixes[rows]
+            if self.static_search:
+                job = Job(source[rows], limits[rows], own_prefixes, own_streams)
+                drawn += self.static_search.search(job, self.rules)
+            else:
+                own_memories = [memory.select(rows) for memory in memories]
+                drawn += self._search(own_memories, limits[rows], own_prefixes, own_streams)
         together = [drawn[i : i + options.beam] for i in range(0, len(drawn), options.beam)]
         ranked = [sorted((x for (x,) in samples), key=lambda x: -x.score) for samples in together]
         return [samples[: options.nbest] for samples in ranked]
@@ -237,7 +255,7 @@ class Generator:
             forced: (B,) int64, see `adjust_`.
             numbers: (R,) random numbers to draw with.
             rooms: For the logits of each model.
-            first_limit: See `adjust_`.
+            first_limit: No sentence has a lower limit.
         """
         num_sentences, beam_size = beam.scores.shape
         rows_at_once = ROWS_AT_ONCE.get(features[0].device.type, _ROWS_AT_ONCE_ELSEWHERE)
@@ -253,30 +271,16 @@ class Generator:
                 room.take_float(model.project(x[rows]))
                 for model, x, room in zip(self.models, features, rooms, strict=True)
             ]
-            if self.options.repetition_penalty != 1.0:
-                for model, x in zip(self.models, logits, strict=True):
-                    penalize_repetition_(
-                        x,
-                        hypotheses.tokens.flatten(0, 1),
-                        penalty=self.options.repetition_penalty,
-                        offset=model.logit_offset,
-                    )
-            scores = combine(logits, self.options)
-            adjust_(
-                scores.unflatten(0, (-1, beam_size)),
-                hypotheses,
-                options=self.options,
-                pad_id=self.pad_id,
-                eos_id=self.eos_id,
-                unk_id=self.unk_id,
-                first_limit=first_limit,
-                forced=None if forced is None else forced[part],
+            parts.append(
+                choose(
+                    logits,
+                    hypotheses,
+                    self.rules,
+                    some_at_limit=beam.step >= first_limit,
+                    forced=None if forced is None else forced[part],
+                    numbers=None if numbers is None else numbers[rows],
+                )
             )
-            if numbers is None:
-                parts.append(best_candidates(scores, hypotheses))
-            else:
-                tokens = sample_tokens(scores, numbers[rows], self.options)
-                parts.append(single_candidates(scores, tokens, hypotheses))
         return concatenate(parts)
 
     def _limits(self, source: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def start_streams(seed: int, lines: Tensor, num_samples: int) -> Tensor:
     return _absorb(of_lines[:, None], samples).flatten()
 
 
-def uniform(streams: Tensor, step: int) -> Tensor:
+def uniform(streams: Tensor, step: int | Tensor) -> Tensor:
     """Return the number at place `step` of each stream: (B,) float64 from 0 to 1, 1 excluded.
 
     On devices without float64 (Apple's) it is float32.

@@ -3,7 +3,7 @@
 Shapes: B sentences, K beam size, R = B*K rows, V vocabulary, C candidates.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def best_candidates(scores: Tensor, beam: Beam) -> Candidates:
     )
 
 
-@lru_cache(maxsize=8)
+@cache  # for ever: what is recorded on a GPU goes on reading them
 def _places(beam_size: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return where the rows of the table begin, (depth,), and which of a sentence's K*V places it leaves out."""
     starts = torch.arange(0, size - size % _NUM_COLUMNS, _NUM_COLUMNS, device=device)
@@ -84,7 +84,7 @@ def _places(beam_size: int, size: int, device: torch.device) -> tuple[Tensor, Te
 def _best_tokens(scores: Tensor) -> Tensor:
     """Return the token (R, 1) with the highest of each row of (R, V) scores, by way of the same table."""
     depth = scores.size(1) // _NUM_COLUMNS
-    if depth < 2:
+    if depth < 2 or scores.is_cuda:  # a GPU has no use for it
         return scores.argmax(dim=1, keepdim=True)
     table = scores[:, : depth * _NUM_COLUMNS].unflatten(1, (depth, _NUM_COLUMNS))
     columns = table.amax(dim=1).argmax(dim=1)  # (R,)

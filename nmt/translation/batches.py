@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,6 +29,10 @@ result for each, or None for what it gave up."""
 # Seconds for which a thread may have Python's lock while others wait; Python's own are 5e-3.
 _SWITCH_INTERVAL = 1e-5
 
+# Of the memory of a GPU that is free: tables are copied to be changed, and what is computed takes room as well.
+_SHARE_OF_MEMORY = 0.4
+_MOST_SENTENCES = 512  # many enough for a GPU, and few enough that those of a batch are of like length
+
 # PyTorch raises a plain RuntimeError for these two.
 _OTHER_SIGNS = ("DefaultCPUAllocator", "MPS backend out of memory")
 
@@ -38,8 +42,16 @@ class Batching:
     """How lines are gathered for translation. It changes the speed and the memory, never the results."""
 
     buffer_size: int = 10_000  # lines read before their translations are returned; they are sorted by length
-    max_tokens: int | None = None  # sentences times pieces of the longest; 2,048, or 4,096 with a beam of 1
-    batch_size: int | None = None  # most sentences of a batch
+    # Sentences times pieces of the longest: 2,048, or 4,096 with a beam of 1; on a GPU what its memory allows.
+    max_tokens: int | None = None
+    batch_size: int | None = None  # most sentences of a batch; on a GPU 512 if neither is given
+
+    def fill_in(self, *, num_bytes: int, bytes_of_piece: int) -> Batching:
+        """Let a GPU's memory decide what is left open."""
+        if self.max_tokens is not None:
+            return self
+        largest = max(1, int(num_bytes * _SHARE_OF_MEMORY) // bytes_of_piece)
+        return replace(self, max_tokens=largest, batch_size=self.batch_size or _MOST_SENTENCES)
 
 
 class BatchRunner:
@@ -168,3 +180,11 @@ def _run_here(function: Callable[[], T]) -> Future[T]:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error says that there is no memory, on any kind of device."""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _OTHER_SIGNS)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return how many bytes of a GPU are free, with those that PyTorch keeps for later; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

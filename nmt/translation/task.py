@@ -20,6 +20,7 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
+from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
@@ -31,7 +32,8 @@ from nmt.translation.table import Row, markdown_table
 from nmt.translation.word_dropout import drop_words
 
 _BEAM = 5
-_TOKENS_TO_TRANSLATE_AT_ONCE = 2048
+_TOKENS_AT_ONCE = {"cpu": 2048}  # to translate
+_TOKENS_AT_ONCE_ELSEWHERE = 8192
 _NUM_SHOWN = 8
 
 
@@ -138,7 +140,8 @@ class TranslationTask:
         if not self.options.eval_bleu:
             return {}
         assert isinstance(model, Transformer)
-        batches = cut_batches(examples.sizes[:, :1], max_tokens=_TOKENS_TO_TRANSLATE_AT_ONCE)
+        at_once = _TOKENS_AT_ONCE.get(world.device.type, _TOKENS_AT_ONCE_ELSEWHERE)
+        batches = cut_batches(examples.sizes[:, :1], max_tokens=at_once)
         translations = self._translate(model, examples, batches[world.rank :: world.size], world)
         everywhere = {index: tokens for part in world.gather(translations) for index, tokens in part.items()}
         texts = self.target_segmenter.decode([everywhere[index] for index in range(len(examples))])
@@ -170,7 +173,11 @@ class TranslationTask:
         """Return the tokens of the best translation of each example in the batches of indices."""
         decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
         fast = InferenceTransformer(model)  # made each time: it holds the weights as they are now
-        generator = Generator([fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
+        # Training goes on in the memory of what is recorded: that is made anew too.
+        static_search = StaticSearch([fast]) if world.device.type == "cuda" else None
+        generator = Generator(
+            [fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, static_search=static_search
+        )
         translations: dict[int, list[int]] = {}
         for indices in batches:
             source = examples.collate([examples[i] for i in indices]).source.to(world.device)

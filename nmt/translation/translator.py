@@ -23,11 +23,12 @@ from nmt.errors import UserError
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import ROWS_AT_ONCE, Generator, TranslationModel
 from nmt.generation.options import DecodingKeywords, DecodingOptions
+from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
 from nmt.models.int8 import check_int8
 from nmt.models.transformer import Transformer
 from nmt.prepared_shapes import keep_prepared_shapes
-from nmt.translation.batches import Batching, BatchRunner
+from nmt.translation.batches import Batching, BatchRunner, free_memory
 from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_text
 from nmt.translation.mbr import MinimumRisk, candidate_options, pair_scores
 from nmt.translation.task import TranslationTask
@@ -87,6 +88,7 @@ class Translator:
         device: torch.device | str,
         input_is_pieces: bool = False,
         precision: Precision = "fp32",
+        in_place: bool | None = None,
     ) -> None:
         """Take models that are on `device` and in evaluation mode, and the task that they were made for.
 
@@ -96,6 +98,8 @@ class Translator:
             device: Where they are.
             input_is_pieces: Sources and references are split into pieces already, joined by blanks.
             precision: Of the weights that search; "fp32" leaves them as they are.
+            in_place: Whether to search as is made for GPUs (`StaticSearch`), one batch at a time; on those alone
+                if it is left out. Results are the same.
 
         Raises:
             UserError: There is no such precision, or not on this machine.
@@ -110,6 +114,11 @@ class Translator:
             give_back_tensors(above=_largest_of_a_step(self.fast_models))
         self.task = task
         self.device = torch.device(device)
+        if in_place is None:
+            in_place = self.device.type == "cuda"
+        self.static_search = StaticSearch(self.fast_models) if in_place else None
+        # Before a search has taken any of it: batches stay of one size.
+        self._free_memory = free_memory(self.device)
         self.source_segmenter = (
             PieceSegmenter(task.source_vocabulary) if input_is_pieces else task.source_segmenter
         )
@@ -125,8 +134,9 @@ class Translator:
         *,
         input_is_pieces: bool = False,
         precision: Precision = "fp32",
+        in_place: bool | None = None,
     ) -> Translator:
-        """Load a model folder, or several whose probabilities are averaged.
+        """Load a model folder, or several whose probabilities are averaged; see the constructor.
 
         Raises:
             UserError: A folder is no model folder, is damaged, or holds a model that does not translate; or the
@@ -145,7 +155,14 @@ class Translator:
                     f"`{other_path}` must have the vocabularies of `{paths[0]}` to translate with it, "
                     "but has others. Take models that were trained on one data directory."
                 )
-        return cls(models, tasks[0], device=device, input_is_pieces=input_is_pieces, precision=precision)
+        return cls(
+            models,
+            tasks[0],
+            device=device,
+            input_is_pieces=input_is_pieces,
+            precision=precision,
+            in_place=in_place,
+        )
 
     def translate(self, lines: Sequence[str], **decoding: Unpack[DecodingKeywords]) -> list[str]:
         """Return the best translation of each line; that of a blank line is empty.
@@ -229,7 +246,8 @@ class Translator:
             )
 
         starts = itertools.chain(prefixes or (), itertools.repeat(_NOTHING))  # a line may have none
-        work = _Work(search, self._runner(batching, options.beam), too_long, lenpen, on_progress or _ignore)
+        runner = self._search_runner(batching or Batching(), options.beam)
+        work = _Work(search, runner, too_long, lenpen, on_progress or _ignore)
         return self._in_buffers(lines, starts, work)
 
     def score_lines(
@@ -261,7 +279,8 @@ class Translator:
         ) -> list[list[Hypothesis]]:
             return self.score_ids(sources, targets)
 
-        work = _Work(score, self._runner(batching), too_long, 1.0, on_progress or _ignore)
+        runner = BatchRunner(batching or Batching(), num_at_once=self._num_at_once())
+        work = _Work(score, runner, too_long, 1.0, on_progress or _ignore)
         return self._in_buffers(lines, endless, work)
 
     def score_ids(
@@ -293,11 +312,19 @@ class Translator:
         """The most pieces that a source may have."""
         return min(model.max_source_positions for model in self.models) - 1  # eos takes a position too
 
-    def _runner(self, batching: Batching | None, beam_size: int = 2) -> BatchRunner:
+    def _search_runner(self, batching: Batching, beam_size: int) -> BatchRunner:
+        if self.static_search is None:
+            return BatchRunner(batching, num_at_once=self._num_at_once(), beam_size=beam_size)
+        if self._free_memory is not None:
+            batching = batching.fill_in(
+                num_bytes=self._free_memory, bytes_of_piece=self.static_search.bytes_of_piece(beam_size)
+            )
+        return BatchRunner(batching, beam_size=beam_size)
+
+    def _num_at_once(self) -> int:
         # On a CPU each core takes a batch of its own: the steps of a search are too small to be divided among
         # cores without most of them waiting. PyTorch lets go of Python's lock while it computes.
-        num_at_once = torch.get_num_threads() if self.device.type == "cpu" else 1
-        return BatchRunner(batching or Batching(), num_at_once=num_at_once, beam_size=beam_size)
+        return torch.get_num_threads() if self.device.type == "cpu" else 1
 
     def _make_generator(self, options: DecodingOptions) -> Generator | MinimumRisk:
         """Return what finds translations: a search, or a choice among the candidates of one or two."""
@@ -312,7 +339,14 @@ class Translator:
         )
 
     def _generator(self, options: DecodingOptions, models: Sequence[TranslationModel]) -> Generator:
-        return Generator(models, options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
+        return Generator(
+            models,
+            options,
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            static_search=self.static_search if models is self.fast_models else None,
+        )
 
     def _in_buffers(
         self, lines: Iterable[str], targets: Iterable[NDArray[Any]], work: _Work

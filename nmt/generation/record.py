@@ -1,0 +1,125 @@
+"""What a search in place writes down at each step, and how hypotheses are read from it afterwards.
+
+No step copies what a hypothesis has so far: a candidate knows the hypothesis that it continues, and a hypothesis
+the candidate that it was. Whole hypotheses are put together once, on the host.
+
+Shapes: B sentences, K beam size, T steps, C candidates (2K, or 1 where K is 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nmt.generation.beam_search import Hypothesis
+
+
+@dataclass(frozen=True)
+class Record:
+    """The candidates of all steps, best first, and which of them ended a hypothesis."""
+
+    scores: Tensor  # (T, B, C) sums of log-probabilities
+    token_scores: Tensor  # (T, B, C) log-probabilities
+    tokens: Tensor  # (T, B, C) int64
+    parents: Tensor  # (T, B, C) int64: the hypothesis that it continues
+    ranks: Tensor  # (T, B, K) int64: the candidate that became the hypothesis
+    ends: Tensor  # (B, K+1) int64: T * C places of candidates that ended the sentence; the last is waste
+    counts: Tensor  # (B,) int64: how many of them there are
+
+    def take(self, num_steps: int, places: Tensor | None) -> Record:
+        """Return the first steps, of the sentences at the places (B',)."""
+        by_step = [
+            x[:num_steps] for x in (self.scores, self.token_scores, self.tokens, self.parents, self.ranks)
+        ]
+        by_sentence = [self.ends, self.counts]
+        if places is not None:
+            by_step = [x.index_select(1, places) for x in by_step]
+            by_sentence = [x.index_select(0, places) for x in by_sentence]
+        return Record(*by_step, *by_sentence)
+
+    def to_host(self) -> Record:
+        """Return the same in the memory of the host."""
+        return Record(*(getattr(self, own.name).cpu() for own in fields(self)))
+
+
+def best_of(record: Record, *, nbest: int, lenpen: float) -> list[list[Hypothesis]]:
+    """Return each sentence's `nbest` best finished hypotheses, best first; see `beam_search.best`.
+
+    Args:
+        record: On the host.
+        nbest: At most K.
+        lenpen: Exponent of the length in the score.
+    """
+    num_steps, num_sentences, num_candidates = record.tokens.shape
+    beam_size = record.ranks.size(2)
+    codes = record.ends[:, :beam_size]  # (B, K)
+    # A slot that is not filled has whatever code; it ranks last.
+    is_empty = torch.arange(beam_size) >= record.counts[:, None]
+    codes = codes.masked_fill(is_empty, 0)
+    steps, ranks = codes // num_candidates, codes % num_candidates
+    sentences = torch.arange(num_sentences)[:, None]
+    totals = record.scores[steps, sentences, ranks]
+    powers = torch.tensor([length**lenpen for length in range(1, num_steps + 1)], dtype=totals.dtype)
+    scores = (totals / powers[steps]).masked_fill_(is_empty, -torch.inf)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :nbest]
+    scores, steps, ranks = (x.gather(1, order) for x in (scores, steps, ranks))
+    paths = _paths(record, steps.numpy(), ranks.numpy())
+    results = []
+    for own_scores, count in zip(scores.tolist(), record.counts.clamp(max=nbest).tolist(), strict=True):
+        ranked = [next(paths) for _ in own_scores]
+        found = [
+            Hypothesis(tokens=tokens, score=score, token_scores=token_scores)
+            for (tokens, token_scores), score in zip(ranked[:count], own_scores, strict=False)
+        ]
+        results.append(found or [Hypothesis(tokens=[], score=-torch.inf, token_scores=[-torch.inf])])
+    return results
+
+
+def _paths(
+    record: Record, steps: NDArray[np.int64], ranks: NDArray[np.int64]
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Follow candidates (B, n), each of a step and a rank, back to the start.
+
+    Yields:
+        The tokens without the one that ends, and the scores of all, of one after the other.
+    """
+    num_sentences, num_each = steps.shape
+    sentences = np.repeat(np.arange(num_sentences), num_each)
+    last_steps = steps.flatten()
+    if record.tokens.size(2) == 1:
+        tokens = record.tokens[:, :, 0].t().numpy()[sentences]
+        token_scores = record.token_scores[:, :, 0].t().numpy()[sentences]
+    else:
+        tokens, token_scores = _trace(record, sentences, last_steps, ranks.flatten())
+    for step, own_tokens, own_scores in zip(
+        last_steps.tolist(), tokens.tolist(), token_scores.tolist(), strict=True
+    ):
+        yield own_tokens[:step], own_scores[: step + 1]
+
+
+def _trace(
+    record: Record,
+    sentences: NDArray[np.int64],
+    last_steps: NDArray[np.int64],
+    last_ranks: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.floating]]:
+    """Return tokens and their scores, (M, T) each, up to candidates (M,)."""
+    all_tokens, all_scores = record.tokens.numpy(), record.token_scores.numpy()
+    all_parents, all_ranks = record.parents.numpy(), record.ranks.numpy()
+    num_steps = int(last_steps.max(initial=0)) + 1
+    tokens = np.zeros((len(sentences), num_steps), dtype=np.int64)
+    token_scores = np.zeros((len(sentences), num_steps), dtype=all_scores.dtype)
+    ranks = last_ranks
+    for step in range(num_steps - 1, -1, -1):
+        ranks = np.where(step >= last_steps, last_ranks, ranks)
+        tokens[:, step] = all_tokens[step, sentences, ranks]
+        token_scores[:, step] = all_scores[step, sentences, ranks]
+        if step > 0:
+            parents = all_parents[step, sentences, ranks]
+            ranks = all_ranks[step - 1, sentences, parents]
+    return tokens, token_scores

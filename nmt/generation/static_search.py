@@ -1,0 +1,294 @@
+"""The search for GPUs: steps in place over a short list of sizes, recorded once and then replayed.
+
+A search begins with as many sentences, source columns and steps as the next larger sizes of the lists; those
+that are not there are done from the start. When its tables are full, it goes on in larger ones, and when few
+sentences are left, in smaller ones. Recordings and the memory under them live as long as the search, so that the
+next batch of like sizes is replayed from its first step on. On a CPU the same steps run plainly, which is how
+they are tested.
+
+Shapes: B sentences, N of them real, S source length, K beam size.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmt.generation.beam_search import Hypothesis
+from nmt.generation.choice import Rules
+from nmt.generation.record import best_of
+from nmt.generation.static_step import SearchTables, make_tables, move_on_, run_step, start_
+from nmt.late import Late
+from nmt.models.inference import InferenceTransformer
+from nmt.models.reserve import Reserve
+from nmt.models.static_decoder import Sizes, StaticDecoder
+from nmt.recording import Recording
+
+# Each list goes on by steps of its last number. Attention wants its columns in multiples of 16.
+_SENTENCES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_SOURCE_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 512)
+_STEPS = (32, 64, 128, 256, 512, 1024)
+_WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # steps that are looked at, of those
+_STEPS_A_LOOK = 2  # between looks at which sentences are done; each is read one look later
+_KEPT_SHARE = 2  # a search goes on in smaller tables when at most one sentence in so many is left
+_FEWEST_ROWS = 64  # for fewer, smaller tables save no time
+_MOST_RECORDINGS = 128
+_COLUMNS_A_PIECE = 4  # of a source: twice as long a translation, in tables that may be half empty
+# See `generator.py`.
+_STRAGGLING_SHARE = 16
+_STRAGGLING_TIMES = 2.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch to search."""
+
+    source: Tensor  # (N, S) int64, padded on the right
+    limits: Tensor  # (N,) int64: most tokens of each translation, eos not counted
+    prefixes: Tensor | None = None  # (N, P) int64, see `Generator.generate`
+    streams: Tensor | None = None  # (N,) int64, to draw by
+    may_drop_stragglers: bool = False
+
+
+class StaticSearch:
+    """Searches with one or several models, one batch at a time."""
+
+    def __init__(self, models: Sequence[InferenceTransformer]) -> None:
+        """Take models on one device."""
+        self.decoders = [StaticDecoder(model) for model in models]
+        self.device = models[0].plain.output_weight.device
+        is_double = any(decoder.dtype == torch.float64 for decoder in self.decoders)
+        self._score_dtype = torch.float64 if is_double else torch.float32
+        self._known = _Known(self.device)
+        self._reserve = Reserve(self.device, self._known.forget)
+
+    @torch.inference_mode()
+    def search(self, job: Job, rules: Rules) -> list[list[Hypothesis]]:
+        """Search for the translations of a batch, or draw one for each sentence; see `Generator.generate`.
+
+        With `sampling` the beam is of one, whatever the options say.
+        """
+        try:
+            return _Search(self, job, rules).run()
+        except RuntimeError:  # there is no memory, perhaps
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(
+                    self.device
+                )  # what goes on in another stream still writes to the tables
+            self.clear()
+            raise
+
+    def clear(self) -> None:
+        """Give the memory of tables and recordings back."""
+        self._reserve.clear()
+
+    def bytes_of_piece(self, beam_size: int) -> int:
+        """Return about how much memory each piece of a source takes, whose translation may be twice as long."""
+        length = _SOURCE_LENGTHS[-1]
+        num_columns = beam_size * _COLUMNS_A_PIECE * length
+        return sum(x.bytes_of(source_length=length, num_columns=num_columns) for x in self.decoders) // length
+
+    def tables(self, sizes: Sizes, rules: Rules, *, has_prefixes: bool) -> SearchTables:
+        """Return the tables of some sizes, which are those of all sizes."""
+        key = (sizes, rules.read_tokens, has_prefixes)
+        tables = self._known.tables.get(key)
+        if tables is None:
+            # What is cut may move what was cut before, and then nothing else is known any more.
+            tables = make_tables(
+                self.decoders,
+                self._reserve,
+                sizes,
+                score_dtype=self._score_dtype,
+                keeps_tokens=rules.read_tokens,
+                has_prefixes=has_prefixes,
+            )
+            self._known.tables[key] = tables
+        return tables
+
+    def record(self, key: Hashable, function: Callable[[], None]) -> Recording:
+        """Return what replays a function, the same for an equal key."""
+        return self._known.record(key, function)
+
+
+class _Known:
+    """What knows the addresses of tables: the views of them, and recordings."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tables: dict[Hashable, SearchTables] = {}
+        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._device = device
+        self._pool: Any = None
+
+    def record(self, key: Hashable, function: Callable[[], None]) -> Recording:
+        """Return the recording of a key, or a new one in place of that which was least recently used."""
+        recording = self.recordings.get(key)
+        if recording is None:
+            if self._pool is None and self._device.type == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
+            recording = self.recordings[key] = Recording(function, self._device, pool=self._pool)
+            if len(self.recordings) > _MOST_RECORDINGS:
+                self.recordings.popitem(last=False)
+        self.recordings.move_to_end(key)
+        return recording
+
+    def forget(self) -> None:
+        """Give back all, and the memory that recordings share."""
+        self.recordings.clear()
+        self.tables.clear()
+        self._pool = None
+
+
+class _Search:
+    """One batch on its way."""
+
+    def __init__(self, owner: StaticSearch, job: Job, rules: Rules) -> None:
+        self.owner, self.job, self.rules = owner, job, rules
+        num_sentences, length = job.source.shape
+        limits: list[int] = job.limits.tolist()
+        self.first_limit, self.last_limit = min(limits), max(limits)
+        self.prefix_length = 0 if job.prefixes is None else job.prefixes.size(1)
+        self.beam_size = 1 if rules.options.sampling else rules.options.beam
+        sizes = Sizes(
+            num_sentences=_round_up(num_sentences, _SENTENCES),
+            beam_size=self.beam_size,
+            source_length=_round_up(length, _SOURCE_LENGTHS),
+            num_steps=_round_up(min(self.last_limit + 1, max(self.prefix_length, _STEPS[0])), _STEPS),
+        )
+        self.step_options = replace(  # without what a step does not read, to find what was recorded
+            rules.options, seed=None, nbest=1, lenpen=1.0, unnormalized=False, max_len_a=0.0, max_len_b=0
+        )
+        self.tables = self._make_tables(sizes)
+        self.step = 0
+        # Which sentence of the batch is at each place; -1 where there is none, or its results have been read.
+        self.sentences = list(range(num_sentences)) + [-1] * (sizes.num_sentences - num_sentences)
+        self.results: list[list[Hypothesis]] = [[] for _ in range(num_sentences)]
+        most = num_sentences // _STRAGGLING_SHARE
+        self.most_stragglers = most if job.may_drop_stragglers else 0
+        self.straggling_from = float("inf")
+
+    def run(self) -> list[list[Hypothesis]]:
+        self._start()
+        looks: list[Late] = []
+        while self.step <= self.last_limit:
+            if self.step == self.tables.sizes.num_steps:
+                self._grow()
+            self._run_step()
+            if self.step % _STEPS_A_LOOK == 0:
+                looks.append(Late(self.tables.is_done.clone()))
+            if len(looks) > 1:
+                is_done: list[bool] = looks.pop(0).read()
+                if self._may_end(is_done):
+                    break
+                if self._shrink(is_done):
+                    looks.clear()
+        self._read([place for place, sentence in enumerate(self.sentences) if sentence >= 0])
+        return self.results
+
+    def _start(self) -> None:
+        job, tables = self.job, self.tables
+        num_sentences, length = job.source.shape
+        tables.source.fill_(self.rules.pad_id)[:, 0] = self.rules.eos_id  # where no sentence is: an empty one
+        tables.source[:num_sentences, :length] = job.source
+        key = ("encode", tables.sizes.num_sentences, tables.sizes.source_length)
+        self.owner.record(key, partial(_encode, self.owner.decoders, tables))()
+        start_(
+            tables,
+            self.owner.decoders,
+            limits=job.limits,
+            prefixes=job.prefixes,
+            streams=job.streams,
+            pad_id=self.rules.pad_id,
+            eos_id=self.rules.eos_id,
+        )
+
+    def _run_step(self) -> None:
+        some_at_limit = self.step >= self.first_limit
+        is_forced = self.step < self.prefix_length
+        sizes = self.tables.sizes
+        width = min(_round_up(self.step + 1, _WIDTHS), sizes.num_steps)
+        key = (sizes, width, self.step_options, self.prefix_length > 0, some_at_limit, is_forced)
+        step = partial(
+            run_step,
+            self.owner.decoders,
+            self.tables,
+            self.rules,
+            width=width,
+            some_at_limit=some_at_limit,
+            is_forced=is_forced,
+        )
+        self.owner.record(key, step)()
+        self.step += 1
+
+    def _may_end(self, is_done: Sequence[bool]) -> bool:
+        """See whether all are done that are worth waiting for; who is not has no result."""
+        left = [i for i, x in zip(self.sentences, is_done, strict=True) if i >= 0 and not x]
+        if 2 * len(left) <= len(self.results):
+            self.straggling_from = min(self.straggling_from, _STRAGGLING_TIMES * self.step)
+        if left and (len(left) > self.most_stragglers or self.step < self.straggling_from):
+            return False
+        self.sentences = [-1 if i in left else i for i in self.sentences]
+        return True
+
+    def _shrink(self, is_done: Sequence[bool]) -> bool:
+        """Go on with the sentences that are left, if they are few."""
+        sizes = self.tables.sizes
+        left = [place for place, x in enumerate(is_done) if not x and self.sentences[place] >= 0]
+        num_kept = _round_up(len(left), _SENTENCES)
+        if (
+            num_kept * _KEPT_SHARE > sizes.num_sentences
+            or sizes.num_sentences * self.beam_size <= _FEWEST_ROWS
+        ):
+            return False
+        self._read([place for place, x in enumerate(is_done) if x and self.sentences[place] >= 0])
+        done = [place for place, x in enumerate(is_done) if x]
+        places = left + done[: num_kept - len(left)]
+        self._move(replace(sizes, num_sentences=num_kept), torch.tensor(places, device=self.owner.device))
+        self.sentences = [self.sentences[place] for place in places]
+        return True
+
+    def _grow(self) -> None:
+        sizes = self.tables.sizes
+        self._move(replace(sizes, num_steps=_round_up(sizes.num_steps + 1, _STEPS)), None)
+
+    def _move(self, sizes: Sizes, places: Tensor | None) -> None:
+        old, self.tables = self.tables, self._make_tables(sizes)
+        move_on_(self.owner.decoders, old, self.tables, places)
+
+    def _make_tables(self, sizes: Sizes) -> SearchTables:
+        return self.owner.tables(sizes, self.rules, has_prefixes=self.prefix_length > 0)
+
+    def _read(self, places: list[int]) -> None:
+        """Put the results of the sentences at the places into those of the batch, and forget where they were."""
+        if not places:
+            return
+        options = self.rules.options
+        is_all = places == list(range(self.tables.sizes.num_sentences))
+        index = None if is_all else torch.tensor(places, device=self.owner.device)
+        record = self.tables.record.take(self.step, index).to_host()
+        found = best_of(
+            record,
+            nbest=min(options.nbest, self.beam_size),
+            lenpen=0.0 if options.unnormalized else options.lenpen,
+        )
+        for place, hypotheses in zip(places, found, strict=True):
+            self.results[self.sentences[place]] = hypotheses
+            self.sentences[place] = -1
+
+
+def _encode(decoders: Sequence[StaticDecoder], tables: SearchTables) -> None:
+    for decoder, own in zip(decoders, tables.decoders, strict=True):
+        decoder.encode_(own, tables.source)
+
+
+def _round_up(number: int, sizes: Sequence[int]) -> int:
+    """Return the next larger size of a list, which goes on by steps of its last one."""
+    if number > sizes[-1]:
+        return -(-number // sizes[-1]) * sizes[-1]
+    return sizes[bisect.bisect_left(sizes, number)]
