@@ -58,7 +58,7 @@ SIZES = {"layers": 2, "embed_dim": 32, "ffn_embed_dim": 64, "attention_heads": 2
 
 def make_trainer(device: torch.device, *, is_packed: bool = True, **options: Any) -> Trainer:
     model_options = options.pop("model", {})
-    # A large epsilon, or Adam would make as much of a gradient that is zero but for round-off (of the keys' biases).
+    # A large epsilon: or Adam would magnify gradients that are zero but for round-off, such as of biases of keys.
     given = {"lr": 0.01, "warmup_updates": 4, "clip_norm": 0.5, "adam_eps": 0.01, **options}
     optimization = OptimizationOptions(**given)
     return Trainer(
