@@ -48,7 +48,7 @@ class PackedShape:
     def of(cls, *, max_tokens: int, max_sentences: int, longest: int) -> Self:
         """Return the shape for batches of at most so many tokens a side, sentences, and tokens a sentence."""
         num_fillers = max(8, -(-max_tokens // _TOKENS_OF_A_FILLER))
-        length = -(-(max_tokens + num_fillers) // 8) * 8  # tensor cores multiply by eights
+        length = -(-(max_tokens + num_fillers) // 64) * 64  # in which GPUs multiply
         return cls(length, max_sentences + num_fillers, max(longest, -(-length // num_fillers)))
 
 
