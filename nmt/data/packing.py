@@ -184,6 +184,7 @@ class PackedDataset:
 
 def pack_pairs(pairs: Sequence[Pair], shape: PackedShape) -> PackedTranslationBatch:
     """Lay pairs, at least one, one after another; on the CPU."""
+    assert len(pairs) < shape.num_parts, "more sentences than the shape has room for"
     sources, targets = zip(*pairs, strict=True)
     lengths = np.zeros((2, shape.num_parts), dtype=np.int64)
     for side, sentences in enumerate((sources, targets)):

@@ -12,7 +12,10 @@ their shapes is timed apart. Needs no package that nmt does not, but the peer.
 """
 
 import argparse
+import os
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -368,4 +371,9 @@ def synchronize(device: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # at once, whatever processes read batches
