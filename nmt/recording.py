@@ -4,6 +4,7 @@ A GPU waits for the host where an update or a decoding step is some thousand sma
 one by one, slower than they run. A replay launches all of them at once.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -63,16 +64,22 @@ def _record(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     if pool is None:  # memory that the plain calls have left can serve the recording only if it is given back
         torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
-    with _other_stream_in_turn():
-        # Other threads may go on with what a recording forbids, such as asking for pinned memory.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            function()
-        except BaseException:
-            with suppress(RuntimeError):  # the recording is void; what made it so is raised
-                graph.capture_end()
-            raise
-        graph.capture_end()
+    collects_garbage = gc.isenabled()
+    gc.disable()  # it might free, in the middle of the recording, what belongs to another one
+    try:
+        with _other_stream_in_turn():
+            # Other threads may go on with what a recording forbids, such as asking for pinned memory.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                function()
+            except BaseException:
+                with suppress(RuntimeError):  # the recording is void; what made it so is raised
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+    finally:
+        if collects_garbage:
+            gc.enable()
     return graph
 
 
