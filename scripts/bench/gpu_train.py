@@ -134,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument(
-        "--precision", nargs="+", default=["bf16", "fp32", "fp16"], choices=("fp32", "bf16", "fp16")
+        "--precision", nargs="*", default=["bf16", "fp32", "fp16"], choices=("fp32", "bf16", "fp16")
     )
     parser.add_argument("--updates", type=int, default=60, help="that are timed")
     parser.add_argument("--pairs", type=int, default=100_000)
