@@ -28,7 +28,7 @@ from nmt.data.batching import (
     plan_ordered,
     plan_window,
 )
-from nmt.data.loading import Feed, PlannedBatch, make_loader, read_batches
+from nmt.data.loading import Feed, PlannedBatch, end_workers, make_loader, read_batches
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 
@@ -230,6 +230,8 @@ class BatchIterator:
         if iteration is not None:
             iteration.close()  # it would keep the loader alive
         self._feed.plan = iter(())
+        if self._loader is not None:
+            end_workers(self._loader)
         self._loader = None
 
     def __enter__(self) -> Self:
@@ -386,6 +388,8 @@ class OrderedBatches:
 
     def close(self) -> None:
         """End the worker processes."""
+        if self._loader is not None:
+            end_workers(self._loader)
         self._loader = None
 
 
