@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class UnreadableExamplesError(UserError):
+    """Examples cannot be read, such as those of a damaged file; a run saves what it has learned before it ends."""
+
+
 class LostRankError(UserError):
     """Another rank of the run has ended or does not answer; starting the run again takes it up.
 

@@ -154,6 +154,20 @@ class PackingTask(Protocol):
         """
 
 
+@runtime_checkable
+class LooksOver(Protocol):
+    """What a task may have besides: a look at its data before a run begins or goes on."""
+
+    def look_over(self, train: Examples[Any], valid: Examples[Any], world: World, /) -> list[str]:
+        """Return lines for the log: what is left out, and what else a user should know of the data.
+
+        Every rank calls it; the lines of rank 0 are shown.
+
+        Raises:
+            UserError: The data would end the run later.
+        """
+
+
 class TaskOptions(Protocol):
     """The options of a task: a frozen dataclass that makes the task.
 

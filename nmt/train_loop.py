@@ -14,7 +14,7 @@ from nmt.config import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
-from nmt.errors import UserError
+from nmt.errors import UnreadableExamplesError, UserError
 from nmt.forecast import forecast
 from nmt.memory import find_packed_split, find_split
 from nmt.options import TrainConfig
@@ -23,7 +23,7 @@ from nmt.progress import Direction, Progress
 from nmt.reports import Clock, Reports
 from nmt.run_log import RunLog, read_records
 from nmt.signals import StopRequest
-from nmt.task import Examples, Task
+from nmt.task import Examples, LooksOver, Task
 from nmt.trainer import Trainer
 
 _GPU_WORKERS = 2  # a GPU takes batches faster than the process that launches its work could read them
@@ -140,18 +140,24 @@ class Run:
         """Go from where the run stands to its end."""
         self.log.open()
         self._resume_or_start()
-        while not (reason := self._reason_to_stop()) and not self.is_stopping:
-            self._train_epoch()
+        try:
+            while not (reason := self._reason_to_stop()) and not self.is_stopping:
+                self._train_epoch()
+            self._raise_refusals()
+            if reason is not None and self.trainer.update not in self.progress.values:
+                self._validate_and_save()
+        except UnreadableExamplesError as error:  # all ranks are here
+            raise UserError(f"{error} {self._save_where_it_stands()}".rstrip()) from error
         if reason is None:
             return self._end_early()
-        if self.trainer.update not in self.progress.values:
-            self._validate_and_save()
         self.log.say(f"finished: {reason}")
         return self._result(reason)
 
     def describe(self) -> list[str]:
         """Return the lines that tell what the run is going to be; changes nothing."""
         lines = left_out(self.batches, self.config)  # first, since it ends the run if nothing is left
+        if isinstance(self.task, LooksOver):
+            lines += self.task.look_over(self.train_examples, self.valid_examples, self.world)
         self._decide_split()
         return lines + forecast(
             self.config,
@@ -192,9 +198,7 @@ class Run:
         for micro_batches in self.batches:
             # "train" is what has been seen since the last report, "epoch" since the epoch began.
             with metrics.scope("epoch"), metrics.scope("train"):
-                self.trainer.train_step(
-                    micro_batches, epoch=self.epoch, wants_stop=self.stop.reason is not None
-                )
+                self.trainer.train_step(micro_batches, epoch=self.epoch, wants_stop=self._wants_stop())
             self._note_stop()
             self.clock.count_training()
             self.reports.update(epoch=self.epoch, clock=self.clock)
@@ -293,13 +297,29 @@ class Run:
     def _end_early(self) -> TrainingResult:
         """Save where the run stands, after a request to stop."""
         update = self.trainer.update
-        if update and update not in self.world.broadcast(self.checkpoints.updates()):
-            self._save()
+        self._save_where_it_stands()
         reasons = self.world.gather(self.stop.reason)
         named = next((reason for reason in reasons if reason is not None), "a request")
         done = f"after update {update}, which is saved" if update else "before the first update"
         self.log.say(f"stopped: {named} {done}; the same command goes on from there")
         return self._result(named)
+
+    def _save_where_it_stands(self) -> str:
+        """Save what has been trained, and say so."""
+        update = self.trainer.update
+        if update and update not in self.world.broadcast(self.checkpoints.updates()):
+            self._save()
+        return f"Update {update} is saved, and the same command goes on from there." if update else ""
+
+    def _raise_refusals(self) -> None:
+        """Raise `UnreadableExamplesError` on every rank if one of them could not read its batch."""
+        for refusal in self.world.gather(self.batches.refusal):
+            if refusal is not None:
+                raise refusal.error()
+
+    def _wants_stop(self) -> bool:
+        """Return what this rank alone knows of."""
+        return self.stop.reason is not None or self.batches.refusal is not None
 
     def _result(self, reason: str) -> TrainingResult:
         path = self.checkpoints.path
@@ -311,11 +331,11 @@ class Run:
     def _note_stop(self) -> None:
         """Take in what the update has told about the ranks' wishes: all take in the same."""
         is_single = self.world.size == 1
-        self.is_stopping = self.stop.reason is not None if is_single else self.trainer.num_wanting_stop > 0
+        self.is_stopping = self._wants_stop() if is_single else self.trainer.num_wanting_stop > 0
 
     def _agree_to_stop(self) -> None:
         """Ask all ranks whether one of them wants to stop, and wait for their answers."""
-        wishes = torch.tensor([float(self.stop.reason is not None)], device=self.world.device)
+        wishes = torch.tensor([float(self._wants_stop())], device=self.world.device)
         self.is_stopping = self.world.sum_(wishes).item() > 0
 
     def _is_kept_for_good(self) -> bool:
@@ -357,10 +377,12 @@ class Run:
         self._agree_to_stop()
 
     def _misses_validation(self) -> bool:
-        """Return whether the run was stopped right before a validation within an epoch."""
-        update = self.trainer.update
-        is_due = _is_due(update, self.config.checkpoints.validate_interval_updates)
-        return is_due and update not in self.progress.values
+        """Return whether the run was stopped right before a validation."""
+        options = self.config.checkpoints
+        is_due = _is_due(self.trainer.update, options.validate_interval_updates)
+        if self.batches.epoch > self.epoch:  # or the end of the epoch would bring it
+            is_due |= _is_due(self.epoch, options.validate_interval)
+        return is_due and self.trainer.update not in self.progress.values
 
     def _resume(self, update: int) -> None:
         folder = self.checkpoints.at(update)
@@ -378,7 +400,7 @@ class Run:
         self.batches.split_above = state["split_above"]
         self.progress = Progress.from_json(state["progress"])
         self.clock = Clock(**state["clock"])
-        self.epoch = self.batches.epoch
+        self.epoch = self.batches.epoch - (self.batches.examples_consumed == 0)
         self.log.cut_records(state["records_size"], update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()

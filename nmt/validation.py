@@ -11,6 +11,7 @@ from torch import nn
 from nmt.checkpoint import load_weights
 from nmt.data.batch_iterator import OrderedBatches
 from nmt.distributed import World, join_world
+from nmt.errors import UnreadableExamplesError
 from nmt.metrics import Metrics
 from nmt.options import TrainConfig
 from nmt.task import Batch, Examples, Task, batch_sums
@@ -22,6 +23,9 @@ def validate(
 ) -> dict[str, float]:
     """Return the task's metrics of a split, the same on every rank; the model is put into evaluation mode.
 
+    Raises:
+        UnreadableExamplesError: A rank cannot read some examples; on every rank.
+
     Args:
         task: Computes the loss and what else is measured.
         model: On the device of the world.
@@ -31,9 +35,16 @@ def validate(
     """
     model.eval()
     metrics = Metrics()
+    refusal = None
     with metrics.scope("valid"):
-        for batch in batches:
-            metrics.add(batch_sums(task.compute_loss(model, batch.to(world.device)), batch))
+        try:
+            for batch in batches:
+                metrics.add(batch_sums(task.compute_loss(model, batch.to(world.device)), batch))
+        except UnreadableExamplesError as error:
+            refusal = str(error)
+    for text in world.gather(refusal):
+        if text is not None:
+            raise UnreadableExamplesError(text)
     results = task.summarize(metrics.sums("valid", world))
     return {**results, **task.evaluate(model, examples, world)}
 
