@@ -60,6 +60,7 @@ class ImageClassificationOptions:
         "batch_size": 128,
         "max_tokens": None,  # an image has no length
         "required_batch_size_multiple": 1,
+        "min_batch_size": 2,  # batch norm
         "optimizer": "sgd",
         "lr": 0.1,
         "weight_decay": 1e-4,
@@ -91,6 +92,9 @@ class ImageClassificationOptions:
     std: tuple[float, ...] | None = None
     """What each channel is divided by, likewise."""
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+    max_bad_images: int = 0
+    """How many images of a split may be damaged or missing: others take their place in training, and they do not
+    count in validation. At the start of a run the head and the end of each file are looked at."""
     label_smoothing: float = 0.0
     """Probability that is spread over all classes, in training alone."""
 
@@ -100,6 +104,8 @@ class ImageClassificationOptions:
             raise UserError(
                 f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}."
             )
+        if self.max_bad_images < 0:
+            raise UserError(f"`max-bad-images` must not be negative, but is {self.max_bad_images}.")
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"`image-size` must be at least 1, but is {self.image_size}.")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:

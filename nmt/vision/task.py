@@ -18,8 +18,9 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.task import Illustrations, LossOutput
-from nmt.vision.dataset import ImageBatch, ImageExamples
+from nmt.vision.dataset import UNREADABLE, ImageBatch, ImageExamples
 from nmt.vision.libraries import import_timm
+from nmt.vision.look_over import describe_folder, describe_overlap, look_at_files, named
 from nmt.vision.models import build_model, find_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
 from nmt.vision.pictures import draw_confusion, draw_predictions
@@ -69,23 +70,46 @@ class ImageClassificationTask:
         """Open "train" or "valid".
 
         Raises:
-            UserError: Something is wrong with the images, or they are of other classes than the model's.
+            UserError: Something is wrong with the images, or some are of other classes than the model's.
         """
         if split == "train":
             images = self.train_images or open_images(self.options.train_dir, "train")
             _check_same_classes(images, self.classes, self.format, flag="train-dir")
-            return ImageExamples(images, self.format, _settle_augmentation(self.options.augmentation, images))
+            return self._examples(images, _settle_augmentation(self.options.augmentation, images))
         if split == "valid":
             images = open_images(self.options.val_dir, "valid")
             _check_same_classes(images, self.classes, self.format, flag="val-dir")
-            return ImageExamples(images, self.format)
+            return self._examples(images)
         raise UserError(
             f"The split must be train or valid, but is {split}: there is no option that names another."
         )
 
+    def _examples(
+        self, images: ImageSource, augmentation: AugmentationOptions | None = None
+    ) -> ImageExamples:
+        return ImageExamples(
+            images,
+            self.format,
+            augmentation,
+            classes=self.classes,
+            max_unreadable=self.options.max_bad_images,
+        )
+
+    def look_over(self, train: ImageExamples, valid: ImageExamples, world: World) -> list[str]:
+        """Return what a user should know of the images; look for files that cannot be read.
+
+        Raises:
+            UserError: There are more than `max-bad-images` of them.
+        """
+        lines = describe_overlap(train, valid)
+        for examples, split in ((train, "training"), (valid, "validation")):
+            lines += describe_folder(examples, split=split)
+            lines += look_at_files(examples, split=split, world=world)
+        return lines
+
     def compute_loss(self, model: nn.Module, batch: ImageBatch) -> LossOutput:
         """Return the cross-entropy summed over images, label-smoothed in training, and what is right."""
-        scores = model(batch.images.to(_weight_dtype(model)))  # (B, C)
+        scores = self._scores(model, batch)  # (B, C)
         if not isinstance(scores, Tensor):
             raise UserError(
                 f"`model` must return scores alone, but {self.options.model} returns {type(scores).__name__} in "
@@ -101,6 +125,18 @@ class ImageClassificationTask:
         if "top5" in self.metrics:
             sums["correct5"] = (scores.topk(5, dim=1).indices == best_label[:, None]).sum()
         return LossOutput(loss, sums)
+
+    def _scores(self, model: nn.Module, batch: ImageBatch) -> Any:
+        try:
+            return model(batch.images.to(_weight_dtype(model)))
+        except ValueError as error:
+            if len(batch.images) > 1 or "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"`batch-size` must be at least 2 for `{self.options.model}` and images of "
+                f"{self.format.image_size} pixels, but a batch has one image: of its channels batch norm sees one "
+                "value each. Raise it, or `image-size`."
+            ) from error
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return the loss an image (nats), and the share of images whose label is first, or among five."""
@@ -124,10 +160,12 @@ class ImageClassificationTask:
         predicted = np.empty(len(examples), dtype=np.int64)
         for rank, part in enumerate(guesses):
             predicted[rank :: world.size] = part
-        labels = np.array([examples.source.label(index) for index in range(len(examples))])
+        labels = np.array([examples.label(index) for index in range(len(examples))])
         counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
-        np.add.at(counts, (labels, predicted), 1)
-        shown = np.unique(np.linspace(0, len(examples) - 1, _NUM_SHOWN).astype(np.int64)).tolist()
+        is_readable = predicted >= 0
+        np.add.at(counts, (labels[is_readable], predicted[is_readable]), 1)
+        readable = np.flatnonzero(is_readable)
+        shown = np.unique(readable[np.linspace(0, len(readable) - 1, _NUM_SHOWN).astype(np.int64)]).tolist()
         images = np.stack([examples[index][0].numpy() for index in shown])
         return Illustrations(
             images={
@@ -137,12 +175,13 @@ class ImageClassificationTask:
         )
 
     def _predict(self, model: nn.Module, examples: ImageExamples, indices: range, world: World) -> list[int]:
-        """Return the label that the model gives each of some images."""
+        """Return the label that the model gives each of some images; -1 for those that cannot be read."""
         predicted: list[int] = []
         for start in range(0, len(indices), _NUM_AT_ONCE):
             batch = examples.collate([examples[index] for index in indices[start : start + _NUM_AT_ONCE]])
             scores = model(batch.images.to(world.device, _weight_dtype(model)))
-            predicted += scores.argmax(dim=1).tolist()
+            guesses = scores.argmax(dim=1).cpu()
+            predicted += guesses.where(batch.labels != UNREADABLE, -1).tolist()
         return predicted
 
     def save_assets(self, folder: Path) -> None:
@@ -208,19 +247,17 @@ def _of_weights(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _check_same_classes(images: ImageSource, classes: list[str], format_: ImageFormat, *, flag: str) -> None:
-    missing = [name for name in classes if name not in images.classes]
+    """Refuse images of classes that the model does not learn. Those of some may be missing."""
     others = [name for name in images.classes if name not in classes]
-    for fault, names in (("has none of", missing), ("has others:", others)):
-        if names:
-            shown = ", ".join(f"`{name}`" for name in names[:5]) + (", ..." if len(names) > 5 else "")
-            raise UserError(
-                f"`{flag}` must have the {len(classes)} classes that the model learns, but `{images.path}` "
-                f"{fault} {shown}."
-            )
+    if others:
+        raise UserError(
+            f"`{flag}` must have no other than the {len(classes):,} classes that the model learns, but "
+            f"`{images.path}` has {named(others)}. Take the folders away, or train a new model with them."
+        )
     if images.num_channels != format_.num_channels:
         raise UserError(
             f"`{flag}` must have images of {format_.num_channels} channels, but those in `{images.path}` have "
-            f"{images.num_channels}."
+            f"{images.num_channels}. Name other images."
         )
 
 
