@@ -124,6 +124,22 @@ def test_validation_resizes_the_shorter_side_and_cuts_at_the_centre() -> None:
     assert wide.shape == (3, 8, 8) and wide[0, 0].tolist() == [255] * 8
 
 
+@pytest.mark.parametrize("is_tensor", [False, True])
+def test_a_long_strip_is_cut_before_it_is_enlarged(is_tensor: bool) -> None:
+    """Its middle is all that is seen of it; enlarged as a whole it would take gigabytes."""
+    strip = torch.zeros(1, 2, 60_000, dtype=torch.uint8)
+    strip[:, :, 29_990:30_010] = 200
+    image = strip if is_tensor else Image.fromarray(strip[0].numpy()).convert("RGB")
+    format_ = replace(GREY if is_tensor else RGB, image_size=224)
+    for options in (None, AugmentationOptions(crop="none", hflip=0.0)):
+        for one in (
+            image,
+            image.transpose(1, 2) if is_tensor else image.transpose(Image.Transpose.ROTATE_90),
+        ):
+            seen, _ = ImageExamples(Given([one], [0], ["a", "b"]), format_, options)[0]
+            assert seen.shape[1:] == (224, 224) and seen.unique().tolist() == [200]
+
+
 def test_normalised_images_are_the_pixels_minus_the_mean_by_the_deviation() -> None:
     examples = ImageExamples(Given([], [], ["a", "b"]), RGB)
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8)

@@ -29,8 +29,6 @@ class LeftOut:
     """Images that stand beside the class folders."""
     loops: list[str] = field(default_factory=list)
     """Links to a folder that they stand in themselves."""
-    empty: list[str] = field(default_factory=list)
-    """Class folders without an image."""
 
 
 class FolderImages:
@@ -60,7 +58,6 @@ class FolderImages:
                 "Name a folder of class folders, or one with MNIST's files."
             ) from error
         self._check(files)
-        self.left_out.empty = [name for name, images in files.items() if not images]
         self.classes = [name for name, images in files.items() if images]
         self.files = [name for images in files.values() for name in images]
         counts = [len(files[name]) for name in self.classes]

@@ -114,8 +114,7 @@ def _read(path: Path) -> Image.Image:
         upright = _turn(image)
         if upright.mode.startswith("I"):  # which convert() would clip to white
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        if "transparency" in upright.info:
-            upright = upright.convert("RGBA")
+        upright.info.pop("transparency", None)  # convert() would look for the transparent colour first
         return upright.convert("RGB")
 
 

@@ -28,7 +28,7 @@ _NUM_COMPARED = 20
 def look_at_files(examples: ImageExamples, *, split: str, world: World) -> list[str]:
     """Look at the head and the end of each image file; every rank calls it, and each takes its share.
 
-    Some ten thousand a second are looked at. Damage in the middle of a file is not found.
+    Damage in the middle of a file is not found.
 
     Args:
         examples: Learns which of its images cannot be read.
@@ -84,7 +84,7 @@ def _unreadable(examples: ImageExamples, indices: range, split: str, world: Worl
     return found
 
 
-def describe_folder(examples: ImageExamples, *, split: str) -> list[str]:
+def describe_images(examples: ImageExamples) -> list[str]:
     """Return lines on what a folder holds besides the images that are taken, and on classes without any."""
     source = examples.source
     lines = []
@@ -103,13 +103,12 @@ def describe_folder(examples: ImageExamples, *, split: str) -> list[str]:
                 f"left out: images beside the class folders of `{source.path}`: {left_out.num_beside:,}"
             )
         lines += [f"left out: `{path}` is a link to a folder that it stands in" for path in left_out.loops]
-    has_images = np.isin(
-        np.arange(len(examples.classes)), [examples.label(i) for i in _one_of_each(source.labels)]
-    )
-    missing = [name for name, has in zip(examples.classes, has_images, strict=True) if not has]
+    present = {examples.label(index) for index in _one_of_each(source.labels)}
+    missing = [name for label, name in enumerate(examples.classes) if label not in present]
     if missing:
+        part = f" ({source.split})" if isinstance(source, IdxImages) else ""
         count = f"{len(missing):,} of {len(examples.classes):,}"
-        lines.append(f"warning: classes without {split} images: {count}, {named(missing)}")
+        lines.append(f"warning: classes without an image in `{source.path}`{part}: {count}, {named(missing)}")
     return lines
 
 

@@ -20,7 +20,7 @@ from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.task import Illustrations, LossOutput
 from nmt.vision.dataset import UNREADABLE, ImageBatch, ImageExamples
 from nmt.vision.libraries import import_timm
-from nmt.vision.look_over import describe_folder, describe_overlap, look_at_files, named
+from nmt.vision.look_over import describe_images, describe_overlap, look_at_files, named
 from nmt.vision.models import build_model, find_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
 from nmt.vision.pictures import draw_confusion, draw_predictions
@@ -103,7 +103,7 @@ class ImageClassificationTask:
         """
         lines = describe_overlap(train, valid)
         for examples, split in ((train, "training"), (valid, "validation")):
-            lines += describe_folder(examples, split=split)
+            lines += describe_images(examples)
             lines += look_at_files(examples, split=split, world=world)
         return lines
 
