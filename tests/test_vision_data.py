@@ -218,6 +218,28 @@ def test_all_augmentation_together_makes_images_of_the_right_shape(num_channels:
         assert batch.images.shape == (4, num_channels, 8, 8) and batch.images.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"trivial_augment": True}, *({"auto_augment": name} for name in ("imagenet", "cifar10", "svhn"))],
+)
+def test_found_policies_change_images_and_keep_their_shape(changes: dict[str, Any]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    plain = Image.fromarray(pixels)
+    options = replace(NONE, **changes)
+    options.check()
+    examples = ImageExamples(Given([plain], [0], ["a", "b"]), RGB, options)
+    seen = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        seen.append(examples[0][0])
+        assert seen[-1].shape == (3, 8, 8) and seen[-1].dtype == torch.uint8
+        torch.manual_seed(seed)
+        assert torch.equal(examples[0][0], seen[-1])  # all of its choices are torch's
+    assert len(torch.stack(seen).unique(dim=0)) > 5
+    grey = ImageExamples(Given([grid(12)], [0], ["a", "b"]), GREY, options)
+    assert all(grey[0][0].shape == (1, 12, 12) for _ in range(10))
+
+
 def test_a_mean_for_another_number_of_channels_is_refused() -> None:
     with pytest.raises(UserError, match=r"`mean` must have a value for each channel, of which there are 1"):
         replace(GREY, mean=(0.5, 0.5, 0.5))

@@ -138,6 +138,48 @@ def test_a_model_that_does_not_exist_or_fit_is_refused_in_a_line(monkeypatch: py
     )
 
 
+OWN_MODEL = """
+from torch import nn
+
+class Small(nn.Module):
+    def __init__(self, num_classes, in_channels=3, width=4):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+
+    def forward(self, images):
+        return self.layers(images)
+
+def function():
+    raise AssertionError("must not be called")
+"""
+
+
+def test_a_model_of_ones_own_is_named_by_its_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colours: ImageClassificationOptions
+) -> None:
+    (tmp_path / "own_model_of_a_test.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    path_before = list(sys.path)
+    name = "own_model_of_a_test:Small"
+    model = build_model(name, ["width=7"], num_classes=4, num_channels=1, image_size=9)
+    assert model(torch.zeros(2, 1, 9, 9)).shape == (2, 4)
+    assert [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)] == [7]
+    task = replace(colours, model=name).build(None)
+    assert task.build_model()(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    for other, text in (
+        ("own_model_of_a_test:Large", "cannot: AttributeError"),
+        ("own_model_of_a_test:function", "must be a class of torch.nn.Module"),
+        ("os:system", "must be a class of torch.nn.Module"),
+        ("no_such_package:Small", "cannot: ModuleNotFoundError"),
+        ("torch.nn:Identity", "must return 4 scores for an image"),
+    ):
+        assert text in model_refusal(other)
+    assert "must be arguments that `own_model_of_a_test:Small` takes" in model_refusal(name, ["depth=3"])
+    assert "must come with a model of timm" in model_refusal(name, is_pretrained=True)
+    assert sys.path == path_before
+
+
 def test_a_model_with_auxiliary_outputs_is_refused_in_a_line() -> None:
     model = build_model(
         "torchvision/googlenet", ["init_weights=false"], num_classes=3, num_channels=3, image_size=64
@@ -251,7 +293,14 @@ def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], text: s
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hflip": 1.5}, {"mixup": -1.0}, {"rand_augment": 31}, {"shift": 0}, {"shift": 1, "crop": "none"}],
+    [
+        {"rand_augment": 1, "trivial_augment": True},
+        {"hflip": 1.5},
+        {"mixup": -1.0},
+        {"rand_augment": 31},
+        {"shift": 0},
+        {"shift": 1, "crop": "none"},
+    ],
 )
 def test_augmentation_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"`{next(iter(changes)).replace('_', '-')}` must "):

@@ -27,6 +27,10 @@ class AugmentationOptions:
     """Probability that an image is mirrored; 0.5 for folders of files and 0 for MNIST's unless given."""
     rand_augment: int | None = None
     """Change each image by two random operations of RandAugment, of this strength (0 to 30)."""
+    trivial_augment: bool = False
+    """Change each image by one random operation of a random strength (TrivialAugment)."""
+    auto_augment: Literal["none", "imagenet", "cifar10", "svhn"] = "none"
+    """Change each image by two operations of the policy that AutoAugment found for these images."""
     random_erasing: float = 0.0
     """Probability that a random rectangle is painted in the mean colour."""
     mixup: float = 0.0
@@ -46,6 +50,17 @@ class AugmentationOptions:
                 raise UserError(f"`{name}` must be finite and not negative, but is {getattr(self, name)}.")
         if self.rand_augment is not None and not 0 <= self.rand_augment <= 30:
             raise UserError(f"`rand-augment` must be from 0 to 30, but is {self.rand_augment}.")
+        given = [
+            name
+            for name, is_given in (
+                ("rand-augment", self.rand_augment is not None),
+                ("trivial-augment", self.trivial_augment),
+                ("auto-augment", self.auto_augment != "none"),
+            )
+            if is_given
+        ]
+        if len(given) > 1:
+            raise UserError(f"`{given[0]}` must be given without `{given[1]}`, but both are. Leave one out.")
         if self.shift is not None and self.shift < 1:
             raise UserError(f"`shift` must be at least 1, but is {self.shift}.")
         if self.shift is not None and self.crop in ("resized", "none"):
@@ -76,7 +91,8 @@ class ImageClassificationOptions:
     val_dir: Path
     """Validation images, likewise; of MNIST's files it takes the test part."""
     model: str = field(default="timm/resnet18", metadata={"fixed": True})
-    """The model: timm/NAME or torchvision/NAME. A bare NAME is looked for in timm, then in torchvision."""
+    """The model: timm/NAME or torchvision/NAME. A bare NAME is looked for in timm, then in torchvision. Or one of
+    your own, package.module:Class, a torch.nn.Module."""
     model_args: tuple[str, ...] = field(default=(), metadata={"fixed": True})
     """Arguments of the model's own, each as NAME=VALUE: drop_rate=0.1, or channels=[32,64]."""
     pretrained: bool = False

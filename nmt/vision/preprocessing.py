@@ -79,6 +79,10 @@ def augment(format_: ImageFormat, options: AugmentationOptions) -> Any:
         steps.append(v2.RandomHorizontalFlip(options.hflip))
     if options.rand_augment is not None:
         steps.append(v2.RandAugment(magnitude=options.rand_augment))
+    if options.trivial_augment:
+        steps.append(v2.TrivialAugmentWide())
+    if options.auto_augment != "none":
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(options.auto_augment)))
     steps.append(v2.PILToTensor())
     if options.random_erasing:
         colour = [round(255 * value) for value in format_.mean]
