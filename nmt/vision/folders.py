@@ -1,14 +1,16 @@
 """Labelled images in the files of a folder that holds a folder for each class."""
 
+import copy
 import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from nmt.errors import UserError
@@ -50,6 +52,7 @@ class FolderImages:
         self.path = path
         self.needs_all_classes = needs_all_classes
         self.left_out = LeftOut()
+        self.places: NDArray[np.int64] | None = None  # of a part, in the whole
         try:
             files = _Listing(path, readable_suffixes(), self.left_out).read()
         except OSError as error:
@@ -94,8 +97,16 @@ class FolderImages:
                 "the model do without the class: remove the folder here and where the validation images are."
             )
 
+    def part(self, places: NDArray[np.int64]) -> Self:
+        """Return some of the images, of the same classes."""
+        part = copy.copy(self)
+        part.places = places if self.places is None else self.places[places]
+        part.files = [self.files[place] for place in places]
+        part.labels = self.labels[places]
+        return part
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen_folder, (self.path, self.needs_all_classes, self.fingerprint)
+        return _reopen_folder, (self.path, self.needs_all_classes, self.fingerprint, self.places)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -103,6 +114,10 @@ class FolderImages:
     def label(self, index: int) -> int:
         """Return the label of an image."""
         return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Return what tells an image from the others: its file, from the folder on."""
+        return self.files[index]
 
     def image(self, index: int) -> Image.Image:
         """Read an image, as RGB.
@@ -121,8 +136,11 @@ class FolderImages:
         look_at(self.path / self.files[index])
 
 
-def _reopen_folder(path: Path, needs_all_classes: bool, fingerprint: int) -> FolderImages:
-    return FolderImages(path, needs_all_classes=needs_all_classes, expected=fingerprint)
+def _reopen_folder(
+    path: Path, needs_all_classes: bool, fingerprint: int, places: NDArray[np.int64] | None
+) -> FolderImages:
+    whole = FolderImages(path, needs_all_classes=needs_all_classes, expected=fingerprint)
+    return whole if places is None else whole.part(places)
 
 
 class _Listing:

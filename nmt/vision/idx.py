@@ -1,11 +1,12 @@
 """Labelled images in the files of MNIST."""
 
+import copy
 import gzip
 import struct
 import zlib
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -44,8 +45,17 @@ class IdxImages:
             raise UserError(f"`{images_path}` must hold images of some pixels, but has none. Get it anew.")
         self.classes = [str(label) for label in range(int(self.labels.max()) + 1)]
 
+        self.places: NDArray[np.int64] | None = None  # of a part, in the whole
+
+    def part(self, places: NDArray[np.int64]) -> Self:
+        """Return some of the images, of the same classes."""
+        part = copy.copy(self)
+        part.places = places if self.places is None else self.places[places]
+        part.images, part.labels = self.images[places], self.labels[places]
+        return part
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return IdxImages, (self.path, self.split)
+        return _reopen, (self.path, self.split, self.places)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -53,6 +63,10 @@ class IdxImages:
     def label(self, index: int) -> int:
         """Return the label of an image."""
         return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Return what tells an image from the others: its number in the file, from 0."""
+        return str(index if self.places is None else self.places[index])
 
     def image(self, index: int) -> torch.Tensor:
         """Return an image, (1, H, W) uint8."""
@@ -80,6 +94,11 @@ class IdxImages:
         values = np.arange(256) / 255
         mean = float(np.average(values, weights=counts))
         return mean, float(np.average((values - mean) ** 2, weights=counts))
+
+
+def _reopen(folder: Path, split: Split, places: NDArray[np.int64] | None) -> IdxImages:
+    whole = IdxImages(folder, split)
+    return whole if places is None else whole.part(places)
 
 
 def read_idx(path: Path, *, num_dims: int) -> NDArray[np.uint8]:

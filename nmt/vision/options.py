@@ -88,8 +88,12 @@ class ImageClassificationOptions:
 
     train_dir: Path
     """Training images: a folder that holds a folder of image files for each class, or MNIST's files."""
-    val_dir: Path
+    val_dir: Path | None = None
     """Validation images, likewise; of MNIST's files it takes the test part."""
+    val_fraction: float = 0.0
+    """Instead of `val-dir`: hold out this share of the training images of each class for validation."""
+    split_seed: int = 1
+    """Which images `val-fraction` holds out."""
     model: str = field(default="timm/resnet18", metadata={"fixed": True})
     """The model: timm/NAME or torchvision/NAME. A bare NAME is looked for in timm, then in torchvision. Or one of
     your own, package.module:Class, a torch.nn.Module."""
@@ -120,6 +124,11 @@ class ImageClassificationOptions:
             raise UserError(
                 f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}."
             )
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"`val-fraction` must be at least 0 and below 1, but is {self.val_fraction}.")
+        if (self.val_dir is None) == (self.val_fraction == 0):
+            fault = "both are missing" if self.val_dir is None else "both are given"
+            raise UserError(f"`val-dir` or `val-fraction` must be given, but {fault}. Give one of them.")
         if self.max_bad_images < 0:
             raise UserError(f"`max-bad-images` must not be negative, but is {self.max_bad_images}.")
         if self.image_size is not None and self.image_size < 1:

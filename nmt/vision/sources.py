@@ -4,9 +4,10 @@ Each pickles as its path, and a process that unpickles it reads the folder anew.
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nmt.vision.folders import FolderImages
 from nmt.vision.idx import IdxImages, Split, idx_folder, read_idx
@@ -29,6 +30,12 @@ class ImageSource(Protocol):
 
     def label(self, index: int, /) -> int:
         """Return the label of an image."""
+
+    def name(self, index: int, /) -> str:
+        """Return what tells an image from the others."""
+
+    def part(self, places: NDArray[np.int64], /) -> Self:
+        """Return some of the images, of the same classes."""
 
     def image(self, index: int, /) -> Any:
         """Return an image: one of Pillow, or a (C, H, W) uint8 tensor.

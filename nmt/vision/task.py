@@ -19,13 +19,14 @@ from nmt.errors import UserError
 from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.task import Illustrations, LossOutput
 from nmt.vision.dataset import UNREADABLE, ImageBatch, ImageExamples
+from nmt.vision.held_out import divide, draw, read_split, write_split
 from nmt.vision.libraries import import_timm
 from nmt.vision.look_over import describe_images, describe_overlap, look_at_files, named
 from nmt.vision.models import build_model, find_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
 from nmt.vision.pictures import draw_confusion, draw_predictions
 from nmt.vision.preprocessing import ImageFormat
-from nmt.vision.sources import IdxImages, ImageSource, open_images
+from nmt.vision.sources import FolderImages, IdxImages, ImageSource, open_images
 
 CLASSES, FORMAT = "classes.txt", "images.json"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,14 +44,19 @@ class ImageClassificationTask:
         keep_prepared_shapes(256)  # of each layer, forward and backward
         self.options = options
         self.is_pretrained = options.pretrained and assets is None  # else the weights are the folder's
-        self.train_images: ImageSource | None = None
+        self.held_out: list[str] | None = None
+        """The names of the training images that are held out for validation."""
+        self.train_images: FolderImages | IdxImages | None = None
         if assets is None:
             train_images = open_images(options.train_dir, "train")
             self.train_images = train_images
             self.classes = train_images.classes
             self.format = _settle_format(options, train_images)
+            if options.val_fraction:
+                self.held_out = draw(train_images, options.val_fraction, seed=options.split_seed)
         else:
             self.classes, self.format = _load_assets(assets)
+            self.held_out = read_split(assets) if options.val_fraction else None
         self.metrics: Mapping[str, Literal["min", "max"]] = {"loss": "min", "accuracy": "max"}
         if len(self.classes) > 5:
             self.metrics = {**self.metrics, "top5": "max"}
@@ -74,10 +80,16 @@ class ImageClassificationTask:
         """
         if split == "train":
             images = self.train_images or open_images(self.options.train_dir, "train")
+            if self.held_out is not None:
+                images = images.part(divide(images, self.held_out)[0])
             _check_same_classes(images, self.classes, self.format, flag="train-dir")
             return self._examples(images, _settle_augmentation(self.options.augmentation, images))
         if split == "valid":
-            images = open_images(self.options.val_dir, "valid")
+            if self.options.val_dir is not None:
+                images = open_images(self.options.val_dir, "valid")
+            else:
+                images = self.train_images or open_images(self.options.train_dir, "train")
+                images = images.part(divide(images, self.held_out or [])[1])
             _check_same_classes(images, self.classes, self.format, flag="val-dir")
             return self._examples(images)
         raise UserError(
@@ -187,6 +199,8 @@ class ImageClassificationTask:
     def save_assets(self, folder: Path) -> None:
         """Write the names of the classes, in the order of the scores, and what the model sees."""
         (folder / CLASSES).write_text("".join(f"{name}\n" for name in self.classes), encoding="utf-8")
+        if self.held_out is not None:
+            write_split(folder, self.held_out, self.classes)
         (folder / FORMAT).write_text(json.dumps(asdict(self.format), indent=1) + "\n", encoding="utf-8")
 
 
