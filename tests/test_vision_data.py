@@ -18,7 +18,7 @@ from nmt.errors import UserError
 from nmt.vision.dataset import ImageExamples
 from nmt.vision.options import AugmentationOptions
 from nmt.vision.preprocessing import ImageFormat
-from nmt.vision.sources import FolderImages, IdxImages, open_images, read_idx
+from nmt.vision.sources import FolderImages, StoredImages, open_images, read_idx
 
 RGB = ImageFormat(num_channels=3, image_size=8, crop_pct=1.0, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
 GREY = ImageFormat(num_channels=1, image_size=12, crop_pct=1.0, mean=(0.0,), std=(1.0,))
@@ -62,9 +62,10 @@ def test_mnist_is_recognised_and_each_split_takes_its_part(tmp_path: Path, below
 
 def test_idx_images_pickle_as_their_path_and_know_their_statistics(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (50, 9, 9)).astype(np.uint8)
-    images = IdxImages(write_idx(tmp_path, "train", pixels, np.arange(50) % 3), "train")
+    images = open_images(write_idx(tmp_path, "train", pixels, np.arange(50) % 3), "train")
     assert len(pickle.dumps(images)) < 500
-    assert np.array_equal(pickle.loads(pickle.dumps(images)).images, pixels)
+    assert np.array_equal(pickle.loads(pickle.dumps(images)).images[:, 0], pixels)
+    assert isinstance(images, StoredImages)
     assert images.mean()[0] == pytest.approx((pixels / 255).mean(), abs=1e-4)
     assert images.std()[0] == pytest.approx((pixels / 255).std(), abs=1e-4)
 

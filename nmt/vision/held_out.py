@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from nmt.errors import UserError
 from nmt.vision.folders import FolderImages
-from nmt.vision.idx import IdxImages
+from nmt.vision.stored import StoredImages
 
 SPLIT = "split.json"
 
 
-def draw(images: FolderImages | IdxImages, fraction: float, *, seed: int) -> list[str]:
+def draw(images: FolderImages | StoredImages, fraction: float, *, seed: int) -> list[str]:
     """Return the names of a share of the images of each class: those whose hashes are the smallest.
 
     So it depends on nothing but the names and the seed. Of a class of two or more images at least one is drawn,
@@ -40,7 +40,7 @@ def draw(images: FolderImages | IdxImages, fraction: float, *, seed: int) -> lis
 
 
 def divide(
-    images: FolderImages | IdxImages, names: Collection[str]
+    images: FolderImages | StoredImages, names: Collection[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the places of the images that are not among some names, and of those that are.
 

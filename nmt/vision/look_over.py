@@ -14,8 +14,8 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.vision.dataset import ImageExamples, remedy
 from nmt.vision.folders import FolderImages
-from nmt.vision.idx import IdxImages
 from nmt.vision.image_files import UnreadableImage, without_pillows_warnings
+from nmt.vision.stored import StoredImages
 
 _NUM_THREADS = 16  # for file systems that are slow to answer; heads are read by one at a time
 _BLOCK = 4096
@@ -63,7 +63,7 @@ def look_at_files(examples: ImageExamples, *, split: str, world: World) -> list[
 
 def _unreadable(examples: ImageExamples, indices: range, split: str, world: World) -> list[tuple[int, str]]:
     """Return which of some images cannot be read, and what is wrong with them."""
-    if isinstance(examples.source, IdxImages):
+    if isinstance(examples.source, StoredImages):
         return []
 
     def look(index: int) -> tuple[int, str] | None:
@@ -106,7 +106,7 @@ def describe_images(examples: ImageExamples) -> list[str]:
     present = {examples.label(index) for index in _one_of_each(source.labels)}
     missing = [name for label, name in enumerate(examples.classes) if label not in present]
     if missing:
-        part = f" ({source.split})" if isinstance(source, IdxImages) else ""
+        part = f" ({source.split})" if isinstance(source, StoredImages) else ""
         count = f"{len(missing):,} of {len(examples.classes):,}"
         lines.append(f"warning: classes without an image in `{source.path}`{part}: {count}, {named(missing)}")
     return lines
@@ -120,7 +120,7 @@ def _one_of_each(labels: np.ndarray) -> list[int]:
 def describe_overlap(train: ImageExamples, valid: ImageExamples) -> list[str]:
     """Return a warning if validation images are those that the model learns."""
     one, other = train.source, valid.source
-    if isinstance(one, IdxImages) and isinstance(other, IdxImages):
+    if isinstance(one, StoredImages) and isinstance(other, StoredImages):
         is_same = np.array_equal(one.images, other.images)
     elif isinstance(one, FolderImages) and isinstance(other, FolderImages):
         is_same = _hold_the_same(one, other)

@@ -19,12 +19,12 @@ class AugmentationOptions:
 
     crop: Literal["auto", "resized", "shift", "none"] = "auto"
     """resized: a part of random size and shape, brought to the image size; shift: moved by some pixels; none: as
-    in validation; auto: resized for folders of files, shift for MNIST's."""
+    in validation; auto: resized for folders of files, shift for MNIST and CIFAR."""
     shift: int | None = None
     """Most pixels that `crop` shift moves an image by, left and right, up and down; an eighth of the image size
     unless given."""
     hflip: float | None = None
-    """Probability that an image is mirrored; 0.5 for folders of files and 0 for MNIST's unless given."""
+    """Probability that an image is mirrored; 0.5, and 0 for MNIST's digits, unless given."""
     rand_augment: int | None = None
     """Change each image by two random operations of RandAugment, of this strength (0 to 30)."""
     trivial_augment: bool = False
@@ -87,9 +87,10 @@ class ImageClassificationOptions:
     """What the options of a training run are by default with this task."""
 
     train_dir: Path
-    """Training images: a folder that holds a folder of image files for each class, or MNIST's files."""
+    """Training images: a folder that holds a folder of image files for each class, or the files of
+    MNIST or CIFAR."""
     val_dir: Path | None = None
-    """Validation images, likewise; of MNIST's files it takes the test part."""
+    """Validation images, likewise; of the files of MNIST and CIFAR it takes the test part."""
     val_fraction: float = 0.0
     """Instead of `val-dir`: hold out this share of the training images of each class for validation."""
     split_seed: int = 1
@@ -102,13 +103,14 @@ class ImageClassificationOptions:
     pretrained: bool = False
     """Begin with timm's weights for the model, downloaded unless they are in its cache already."""
     image_size: int | None = field(default=None, metadata={"fixed": True})
-    """Height and width in pixels that the model sees; 224 for folders of files, and MNIST's own, unless given."""
+    """Height and width in pixels that the model sees. Unless given: 224 for folders of files, for MNIST and CIFAR
+    that of the images."""
     crop_pct: float | None = None
     """Share of an image's shorter side that is left at validation; 0.875 with `crop` resized and 1 otherwise
     unless given."""
     mean: tuple[float, ...] | None = None
-    """What is subtracted from each channel, where white is 1. Unless given: ImageNet's means, or for MNIST's files
-    those of the training images."""
+    """What is subtracted from each channel, where white is 1. Unless given: ImageNet's means, or for MNIST and
+    CIFAR those of the training images."""
     std: tuple[float, ...] | None = None
     """What each channel is divided by, likewise."""
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)

@@ -1,4 +1,4 @@
-"""Labelled images as they lie on the disk: folders of image files, and the files of MNIST.
+"""Labelled images as they lie on the disk: folders of image files, and the files of MNIST and CIFAR.
 
 Each pickles as its path, and a process that unpickles it reads the folder anew.
 """
@@ -9,11 +9,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from nmt.vision.cifar import cifar_folder, open_cifar
 from nmt.vision.folders import FolderImages
-from nmt.vision.idx import IdxImages, Split, idx_folder, read_idx
+from nmt.vision.idx import idx_folder, open_idx, read_idx
 from nmt.vision.image_files import read_image
+from nmt.vision.stored import Split, StoredImages
 
-__all__ = ["FolderImages", "IdxImages", "ImageSource", "Split", "open_images", "read_idx", "read_image"]
+__all__ = ["FolderImages", "ImageSource", "Split", "StoredImages", "open_images", "read_idx", "read_image"]
 
 
 class ImageSource(Protocol):
@@ -52,13 +54,16 @@ class ImageSource(Protocol):
         """
 
 
-def open_images(path: Path, split: Split) -> FolderImages | IdxImages:
-    """Open MNIST's files if the folder has them, else a folder of class folders.
+def open_images(path: Path, split: Split) -> FolderImages | StoredImages:
+    """Open MNIST's or CIFAR's files if the folder has them, else a folder of class folders.
 
     Raises:
         UserError: There is neither, or something is wrong with it.
     """
     folder = idx_folder(path)
     if folder is not None:
-        return IdxImages(folder, split)
+        return open_idx(folder, split)
+    folder = cifar_folder(path)
+    if folder is not None:
+        return open_cifar(folder, split)
     return FolderImages(path, needs_all_classes=split == "train")

@@ -26,7 +26,7 @@ from nmt.vision.models import build_model, find_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
 from nmt.vision.pictures import draw_confusion, draw_predictions
 from nmt.vision.preprocessing import ImageFormat
-from nmt.vision.sources import FolderImages, IdxImages, ImageSource, open_images
+from nmt.vision.sources import FolderImages, ImageSource, StoredImages, open_images
 
 CLASSES, FORMAT = "classes.txt", "images.json"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,7 +46,7 @@ class ImageClassificationTask:
         self.is_pretrained = options.pretrained and assets is None  # else the weights are the folder's
         self.held_out: list[str] | None = None
         """The names of the training images that are held out for validation."""
-        self.train_images: FolderImages | IdxImages | None = None
+        self.train_images: FolderImages | StoredImages | None = None
         if assets is None:
             train_images = open_images(options.train_dir, "train")
             self.train_images = train_images
@@ -219,14 +219,13 @@ def _load_assets(folder: Path) -> tuple[list[str], ImageFormat]:
 
 
 def _settle_augmentation(options: AugmentationOptions, images: ImageSource) -> AugmentationOptions:
-    """Decide on what is left open: digits are moved and never mirrored, photographs are cut and mirrored."""
-    is_idx = isinstance(images, IdxImages)
+    """Decide on what is left open: small images of one size are moved, others are cut; digits are not mirrored."""
     crop = options.crop
     if crop == "auto":
-        crop = "shift" if is_idx else "resized"
+        crop = "shift" if isinstance(images, StoredImages) else "resized"
     hflip = options.hflip
     if hflip is None:
-        hflip = 0.0 if is_idx else 0.5
+        hflip = 0.0 if isinstance(images, StoredImages) and not images.may_be_mirrored else 0.5
     settled = replace(options, crop=crop, hflip=hflip)
     settled.check()
     return settled
@@ -237,7 +236,7 @@ def _settle_format(options: ImageClassificationOptions, images: ImageSource) -> 
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
     image_size = _FOLDER_IMAGE_SIZE
-    if isinstance(images, IdxImages):
+    if isinstance(images, StoredImages):
         mean, std, image_size = images.mean(), images.std(), images.image_size
     elif options.pretrained:
         mean, std = _of_weights(options.model)
