@@ -102,6 +102,9 @@ class ImageClassificationOptions:
     """Arguments of the model's own, each as NAME=VALUE: drop_rate=0.1, or channels=[32,64]."""
     pretrained: bool = False
     """Begin with timm's weights for the model, downloaded unless they are in its cache already."""
+    weights: Path | None = None
+    """Begin with weights of yours: a safetensors file, one of torch.save, or a model folder. Those that fit by
+    name and shape are taken, so a head for other classes is left out; the others are named."""
     image_size: int | None = field(default=None, metadata={"fixed": True})
     """Height and width in pixels that the model sees. Unless given: 224 for folders of files, for MNIST and CIFAR
     that of the images."""
@@ -131,6 +134,8 @@ class ImageClassificationOptions:
         if (self.val_dir is None) == (self.val_fraction == 0):
             fault = "both are missing" if self.val_dir is None else "both are given"
             raise UserError(f"`val-dir` or `val-fraction` must be given, but {fault}. Give one of them.")
+        if self.pretrained and self.weights is not None:
+            raise UserError("`weights` must be given without `pretrained`, but both are. Leave one out.")
         if self.max_bad_images < 0:
             raise UserError(f"`max-bad-images` must not be negative, but is {self.max_bad_images}.")
         if self.image_size is not None and self.image_size < 1:

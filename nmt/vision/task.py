@@ -24,6 +24,7 @@ from nmt.vision.libraries import import_timm
 from nmt.vision.look_over import describe_images, describe_overlap, look_at_files, named
 from nmt.vision.models import build_model, find_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
+from nmt.vision.own_weights import take_weights
 from nmt.vision.pictures import draw_confusion, draw_predictions
 from nmt.vision.preprocessing import ImageFormat
 from nmt.vision.sources import FolderImages, ImageSource, StoredImages, open_images
@@ -44,6 +45,8 @@ class ImageClassificationTask:
         keep_prepared_shapes(256)  # of each layer, forward and backward
         self.options = options
         self.is_pretrained = options.pretrained and assets is None  # else the weights are the folder's
+        self.own_weights = options.weights if assets is None else None
+        self.about_weights: list[str] = []
         self.held_out: list[str] | None = None
         """The names of the training images that are held out for validation."""
         self.train_images: FolderImages | StoredImages | None = None
@@ -62,8 +65,8 @@ class ImageClassificationTask:
             self.metrics = {**self.metrics, "top5": "max"}
 
     def build_model(self) -> nn.Module:
-        """Return the model that is named, freshly initialised or with timm's weights."""
-        return build_model(
+        """Return the model that is named, freshly initialised, with timm's weights or with those of a file."""
+        model = build_model(
             self.options.model,
             self.options.model_args,
             num_classes=len(self.classes),
@@ -71,6 +74,9 @@ class ImageClassificationTask:
             image_size=self.format.image_size,
             is_pretrained=self.is_pretrained,
         )
+        if self.own_weights is not None:
+            self.about_weights = [take_weights(model, self.own_weights)]
+        return model
 
     def open_split(self, split: str) -> ImageExamples:
         """Open "train" or "valid".
@@ -113,7 +119,7 @@ class ImageClassificationTask:
         Raises:
             UserError: There are more than `max-bad-images` of them.
         """
-        lines = describe_overlap(train, valid)
+        lines = self.about_weights + describe_overlap(train, valid)
         for examples, split in ((train, "training"), (valid, "validation")):
             lines += describe_images(examples)
             lines += look_at_files(examples, split=split, world=world)
