@@ -21,8 +21,6 @@ from nmt.vision.image_files import UnreadableImage, read_image
 from nmt.vision.preprocessing import ImageFormat, centre, normalize
 from nmt.vision.task import ImageClassificationTask
 
-ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -74,13 +72,14 @@ class Classifier:
         Raises:
             UserError: It is none, or its model does not classify images.
         """
+        task: Any
         model, task = load_model(Path(folder), device)
         if not isinstance(task, ImageClassificationTask):
             raise UserError(f"`{folder}` must be a model that classifies images, but is none. Name another.")
         return cls(model, classes=task.classes, format_=task.format)
 
     def predict(
-        self, images: Iterable[ImageLike], *, top: int = 5, batch_size: int = 64, flips: bool = False
+        self, images: Iterable[Any], *, top: int = 5, batch_size: int = 64, flips: bool = False
     ) -> Iterator[Prediction]:
         """Yield a prediction for each image, in their order, as they come.
 
@@ -104,7 +103,7 @@ class Classifier:
                 names = (self.classes[place] for place in places.tolist())
                 yield Prediction(path, tuple(zip(names, values.tolist(), strict=True)))
 
-    def _read(self, image: ImageLike) -> Tensor | str:
+    def _read(self, image: Any) -> Tensor | str:
         """Return what the model is to see, (C, H, W) uint8, or why an image cannot be read."""
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
