@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nmt.vision.identity import fingerprint
 from nmt.vision.options import AugmentationOptions
 from nmt.vision.preprocessing import ImageFormat, augment, centre, mix, normalize
 from nmt.vision.sources import ImageSource
@@ -68,6 +69,10 @@ class ImageExamples:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ImageExamples, (self.source, self.format, self.augmentation)
+
+    def fingerprint(self) -> str:
+        """Return what tells these images from others (`nmt.vision.identity`)."""
+        return fingerprint(self.source)
 
     def __len__(self) -> int:
         """Return the number of images N."""

@@ -18,6 +18,7 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.task import Illustrations, LossOutput
+from nmt.task_extras import Words
 from nmt.vision.dataset import ImageBatch, ImageExamples
 from nmt.vision.libraries import import_timm
 from nmt.vision.models import build_model, find_model
@@ -36,6 +37,8 @@ _RESIZED_CROP_PCT = 0.875  # objects look larger where training cuts parts out a
 
 class ImageClassificationTask:
     """One label for each image."""
+
+    words = Words(target="image", examples="images")
 
     def __init__(self, options: ImageClassificationOptions, assets: Path | None) -> None:
         """Take classes and format from a model folder, or else from the training images."""
