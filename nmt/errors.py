@@ -1,5 +1,9 @@
 """The exceptions that are shown as one line."""
 
+EXIT_RESUMABLE = 75
+"""What nmt-train ends with where the same command goes on: EX_TEMPFAIL of sysexits.h, what may succeed when it is
+tried again. No shell, no signal and no Python ends with it by itself."""
+
 
 class UserError(ValueError):
     """Something that a user can cause and put right.
@@ -19,4 +23,4 @@ class LostRankError(UserError):
     The commands end with `exit_code` at once, without waiting for the other ranks.
     """
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: what failed may succeed when it is tried again
+    exit_code = EXIT_RESUMABLE

@@ -88,7 +88,8 @@ class LossOutput:
     loss: Tensor
     """Scalar: the sum over the targets of the batch."""
     sums: dict[str, Tensor]
-    """Additive quantities only, such as "nll" or "correct": scalars, or numbers."""
+    """Additive quantities only, such as "nll" or "correct": scalars, or numbers. One that `summarize` does not
+    look at is reported as a mean over the targets."""
 
 
 @dataclass(frozen=True)

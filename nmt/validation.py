@@ -1,6 +1,6 @@
 """One pass over a split: what a task measures of a model, every example counted once over all ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError
 from nmt.metrics import Metrics
 from nmt.options import TrainConfig
+from nmt.summary import summarize
 from nmt.task import Batch, Examples, Task, batch_sums
+from nmt.task_extras import notes_of
 
 
 @torch.no_grad()
@@ -45,17 +47,20 @@ def validate(
     for text in world.gather(refusal):
         if text is not None:
             raise UnreadableExamplesError(text)
-    results = task.summarize(metrics.sums("valid", world))
+    results = summarize(task, metrics.sums("valid", world))
     return {**results, **task.evaluate(model, examples, world)}
 
 
-def validate_model(folder: Path, config: TrainConfig[Any], *, split: str) -> dict[str, float] | None:
+def validate_model(
+    folder: Path, config: TrainConfig[Any], *, split: str, say: Callable[[str], object]
+) -> dict[str, float] | None:
     """Measure the model of a folder; under torchrun every rank calls this.
 
     Args:
         folder: The model folder.
         config: What it was trained with, perhaps with other data or batches.
         split: "train", "valid" or "test".
+        say: Called on rank 0 with each line about the examples that a user should know of.
 
     Returns:
         The task's metrics on rank 0, None on the others.
@@ -66,6 +71,9 @@ def validate_model(folder: Path, config: TrainConfig[Any], *, split: str) -> dic
     with join_world(config.device) as world:
         task: Task[Any] = config.task_options.build(folder)
         examples = task.open_split(split)
+        if world.is_main:
+            for note in notes_of(examples):
+                say(note)
         model = task.build_model()
         load_weights(model, folder)
         batches = OrderedBatches(examples, config.batching, rank=world.rank, world_size=world.size)

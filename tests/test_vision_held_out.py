@@ -81,7 +81,8 @@ def test_both_parts_make_up_the_folder_and_are_found_again(
         again = pickle.loads(pickle.dumps(examples))
         assert again.source.files == examples.source.files
         assert [again.label(i) for i in range(len(again))] == [examples.label(i) for i in range(len(again))]
-    (line,) = task.look_over(train, valid, CPU)  # and not that both are the same
+    assert task.look_over(train, valid, CPU) == [] and train.fingerprint() != valid.fingerprint()
+    (line,) = valid.notes()
     assert line == f"warning: classes without an image in `{options.train_dir}`: 1 of 3, `green`"
 
     task.save_assets(tmp_path)
@@ -111,7 +112,7 @@ def test_digits_are_held_out_from_the_training_part(tmp_path: Path) -> None:
             assert examples.label(index) == labels[number]
     names = [{examples.source.name(i) for i in range(len(examples))} for examples in (train, valid)]
     assert names[0] | names[1] == set(map(str, range(20))) and not names[0] & names[1]
-    assert task.look_over(train, valid, CPU) == []
+    assert task.look_over(train, valid, CPU) == [] and train.fingerprint() != valid.fingerprint()
 
 
 @pytest.mark.parametrize(

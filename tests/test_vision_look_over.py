@@ -30,7 +30,8 @@ def options(tmp_path: Path) -> ImageClassificationOptions:
 
 
 def look_over(task: ImageClassificationTask, world: World = CPU) -> list[str]:
-    return task.look_over(task.open_split("train"), task.open_split("valid"), world)
+    train, valid = task.open_split("train"), task.open_split("valid")
+    return [*train.notes(), *valid.notes(), *task.look_over(train, valid, world)]
 
 
 def cut(path: Path) -> Path:
@@ -55,28 +56,45 @@ def test_what_is_left_out_is_told_once_for_each_kind(options: ImageClassificatio
     ]
 
 
+def fingerprints(options: ImageClassificationOptions) -> list[str]:
+    task = options.build(None)
+    return [task.open_split(split).fingerprint() for split in ("train", "valid")]
+
+
 @pytest.mark.parametrize("how", ["same", "link", "copy"])
-def test_training_images_that_are_validated_on_are_told(
+def test_training_images_that_are_validated_on_are_recognised(
     options: ImageClassificationOptions, how: str
 ) -> None:
+    """By their fingerprints, of whose equality a run warns."""
     valid = options.train_dir
     if how != "same":
         valid = options.train_dir.with_name("again")
         valid.symlink_to(options.train_dir) if how == "link" else shutil.copytree(options.train_dir, valid)
-    (line,) = look_over(replace(options, val_dir=valid).build(None))
-    assert line.startswith(f"warning: the validation images in `{valid}` are the training images")
+    one, other = fingerprints(replace(options, val_dir=valid))
+    assert one == other
     if how == "copy":  # of the same names, but other images
-        shutil.copy(valid / "red" / "001.png", valid / "red" / "000.png")
-        assert look_over(replace(options, val_dir=valid).build(None)) == []
+        (valid / "red" / "000.png").write_bytes((valid / "red" / "001.png").read_bytes() + b" ")
+        one, other = fingerprints(replace(options, val_dir=valid))
+        assert one != other
 
 
-def test_digits_that_are_trained_and_validated_on_are_told(tmp_path: Path) -> None:
+def test_digits_that_are_trained_and_validated_on_are_recognised(tmp_path: Path) -> None:
     data = write_idx(tmp_path / "data", "train", *bars(6))
     write_idx(data, "t10k", *bars(6))
-    task = ImageClassificationOptions(train_dir=data, val_dir=data).build(None)
-    assert "are the training images" in look_over(task)[0]
+    options = ImageClassificationOptions(train_dir=data, val_dir=data)
+    assert len(set(fingerprints(options))) == 1
     write_idx(data, "t10k", *bars(6, seed=1))
-    assert look_over(task) == []
+    assert len(set(fingerprints(options))) == 2
+
+
+def test_a_missing_file_does_not_keep_images_from_being_told_from_others(
+    options: ImageClassificationOptions,
+) -> None:
+    before = fingerprints(options)
+    (options.train_dir / "red" / "001.png").unlink()
+    (options.train_dir / "red" / "001.png").symlink_to("lost.png")
+    after = fingerprints(options)
+    assert before[0] != after[0] and before[1] == after[1]
 
 
 def test_a_damaged_image_is_refused_before_the_first_update_with_advice_that_works(

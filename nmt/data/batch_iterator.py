@@ -168,6 +168,11 @@ class BatchIterator:
         return self._position.examples_consumed
 
     @property
+    def limits(self) -> BatchLimits:
+        """What a batch may hold; longer examples are left out."""
+        return self._limits
+
+    @property
     def num_examples(self) -> int:
         """Number of examples of an epoch under the current limits, over all ranks."""
         return len(self._examples) - self.num_too_long

@@ -35,7 +35,7 @@ class PreprocessOptions:
     extra_symbols: tuple[str, ...] = ()
     """Strings that are always one piece, such as `<formal>`."""
     max_length: int = 1024
-    """Drop pairs with a longer side than this, in pieces, the end of sentence included."""
+    """Drop training pairs with a longer side than this, in pieces, the end of sentence included."""
     workers: int = 1
     """Number of processes; the result does not depend on it."""
     overwrite: bool = False

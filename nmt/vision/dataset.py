@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from nmt.errors import UserError
+from nmt.vision.identity import fingerprint
 from nmt.vision.image_files import UnreadableImage
+from nmt.vision.notes import describe_images
 from nmt.vision.options import AugmentationOptions
 from nmt.vision.preprocessing import ImageFormat, augment, centre, mix, normalize
 from nmt.vision.sources import ImageSource
@@ -99,6 +101,14 @@ class ImageExamples:
             "unreadable": sorted(self.unreadable),
         }
         return _reopen, (self.source.__reduce__(), self.format, self.augmentation, settings)
+
+    def fingerprint(self) -> str:
+        """Return what tells these images from others (`nmt.vision.identity`)."""
+        return fingerprint(self.source)
+
+    def notes(self) -> list[str]:
+        """Return lines on what is left out, and on classes without images (`nmt.vision.notes`)."""
+        return describe_images(self.source, self.classes)
 
     def __len__(self) -> int:
         """Return the number of images N."""

@@ -18,11 +18,13 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.task import Illustrations, LossOutput
+from nmt.task_extras import Words
 from nmt.vision.dataset import UNREADABLE, ImageBatch, ImageExamples
 from nmt.vision.held_out import divide, draw, read_split, write_split
 from nmt.vision.libraries import import_timm
-from nmt.vision.look_over import describe_images, describe_overlap, look_at_files, named
+from nmt.vision.look_over import look_at_files
 from nmt.vision.models import build_model, find_model
+from nmt.vision.notes import named
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
 from nmt.vision.own_weights import take_weights
 from nmt.vision.pictures import draw_confusion, draw_predictions
@@ -39,6 +41,8 @@ _RESIZED_CROP_PCT = 0.875  # objects look larger where training cuts parts out a
 
 class ImageClassificationTask:
     """One label for each image."""
+
+    words = Words(target="image", examples="images")
 
     def __init__(self, options: ImageClassificationOptions, assets: Path | None) -> None:
         """Take classes and format from a model folder, or else from the training images."""
@@ -119,9 +123,8 @@ class ImageClassificationTask:
         Raises:
             UserError: There are more than `max-bad-images` of them.
         """
-        lines = self.about_weights + describe_overlap(train, valid)
+        lines = list(self.about_weights)
         for examples, split in ((train, "training"), (valid, "validation")):
-            lines += describe_images(examples)
             lines += look_at_files(examples, split=split, world=world)
         return lines
 
