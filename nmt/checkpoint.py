@@ -1,6 +1,7 @@
 """Checkpoints: immutable folders, written once under a temporary name and renamed when complete.
 
     checkpoints/update-0012000/   model.safetensors, config.yaml, the task's assets: a model, ready to use
+                                  validation.json: what was measured of it, if it was validated
                                   optimizer.safetensors, state.json: what resuming needs besides
     checkpoints/best, last        relative symbolic links, swapped atomically
 
@@ -9,6 +10,7 @@ A folder is complete if its final name exists. Nothing in it is a pickle.
 
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +34,8 @@ FORMAT_VERSION = "2"
 _READABLE_VERSIONS = ("1", FORMAT_VERSION)
 
 _MODEL, _CONFIG = "model.safetensors", "config.yaml"
+MEASURED = "validation.json"
+"""What has been measured of a folder's model on the validation set: a copy of it knows how good it is."""
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 
 
@@ -57,10 +61,20 @@ class CheckpointFolder:
         model: nn.Module,
         task: Task[Any],
         config: TrainConfig[Any],
+        measured: Mapping[str, float] | None = None,
         optimizer: Mapping[str, Tensor],
         state: Mapping[str, Any],
     ) -> Path:
         """Write a checkpoint and let `last` point at it; one of the same update that exists is kept.
+
+        Args:
+            update: The number of updates that have been made.
+            model: Its weights are saved.
+            task: Has the assets.
+            config: Of the run.
+            measured: What has been measured of the model, if it was validated. One that is kept gets this too.
+            optimizer: Its tensors.
+            state: Of the run.
 
         Raises:
             UserError: It could not be written; those that are there stay as they are.
@@ -74,6 +88,9 @@ class CheckpointFolder:
                         json.dumps({"version": int(FORMAT_VERSION), **state}, indent=1), encoding="utf-8"
                     )
                     _write_model(temporary, weights(model), config=config, task=task)
+                    _write_measured(temporary, update, measured)
+            elif not (final / MEASURED).exists():
+                _write_measured(final, update, measured)
             self.link("last", update)
         except OSError as error:
             there = self.updates()
@@ -201,6 +218,18 @@ def _write_model(
     task.save_assets(folder)
     write_yaml(config, folder / _CONFIG)
     _save_tensors(tensors, folder / _MODEL)
+
+
+def _write_measured(folder: Path, update: int, measured: Mapping[str, float] | None) -> None:
+    """Write all that a validation has measured, under its name at once."""
+    if measured is None:
+        return
+    numbers = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+    temporary = folder / f".{MEASURED}.tmp"
+    temporary.write_text(
+        json.dumps({"update": update, "metrics": numbers}, indent=1) + "\n", encoding="utf-8"
+    )
+    temporary.replace(folder / MEASURED)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -4,6 +4,7 @@ Needs matplotlib, without its global state: a figure is made, returned, and belo
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ _LABELS = {
     "nll": "negative log-likelihood per target (nats)",
     "ppl": "perplexity",
     "bleu": "BLEU",
+    "chrf": "chrF2",
     "lr": "learning rate",
     _SPEED: "targets per second",
     "update": "update",
@@ -139,7 +141,11 @@ def draw(runs: Sequence[RunRecords], *, x: XAxis = "update", metrics: Sequence[s
 
 def _choose_panels(runs: Sequence[RunRecords], metrics: Sequence[str]) -> list[str]:
     recorded = dict.fromkeys(
-        name for run in runs for record in run.records if record["kind"] in _DRAWN for name in record
+        name
+        for run in runs
+        for record in run.records
+        if record["kind"] in (*_DRAWN, "epoch")
+        for name in record
     )
     validated = dict.fromkeys(
         name for run in runs for record in run.records if record["kind"] == "valid" for name in record
@@ -187,7 +193,7 @@ def _draw_panel(
     ax: Axes, metric: str, runs: Sequence[RunRecords], places: Sequence[Callable[[Record], float]]
 ) -> None:
     for run, place, (colour, dashes) in zip(runs, places, itertools.cycle(_STYLES), strict=False):
-        x, y = _curve(run, "train", metric, place)
+        x, y = _curve(run, _kind_of_training(run, metric), metric, place)
         lone = "." if len(x) == 1 else None
         width, alpha = (1.2, 0.9) if metric in _FROM_ZERO else (0.9, 0.55)
         ax.plot(x, y, marker=lone, color=colour, linestyle=dashes, linewidth=width, alpha=alpha)
@@ -204,6 +210,12 @@ def _draw_panel(
                 markeredgecolor="white",
                 markeredgewidth=0.8,
             )
+
+
+def _kind_of_training(run: RunRecords, metric: str) -> str:
+    """Return which records draw a metric of training: reports, or epochs where these are the shorter."""
+    counts = Counter(record["kind"] for record in run.records if metric in record)
+    return "epoch" if counts["epoch"] > counts["train"] else "train"
 
 
 def _curve(

@@ -24,7 +24,7 @@ from nmt.task import Illustrations
 if TYPE_CHECKING:
     from nmt.tensorboard import EventWriter
 
-TIMES = frozenset({"targets/s", "hours"})
+TIMES = frozenset({"targets/s", "hours", "hours left", "memory MiB"})
 """The names in records that differ between runs that are otherwise equal."""
 
 _RECORDS = "metrics.jsonl"
@@ -88,15 +88,26 @@ class RunLog:
         tqdm.write(line, file=sys.stderr)
         _append(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def report(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Write a record as a line for people and as a JSON line."""
+    def report(self, kind: str, record: Mapping[str, Any], *, shown: Mapping[str, str] | None = None) -> None:
+        """Write a record as a line for people and as a JSON line.
+
+        Args:
+            kind: What it is of: "train", "epoch", "valid".
+            record: Numbers by name, "update" and "epoch" among them.
+            shown: How some of them are said in the line, by name.
+        """
         if self._records is None:
             return
-        self.say(" | ".join([kind, *(f"{name} {_format(name, value)}" for name, value in record.items())]))
-        numbers = {name: _json_value(value) for name, value in record.items()}
-        _append(self._records, json.dumps({"kind": kind, **numbers}) + "\n")
+        texts = {name: f"{name} {_format(name, value)}" for name, value in record.items()} | dict(shown or {})
+        self.say(" | ".join([kind, *texts.values()]))
+        self.record(kind, {name: _json_value(value) for name, value in record.items()})
         if self._events is not None:
             self._events.report(kind, record)
+
+    def record(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Write a JSON line alone; "update" is among what it says."""
+        if self._records is not None:
+            _append(self._records, json.dumps({"kind": kind, **record}) + "\n")
 
     def illustrate(self, update: int, illustrations: Illustrations) -> None:
         """Show texts and images where something shows them."""

@@ -235,6 +235,30 @@ def test_long_pairs_are_dropped_and_above_one_percent_warned_of(tmp_path: Path) 
     assert max(int(side.max()) for side in sizes) == 20
 
 
+def test_pairs_to_be_measured_are_kept_whatever_their_length_and_counted(tmp_path: Path) -> None:
+    make_text(tmp_path)
+    texts = {}
+    for name in ("valid", "test"):
+        for lang in ("en", "de"):
+            path = tmp_path / f"{name}.{lang}"
+            lines = path.read_text().splitlines()
+            lines[3] = " ".join(lines * 3)  # far more than 20 pieces, as is nothing else that is short
+            path.write_text("".join(line + "\n" for line in lines))
+            texts[name, lang] = lines
+    result = run(arguments(tmp_path, max_length="20"))
+    assert result.returncode == 0, result.stderr
+    data = DataDirectory(tmp_path / "data")
+    for (name, lang), lines in texts.items():
+        assert data.raw_path(name, lang).read_text().splitlines() == lines
+        sizes = IndexedDataset(data.split_prefix(name, lang)).sizes
+        assert len(sizes) == len(lines) and sizes[3] > 3 * len(lines)
+        assert data.record["splits"][name]["dropped"]["too_long"] == 0
+    for name in ("valid", "test"):
+        sides = [IndexedDataset(data.split_prefix(name, lang)).sizes for lang in ("en", "de")]
+        num_long = sum(max(a, b) > 20 for a, b in zip(*sides, strict=True))
+        assert f"{name}: {num_long} pairs are longer than 20 pieces, and kept" in result.stderr
+
+
 def test_size_that_the_text_cannot_fill_is_lowered_and_said(tmp_path: Path) -> None:
     result = run(arguments(make_text(tmp_path), vocab_size="8000"))
     assert result.returncode == 0, result.stderr
@@ -298,7 +322,14 @@ BAD_INPUT = {
         {},
         ["must hold sentences"],
     ),
-    "all too long": (None, {"max_length": "2"}, ["were dropped", "longer than 2 pieces", "`max-length`"]),
+    "all too long": (
+        lambda folder: [
+            path.write_bytes(path.read_bytes().replace(b"\n", b" more words\n"))
+            for path in folder.glob("train.*")
+        ],
+        {"max_length": "2"},
+        ["were dropped", "longer than 2 pieces", "`max-length`"],
+    ),
     "vocabulary too small": (None, {"vocab_size": "100"}, ["`vocab-size` must be at least 2", "is 100"]),
     "misspelt option": (None, {"vocabsize": "100"}, ["vocabsize", "vocab-size"]),
     "missing model": (None, {"sentencepiece_model": "/none.model", "vocab_size": None}, ["/none.model"]),

@@ -103,3 +103,11 @@ def test_what_does_not_go_together_is_said_in_one_line(
     assert (error.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
     assert captured.err.startswith("nmt-score: error: ")
     assert text in captured.err
+
+
+def test_a_bleu_below_1_is_said_to_tell_little(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "reference").write_text("the old dog runs\na small bird sings\n" * 10)
+    for name, text in (("bad", "xx yy zz\n" * 20), ("good", "the old dog runs\na small bird sings\n" * 10)):
+        (tmp_path / name).write_text(text)
+        main(["--hypothesis", str(tmp_path / name), "--reference", str(tmp_path / "reference")])
+        assert ("chrF is the number to look at" in capsys.readouterr().err) == (name == "bad")

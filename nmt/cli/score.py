@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def score_by_reference(options: ScoreOptions) -> None:
     """Print BLEU, chrF and TER, and compare with the baseline if there is one."""
-    from nmt.cli.references import print_comparison
+    from nmt.cli.references import print_comparison, print_scores
     from nmt.translation.scoring import RunningScores, compare
 
     assert options.reference is not None
@@ -49,8 +49,7 @@ def score_by_reference(options: ScoreOptions) -> None:
     hypotheses, references = list(read_text(options.hypothesis)), list(read_text(options.reference))
     running = RunningScores(target_lang=language)
     running.add(hypotheses, references)
-    for score in running.scores():
-        print(score)
+    print_scores(running.scores(), file=sys.stdout)
     if options.baseline is not None:
         baseline = list(read_text(options.baseline))
         comparisons = compare(hypotheses, baseline, references, target_lang=language)

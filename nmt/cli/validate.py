@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         from nmt.validation import validate_model
 
-        results = validate_model(folder, config, split=split)
+        results = validate_model(
+            folder, config, split=split, say=lambda line: print(f"{PROG}: {line}", file=sys.stderr)
+        )
         if results is not None:  # on rank 0
             print(json.dumps({"split": split, **results}))
 

@@ -6,6 +6,7 @@ of the ids' type, uint64 N, then N int32 sizes (in tokens) and N int64 offsets (
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import struct
@@ -70,6 +71,14 @@ class IndexedDataset:
     def dtype(self) -> np.dtype[np.integer]:
         """The type of the stored ids."""
         return self._open()[2].dtype
+
+    def digest(self) -> bytes:
+        """Return a hash of all sequences in their order, whatever integer type they are of; it reads all."""
+        sizes, _, ids = self._open()
+        digest = hashlib.blake2b(sizes.data, digest_size=16)
+        for start in range(0, len(ids), _CHUNK):
+            digest.update(ids[start : start + _CHUNK].astype("<i4").data)
+        return digest.digest()
 
     def __getstate__(self) -> Path:
         return self.path_prefix

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from nmt.errors import UserError
+from nmt.errors import UnreadableExamplesError, UserError
 from nmt.signals import shielded_from_signals
 
 if TYPE_CHECKING:
@@ -92,17 +92,10 @@ def _end_workers_of(loader: "ref[DataLoader[Any]]") -> None:
 
 
 def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """Yield the batches of a loader.
-
-    Raises:
-        UserError: An example cannot be read, as its task says; in a worker process or in this one.
-    """
+    """Yield the batches of a loader, or a `Refusal` for one that cannot be read."""
     with shielded_from_signals() if loader.num_workers else nullcontext():  # the first time it starts them
         batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, _Refusal):
-            raise UserError(batch.text)
-        yield batch
+    yield from batches
 
 
 @contextmanager
@@ -132,17 +125,21 @@ class _Reader:
             with seeded(planned.key):
                 return self.examples.collate([self.examples[index] for index in planned.indices])
         except UserError as error:
-            return _Refusal(str(error))
+            return Refusal(str(error))
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class Refusal:
     """Takes the place of a batch whose examples a user must see to, such as a damaged file.
 
     Raised in a worker, the error would arrive with a traceback for its text.
     """
 
     text: str
+
+    def error(self) -> UnreadableExamplesError:
+        """Return what to raise instead."""
+        return UnreadableExamplesError(self.text)
 
 
 def _already_collated(batch: Any) -> Any:

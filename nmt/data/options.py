@@ -35,7 +35,7 @@ class PreprocessOptions:
     extra_symbols: tuple[str, ...] = ()
     """Strings that are always one piece, such as `<formal>`."""
     max_length: int = 1024
-    """Drop pairs with a longer side than this, in pieces, the end of sentence included."""
+    """Drop training pairs with a longer side than this, in pieces, the end of sentence included."""
     workers: int = 1
     """Number of processes; the result does not depend on it."""
     overwrite: bool = False
@@ -106,6 +106,10 @@ class BatchingOptions:
     required_batch_size_multiple: int = 8
     """Where more than this many examples fit into a batch, their number is a multiple of it."""
 
+    min_batch_size: int = 1
+    """A batch of fewer examples, at the end of an epoch, goes with the one before it. Batch norm may need two.
+    Without effect where `batch-size` is smaller."""
+
     packing: Literal["auto", "on", "off"] = "auto"
     """Training batches without padding, all of one shape: sentences one after another in one row. auto: on a GPU,
     where updates are then recorded once and replayed, if the task can pack."""
@@ -133,6 +137,7 @@ class BatchingOptions:
             "batch-size": self.batch_size,
             "update-freq": self.update_freq,
             "required-batch-size-multiple": self.required_batch_size_multiple,
+            "min-batch-size": self.min_batch_size,
             "window-size": self.window_size,
         }
         for name, value in at_least_one.items():

@@ -151,7 +151,7 @@ def _make_split(
     with tqdm(desc=name, total=split.source.num_lines, unit=" pairs", unit_scale=True, disable=None) as bar:
         report = binarize(
             read_blocks(source, target, block_bytes=block_bytes),
-            BlockEncoder(segmenter, source, target, options.max_length, keep_text),
+            BlockEncoder(segmenter, source, target, options.max_length, keep_text, keep_long=keep_text),
             SplitFiles(*prefixes, *texts),
             num_workers=options.workers,
             progress=bar.update,
@@ -177,6 +177,8 @@ def _describe(name: str, report: SplitReport, options: PreprocessOptions, second
             f"{name}.{lang}: {side.num_tokens:,} tokens, unk {side.rate(side.num_unk):.4%}, "
             f"byte fallback {side.rate(side.num_bytes):.4%}"
         )
+    if report.num_long:
+        yield f"{name}: {report.num_long:,} pairs are longer than {options.max_length:,} pieces, and kept"
     if report.dropped["too_long"] > _LARGE_SHARE_TOO_LONG * report.num_read:
         share = report.dropped["too_long"] / report.num_read
         yield (

@@ -77,3 +77,14 @@ class TranslationAssets:
         if self.segmenter is None:
             record["segmenter"] = False
         (folder / _LANGUAGES).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def is_same_file(before: Path, now: Path) -> bool:
+    """Return whether a file of assets means the same to a model as another one of its name.
+
+    The counts in a dictionary say how often a token stood in some text; a model knows tokens and their order.
+    """
+    if before.read_bytes() == now.read_bytes():
+        return True
+    is_dictionary = now.name.startswith("dict.") and now.suffix == ".txt"
+    return is_dictionary and Vocabulary.load(before) == Vocabulary.load(now)

@@ -14,6 +14,7 @@ from sacrebleu.significance import PairedTest, Result
 from nmt.errors import UserError
 
 _SIGNIFICANT = 0.05
+_LOW_BLEU = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,13 @@ class RunningScores:
             result = metric._compute_score_from_stats(sums.tolist())
             results.append(Score(result.name, result.score, str(metric.get_signature())))
         return results
+
+
+def low_bleu_note(bleu: float, chrf: float) -> str | None:
+    """Return a line if BLEU, which counts four words in a row, is too low to tell one system from another."""
+    if bleu >= _LOW_BLEU:
+        return None
+    return f"BLEU is below 1 and tells little: chrF is the number to look at, {chrf:.1f} here"
 
 
 def bleu(translations: Sequence[str], references: Sequence[str], *, target_lang: str) -> Score:

@@ -1,4 +1,4 @@
-"""A model of timm or torchvision by its name."""
+"""A model of timm or torchvision by its name, or one's own by its import path."""
 
 import difflib
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nmt.errors import UserError
 from nmt.vision.libraries import import_timm, import_torchvision
+from nmt.vision.own_models import import_model_class, is_import_path, suitable_arguments
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -26,7 +27,8 @@ def build_model(
     """Make a model that takes (B, num_channels, image_size, image_size) and returns (B, num_classes) scores.
 
     Args:
-        name: timm/NAME or torchvision/NAME; a bare NAME is looked for in both, in this order.
+        name: timm/NAME or torchvision/NAME; a bare NAME is looked for in both, in this order. Or
+            package.module:Class, which is given those of the numbers below that it has parameters for.
         arguments: Further arguments of the model, each as NAME=VALUE, the value in YAML.
         num_classes: Number of scores for an image.
         num_channels: Number of channels of an image.
@@ -36,13 +38,19 @@ def build_model(
     Raises:
         UserError: The name is unknown, or the model does not take the arguments or the images.
     """
+    if is_pretrained and (is_import_path(name) or find_model(name)[0] != "timm"):
+        raise UserError(
+            f"`pretrained` must come with a model of timm, but `model` is {name!r}. Leave it out."
+        )
+    if is_import_path(name):
+        cls = import_model_class(name)
+        sizes = {"num_classes": num_classes, "num_channels": num_channels, "image_size": image_size}
+        model = _call(name, cls, **{**suitable_arguments(cls, **sizes), **_parse(arguments)})
+        _try_out(model, name, torch.zeros(1, num_channels, image_size, image_size), num_classes=num_classes)
+        return model
     library, bare_name = find_model(name)
     options = {"num_classes": num_classes, **_parse(arguments)}
     if library == "torchvision":
-        if is_pretrained:
-            raise UserError(
-                f"`pretrained` must come with a model of timm, but `model` is {name!r}. Leave it out."
-            )
         model = _call(name, import_torchvision().models.get_model, bare_name, **options)
         _set_num_channels(model, num_channels)
     else:
