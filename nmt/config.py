@@ -25,7 +25,7 @@ import tyro
 from nmt.config_file import read_yaml as read_yaml
 from nmt.config_file import write_flat_yaml
 from nmt.config_values import MismatchError, convert, suggest, to_text
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 T = TypeVar("T")
 
@@ -277,7 +277,9 @@ def _peek_presets(options: Sequence[Option], argv: Sequence[str]) -> dict[str, s
 def _check_preset(option: Option, name: str | None, label: str) -> None:
     if option.presets is not None and name is not None and name not in option.presets:
         known = ", ".join(option.presets)
-        raise UserError(f"{label} must be one of {known}, but is {name!r}.{suggest(name, option.presets)}")
+        raise UserError(
+            f"{label} must be one of {known}, but is {shown(name)}.{suggest(name, option.presets)}"
+        )
 
 
 def _convert_mapping(options: Sequence[Option], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -294,8 +296,8 @@ def _convert_mapping(options: Sequence[Option], mapping: Mapping[str, Any], wher
         try:
             values[option.name] = convert(option.hint, value)
         except MismatchError as error:
-            shown = "empty" if value is None or value == "" else repr(value)
-            text = f"{where}: `{option.key}` must be {error}, but is {shown}."
+            found = "empty" if value is None or value == "" else shown(value)
+            text = f"{where}: `{option.key}` must be {error}, but is {found}."
             raise UserError(text + error.suggestion) from None
         _check_preset(option, values[option.name], f"{where}: `{option.key}`")
     return values

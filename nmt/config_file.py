@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 # Unquoted, these are None; `None` because the command line spells it so.
 _NONE_WORDS = ("", "~", "null", "Null", "NULL", "None")
@@ -89,7 +89,7 @@ def _parse(path: Path) -> yaml.Node | None:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(
-            f"{path}, line {line}: must be YAML, but has the character {error.character!r}."
+            f"{path}, line {line}: must be YAML, but has the character {shown(error.character)}."
         ) from None
 
 

@@ -14,7 +14,7 @@ from nmt.config import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
-from nmt.errors import UserError
+from nmt.errors import UserError, one_line
 from nmt.forecast import forecast
 from nmt.memory import find_packed_split, find_split
 from nmt.options import TrainConfig
@@ -67,7 +67,7 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
         if config.dry_run:
             lines = run.describe()
             if world.is_main:
-                print("\n".join(lines))
+                print("\n".join(map(one_line, lines)))
             return TrainingResult(run.checkpoints.path / "best", [], "dry-run")
         return run.train()
 

@@ -41,6 +41,7 @@ LAYERS = {
     "nmt.new_folder": 0,
     "nmt.allocator": 0,
     "nmt.prepared_shapes": 0,
+    "nmt.records": 0,
     "nmt.signals": 0,
     "nmt.signs_of_life": 0,
     "nmt.task": 0,

@@ -19,7 +19,7 @@ from torch import Tensor
 from nmt.checkpoint import write_model_folder
 from nmt.data.data_directory import dictionary_name, find_language_pair
 from nmt.data.vocabulary import Vocabulary
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 from nmt.interop.safe_unpickle import StoredTensor, read_torch_file
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
@@ -136,7 +136,7 @@ def read_options(settings: Mapping[str, Any], checkpoint: Path) -> TransformerOp
     """
     for name in _OUTSIDE:
         if settings.get(name):
-            raise _outside(checkpoint, f"`{name}` is {settings[name]!r}")
+            raise _outside(checkpoint, f"`{name}` is {shown(settings[name])}")
     sizes: dict[str, Any] = {}
     flags: dict[str, Any] = {name: bool(settings.get(name, False)) for name in _FLAGS}
     for side in ("encoder", "decoder"):
@@ -152,7 +152,7 @@ def read_options(settings: Mapping[str, Any], checkpoint: Path) -> TransformerOp
             raise _outside(checkpoint, f"`{name}` is {settings[name]} and not the decoder's width")
     activation: Any = settings.get("activation_fn") or "relu"
     if activation not in ("relu", "gelu"):
-        raise _outside(checkpoint, f"`activation_fn` is {activation!r}, neither relu nor gelu")
+        raise _outside(checkpoint, f"`activation_fn` is {shown(activation)}, neither relu nor gelu")
     shared = (
         bool(settings.get("share_decoder_input_output_embed", False)) and not flags["share_all_embeddings"]
     )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nmt.data.batching import cut_batches
+from nmt.data.blocks import decode_lines, read_lines
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
@@ -194,7 +195,7 @@ class TranslationTask:
         """Return the raw target text of a split, or its pieces where no raw text was kept."""
         directory = self._data_directory()
         if directory.has_raw_text and examples.split in ("valid", "test"):
-            return _read_lines(directory.raw_path(examples.split, self.target_lang))
+            return _read_lines(directory.raw_path(examples.split, self.target_lang), len(examples))
         return self.target_segmenter.decode(
             [target for _, target in map(examples.__getitem__, range(len(examples)))]
         )
@@ -209,9 +210,22 @@ def _loss_of(options: TranslationOptions) -> TranslationLoss:
     return partial(translation_loss, label_smoothing=options.label_smoothing)
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Read text whose lines end with a newline and nothing else (`str.splitlines` knows other ends)."""
-    return path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+def _read_lines(path: Path, num_pairs: int) -> list[str]:
+    """Read the raw text of a split, whose lines end with a newline and nothing else.
+
+    Raises:
+        UserError: It is not UTF-8, or has another number of lines than the split has pairs.
+    """
+    lines = [
+        decode_lines(line + b"\n", path, first_line=number)[0]
+        for number, line in enumerate(read_lines(path), start=1)
+    ]
+    if len(lines) != num_pairs:
+        raise UserError(
+            f"`{path}` must have a line for each of the {num_pairs:,} pairs of its split, but has "
+            f"{len(lines):,}. Make the data directory again with nmt-preprocess."
+        )
+    return lines
 
 
 def _check_same_vocabulary(vocabulary: Vocabulary, directory: DataDirectory, lang: str) -> None:

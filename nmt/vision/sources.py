@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 Split = Literal["train", "valid"]
 
@@ -105,7 +105,7 @@ class FolderImages:
                 )
             if not name.isprintable():
                 raise UserError(
-                    f"The name of a class must be printable, but {name!r} in `{self.path}` is not."
+                    f"The name of a class must be printable, but {shown(name)} in `{self.path}` is not."
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:
