@@ -57,6 +57,16 @@ class Option:
         return self.name.rstrip("_").replace("_", "-")
 
     @property
+    def is_required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is _MISSING
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it holds a path, or several."""
+        return (typing.get_args(self.hint) or (self.hint,))[0] is Path  # within Annotated[...], too
+
+    @property
     def flag(self) -> str:
         """The name as on the command line."""
         return "--" + self.key
@@ -96,27 +106,47 @@ def from_mapping(
     return typing.cast(T, instance)
 
 
-def to_mapping(instance: Any) -> dict[str, Any]:
+def to_mapping(instance: Any, *, with_paths: bool = True) -> dict[str, Any]:
     """Return options as a flat mapping of hyphened keys to text, lists of text, or None.
 
     `from_mapping` reads it back exactly.
+
+    Args:
+        instance: the options.
+        with_paths: False to leave out the options that hold paths: they tell about the machine.
     """
     mapping: dict[str, Any] = {}
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
-            mapping |= to_mapping(value)
-        else:
+            mapping |= to_mapping(value, with_paths=with_paths)
+        elif with_paths or not _holds_path(value):
             mapping[field.name.replace("_", "-")] = to_text(value)
     return mapping
 
 
-def write_yaml(instance: Any, path: Path) -> None:
+def _holds_path(value: Any) -> bool:
+    return isinstance(value, Path) or (isinstance(value, (list, tuple)) and any(map(_holds_path, value)))
+
+
+def path_options(type_: Any) -> list[Option]:
+    """List the options that hold paths."""
+    return [option for option in list_options(type_) if option.is_path]
+
+
+def write_yaml(instance: Any, path: Path, *, with_paths: bool = True) -> None:
     """Write options to a YAML file that `read_yaml` and `from_mapping`, or `--config`, read back exactly."""
-    write_flat_yaml(to_mapping(instance), path)
+    write_flat_yaml(to_mapping(instance, with_paths=with_paths), path)
 
 
-def parse_command(type_: type[T], argv: Sequence[str], *, prog: str, description: str) -> T:
+def parse_command(
+    type_: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    known: tuple[str, Mapping[str, Any]] | None = None,
+) -> T:
     """Make options from a command line, and from the YAML file that `--config` names.
 
     `--help`, and what tyro finds wrong in the values, print to the terminal and leave by `SystemExit`.
@@ -126,6 +156,7 @@ def parse_command(type_: type[T], argv: Sequence[str], *, prog: str, description
         argv: the arguments, without the name of the program.
         prog: the name of the program.
         description: what it does, for `--help`.
+        known: what stands for the content of a YAML file, and where it is from.
 
     Raises:
         UserError: for an unknown option, and for anything wrong in the file.
@@ -133,10 +164,10 @@ def parse_command(type_: type[T], argv: Sequence[str], *, prog: str, description
     """
     options = list_options(type_)
     _refuse_unknown_flags(options, argv, prog)
-    given = {}
+    given = {} if known is None else _convert_mapping(options, known[1], known[0])
     config_path = peek(argv, CONFIG_FLAG)
     if config_path is not None:
-        given = _convert_mapping(options, read_yaml(Path(config_path)), config_path)
+        given |= _convert_mapping(options, read_yaml(Path(config_path)), config_path)
     named = _peek_presets(options, argv)
     defaults = _defaults(options, given | named) | given
     for option in options:
@@ -348,7 +379,7 @@ def _run_tyro(
 
 
 def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    """Return (key, before, now) of the options with `metadata={"fixed": True}` that differ.
+    """Return (key, before, now) of the options with `metadata={"fixed": True}` that differ; paths may.
 
     Args:
         before: the options that a run was started with.
@@ -359,6 +390,6 @@ def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
         old, new = getattr(before, field.name), getattr(now, field.name)
         if dataclasses.is_dataclass(old) and type(old) is type(new):
             changed += changed_fixed_options(old, new)
-        elif field.metadata.get("fixed") and old != new:
+        elif field.metadata.get("fixed") and old != new and not _holds_path(old):
             changed.append((field.name.replace("_", "-"), old, new))
     return changed

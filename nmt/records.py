@@ -178,12 +178,17 @@ class ListOf:
     """A list of values of one kind."""
 
     of: Schema
+    shortest: int = 0
     longest: int = 10_000_000
-    rule: str = "a list"
+
+    @property
+    def rule(self) -> str:
+        """Complete "must be ..."."""
+        return "a list" if self.shortest == 0 else f"a list of at least {self.shortest}"
 
     def check(self, value: Any, place: str) -> list[Any]:
         """Return it."""
-        if not isinstance(value, (list, tuple)) or len(value) > self.longest:
+        if not isinstance(value, (list, tuple)) or not self.shortest <= len(value) <= self.longest:
             _refuse(self, value, place)
         return [self.of.check(item, f"{place}[{number}]") for number, item in enumerate(value)]
 
@@ -266,16 +271,16 @@ def read_record(path: Path, schema: Schema, *, what_to_do: str) -> Any:
         ) from None
 
 
-def check_record(schema: Schema, value: Any, *, where: str) -> Any:
+def check_record(schema: Schema, value: Any, *, where: str, error: type[UserError] = UserError) -> Any:
     """Check a value that has been read.
 
     Raises:
-        UserError: It is another; the text begins with `where`.
+        UserError: It is another: `error`, whose text begins with `where`.
     """
     try:
         return schema.check(value, "")
     except RecordError as mismatch:
-        raise UserError(f"{where}: {mismatch}.") from None
+        raise error(f"{where}: {mismatch}.") from None
 
 
 def parse_json(data: bytes) -> Any:

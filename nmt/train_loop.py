@@ -364,8 +364,9 @@ class Run:
 
     def _resume(self, update: int) -> None:
         folder = self.checkpoints.at(update)
-        refuse_other_run(self.task, self.config, folder)
-        self._load(update)
+        with self.checkpoints.offering_an_earlier(update):
+            refuse_other_run(self.task, self.config, folder)
+            self._load(update)
         self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
 
     def _load(self, update: int) -> None:

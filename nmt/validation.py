@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmt.checkpoint import load_weights
+from nmt.checkpoint import build_model
 from nmt.data.batch_iterator import OrderedBatches
 from nmt.distributed import World, join_world
 from nmt.metrics import Metrics
@@ -55,8 +55,7 @@ def validate_model(folder: Path, config: TrainConfig[Any], *, split: str) -> dic
     with join_world(config.device) as world:
         task: Task[Any] = config.task_options.build(folder)
         examples = task.open_split(split)
-        model = task.build_model()
-        load_weights(model, folder)
+        model = build_model(task, folder)
         batches = OrderedBatches(examples, config.batching, rank=world.rank, world_size=world.size)
         with closing(batches):
             results = validate(task, model.to(world.device), examples, batches, world=world)

@@ -61,6 +61,8 @@ LAYERS = {
     "nmt.validation": 2,
     "nmt.gradients": 2,
     "nmt.trainer": 2,
+    "nmt.model_config": 1,
+    "nmt.run_state": 2,
     "nmt.memory": 3,
     "nmt.forecast": 3,
     "nmt.preparation": 3,
