@@ -174,6 +174,26 @@ class Maybe:
 
 
 @dataclass(frozen=True)
+class Either:
+    """What one of two schemas takes."""
+
+    first: Schema
+    second: Schema
+
+    @property
+    def rule(self) -> str:
+        """Complete "must be ..."."""
+        return self.second.rule
+
+    def check(self, value: Any, place: str) -> Any:
+        """Return it."""
+        try:
+            return self.first.check(value, place)
+        except RecordError:
+            return self.second.check(value, place)
+
+
+@dataclass(frozen=True)
 class ListOf:
     """A list of values of one kind."""
 
@@ -228,16 +248,20 @@ class MapOf:
 
 @dataclass(frozen=True)
 class Record:
-    """Values by name: all of `fields`, and of `optional` those that are there; others are left alone."""
+    """Values by name: all of `fields`, and of `optional` those that are there; others pass unless it is closed."""
 
     fields: Mapping[str, Schema]
     optional: Mapping[str, Schema] = field(default_factory=dict)
+    is_closed: bool = False
     rule: str = "a record"
 
     def check(self, value: Any, place: str) -> dict[str, Any]:
         """Return them."""
         if not isinstance(value, dict):
             _refuse(self, value, place)
+        if self.is_closed and (others := [x for x in value if x not in self.fields and x not in self.optional]):
+            known = ", ".join([*self.fields, *self.optional]) or "nothing"
+            raise RecordError(place, f"a record of {known}", f"one with {shown(others[0])}")
         checked = dict(value)
         for name, schema in self.fields.items():
             if name not in value:

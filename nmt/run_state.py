@@ -1,6 +1,6 @@
 """What `state.json` of a checkpoint holds: the schema that it is read by."""
 
-from nmt.records import ListOf, MapOf, Maybe, Number, Pair, Record, Text, Whole
+from nmt.records import Either, ListOf, MapOf, Maybe, Number, Pair, Record, Text, Whole
 
 _UPDATE = Text(longest=16, is_right=lambda text: text.isascii() and text.isdecimal(), rule="an update")
 _WINDOWS = Whole(0, 2**24)
@@ -20,14 +20,16 @@ _TRAINER = Record(
         "update": Whole(),
         "num_optimizer_tensors": Whole(),
         "plateau": Record(
-            {},
-            optional={
+            {
                 "factor": Number(0.0, 1.0),
                 "best": Maybe(Number(is_finite=False)),
                 "num_without_better": Whole(),
             },
+            is_closed=True,
         ),
-        "precision": Record({}, optional={"scale": Number(1.0), "num_good": Whole(0, 2**31 - 1)}),
+        "precision": Either(
+            Record({}, is_closed=True), Record({"scale": Number(1.0), "num_good": Whole(0, 2**31 - 1)})
+        ),
         "lr": Number(0.0),
         "lr_scale": Number(0.0, 1.0),
         "num_cancelled_in_a_row": Whole(),
@@ -61,10 +63,14 @@ RUN_STATE = Record(
         ),
         "split_above": Maybe(Whole(1)),
         "progress": Record(
-            {"values": MapOf(Number(is_finite=False), names=_UPDATE), "num_without_better": Whole()},
-            optional={"kept": ListOf(Whole())},
+            {
+                "values": MapOf(Number(is_finite=False), names=_UPDATE),
+                "num_without_better": Whole(),
+                "kept": ListOf(Whole()),
+            },
+            is_closed=True,
         ),
-        "clock": Record({"training_seconds": Number(0.0)}, optional={"seconds_before": Number(0.0)}),
+        "clock": Record({"seconds_before": Number(0.0), "training_seconds": Number(0.0)}, is_closed=True),
         "records_size": Whole(),
     }
 )
