@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nmt.errors import DamagedError, UserError, shown
-from nmt.model_config import load_model_config, write_model_config
+from nmt.model_config import CONFIG_NAME, load_model_config, write_model_config
 from nmt.new_folder import new_folder, remove_folder, remove_leftovers, sync
 from nmt.old_checkpoints import upgrade_state
 from nmt.options import TrainConfig
@@ -36,6 +38,8 @@ _READABLE_VERSIONS = ("1", FORMAT_VERSION)
 
 _TAKE_ANOTHER = "Restore it, or take another checkpoint."
 _KINDS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # safetensors' names
+
+_MOST_NAMES_A_WEIGHT = 4  # a model may be made of parts that share parameters, or are thrown away
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -172,9 +176,15 @@ def build_model(task: Task[Any], folder: Path) -> nn.Module:
         UserError: They do not fit together. It is found out before memory is taken for the model, since a damaged
             configuration can ask for one of any size.
     """
+    num_weights = len(_read_header(folder / _MODEL))
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most(_MOST_NAMES_A_WEIGHT * num_weights):
             sizes = weights(task.build_model())
+    except _LargerModelError:
+        raise UserError(
+            f"`{folder / _MODEL}` must hold the weights of the model that {folder / CONFIG_NAME} describes, but "
+            f"holds {num_weights:,} and the model has more."
+        ) from None
     except Exception:  # some models compute while they are made, which tensors without content cannot
         pass
     else:
@@ -182,6 +192,29 @@ def build_model(task: Task[Any], folder: Path) -> nn.Module:
     model = task.build_model()
     load_weights(model, folder)
     return model
+
+
+class _LargerModelError(Exception):
+    """A model has more parameters than it can have."""
+
+
+@contextmanager
+def _at_most(num_parameters: int) -> Iterator[None]:
+    """Raise `_LargerModelError` as soon as the modules that this thread makes have more parameters."""
+    thread, count = threading.get_ident(), 0
+
+    def note(*_: object) -> None:
+        nonlocal count
+        if threading.get_ident() == thread:
+            count += 1
+            if count > num_parameters:
+                raise _LargerModelError
+
+    hook = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check_shapes(expected: Mapping[str, Tensor], path: Path) -> None:

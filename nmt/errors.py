@@ -62,7 +62,7 @@ def shown(value: object, *, depth: int = 0) -> str:
     if isinstance(value, (str, bytes)):
         return _cut(printable(repr(value[: 2 * _LONGEST_VALUE])), _LONGEST_VALUE)
     if isinstance(value, int) and value.bit_length() > 3 * _LONGEST_VALUE:
-        return f"a number of some {int(value.bit_length() * 0.301):,} digits"
+        return f"a number of some {int(value.bit_length() * 0.30103):,} digits"
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     if isinstance(value, (list, tuple)) and depth < _DEEPEST:

@@ -92,6 +92,7 @@ def convert_checkpoint(
                 f"`{dict_dir / dictionary_name(lang)}` must have {size:,} types (special ones included) for "
                 f"`{checkpoint}`, but has {len(vocabulary):,}. Name the folder of the model's own dictionaries."
             )
+    _check_layers(stored, options, checkpoint)
     with torch.device("meta"):
         model = task.build_model()
     _check_sizes(stored, model, options, checkpoint)
@@ -262,6 +263,15 @@ def _vocabulary_size(tensors: Mapping[str, StoredTensor], side: str, checkpoint:
     if len(tensors[name].shape) != 2:
         raise _other_shape(checkpoint, name, "two dimensions", tensors[name].shape)
     return tensors[name].shape[0]
+
+
+def _check_layers(stored: Mapping[str, StoredTensor], options: TransformerOptions, checkpoint: Path) -> None:
+    """Raise `UserError` if the settings call for more layers than there are: making them would take its time."""
+    for side in ("encoder", "decoder"):
+        found = {match[1] for name in stored if (match := re.match(rf"{side}\.layers\.(\d+)\.", name))}
+        for number in range(getattr(options, f"{side}_layers")):
+            if str(number) not in found:
+                raise _missing(checkpoint, f"{side}.layers.{number}.self_attn.q_proj.weight")
 
 
 def _check_sizes(
