@@ -259,7 +259,9 @@ class Record:
         """Return them."""
         if not isinstance(value, dict):
             _refuse(self, value, place)
-        if self.is_closed and (others := [x for x in value if x not in self.fields and x not in self.optional]):
+        if self.is_closed and (
+            others := [x for x in value if x not in self.fields and x not in self.optional]
+        ):
             known = ", ".join([*self.fields, *self.optional]) or "nothing"
             raise RecordError(place, f"a record of {known}", f"one with {shown(others[0])}")
         checked = dict(value)

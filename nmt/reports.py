@@ -80,7 +80,7 @@ class Reports:
             record["targets/s"] = sums["num_targets"] / clock.take_training_seconds()
             record.update(metrics.gauges(scope))
         record["hours"] = clock.hours
-        if sums["num_cancelled"]:
+        if sums.get("num_cancelled"):  # not known to the first checkpoints
             record["cancelled updates"] = round(sums["num_cancelled"])
         self.log.report(scope, record)
         metrics.reset(scope)

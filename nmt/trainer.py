@@ -286,7 +286,7 @@ class Trainer:
         for scope in (scope for state in states for scope in state.values()):
             sums = scope["sums"]
             try:
-                if sums and sums["num_cancelled"] >= 0 and sums["num_targets"]:
+                if sums and sums["num_targets"]:
                     self.task.summarize(sums)
             except (KeyError, ArithmeticError, ValueError) as error:
                 raise DamagedError(
