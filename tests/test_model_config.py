@@ -6,13 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from fairseq_model import PLAIN, checkpoint, make_weights, write_dictionaries
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_translation_model import NOUNS
 
 from nmt.checkpoint import average_models, load_config, load_model
+from nmt.cli.preprocess import main as preprocess
 from nmt.cli.train import main as train
 from nmt.cli.validate import main as validate
 from nmt.config import changed_fixed_options, from_mapping, path_options, to_mapping
+from nmt.data.segmenter_file import without_paths
 from nmt.interop.fairseq import convert_checkpoint
 
 KEPT = Path(__file__).parent / "data" / "checkpoints-2"
@@ -90,6 +96,35 @@ def test_a_run_goes_on_and_its_model_is_measured(
         validate([str(tmp_path / "copy")])
     assert end.value.code == 2
     assert "data" in capsys.readouterr().err.lower()
+
+
+def test_a_given_sentencepiece_model_loses_the_paths_of_its_training(tmp_path: Path) -> None:
+    text = tmp_path / "text.xx"
+    text.write_text("".join(f"the {noun} sees a {other}\n" for noun in NOUNS for other in NOUNS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "given"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    foreign = (tmp_path / "given.model").read_bytes()
+    assert str(tmp_path).encode() in foreign
+    shutil.copy(text, tmp_path / "text.yy")
+    arguments = ["--source-lang", "xx", "--target-lang", "yy", "--trainpref", str(tmp_path / "text")]
+    arguments += ["--sentencepiece-model", str(tmp_path / "given.model"), "--destdir", str(tmp_path / "data")]
+    preprocess(arguments)
+    kept = (tmp_path / "data" / "sentencepiece.model").read_bytes()
+    assert str(tmp_path).encode() not in kept
+    assert without_paths(kept) == kept
+    before, after = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in (foreign, kept))
+    lines = text.read_text().splitlines()
+    assert before.encode(lines, out_type=str) == after.encode(lines, out_type=str)
+
+
+@given(st.binary(max_size=50))
+def test_what_is_no_sentencepiece_model_is_left_to_its_reader(content: bytes) -> None:
+    assert len(without_paths(content)) <= len(content)
 
 
 @dataclass(frozen=True)
