@@ -9,6 +9,7 @@ machine or hang is found, and not suffered. A mutation is told by its kind, the 
 
 import argparse
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -27,9 +28,11 @@ import fairseq_model
 import fuzz_mutations as mutations
 import numpy as np
 import torch
+from test_fairseq_data import write_split
 
 from nmt.config import from_mapping, read_yaml
 from nmt.data.batch_iterator import BatchIterator
+from nmt.data.blocks import check_file, decode_lines, read_blocks
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.interop.fairseq import convert_checkpoint
@@ -56,7 +59,6 @@ class Kind:
     make: Callable[[Path], None]
     damage: By
     read: Callable[[Path], object]
-    is_changed_by_reading: bool = False
 
 
 def _make_fairseq(folder: Path, *, old: bool) -> None:
@@ -139,6 +141,35 @@ def _read_data(folder: Path) -> None:
     task._references(examples)
 
 
+def _make_fairseq_data(folder: Path) -> None:
+    fairseq_model.write_dictionaries(folder, source_size=16, target_size=24)
+    for split in ("train", "valid"):
+        write_split(folder, split)
+
+
+def _read_fairseq_data(folder: Path) -> None:
+    task = TranslationOptions(data=folder, eval_bleu=False).build(None)
+    for split in ("train", "valid"):
+        examples = task.open_split(split)
+        examples.collate([examples[number] for number in range(len(examples))])
+
+
+def _make_text(folder: Path) -> None:
+    lines = "".join(f"{number} \u00e4 b\n" for number in range(50)).encode()
+    (folder / "train.xx").write_bytes(lines)
+    (folder / "train.yy.gz").write_bytes(gzip.compress(lines, mtime=0))
+
+
+def _read_text(folder: Path) -> None:
+    """Read parallel text, as nmt-preprocess does before it begins, and then when it works."""
+    paths = [folder / "train.xx", folder / "train.yy.gz"]
+    for path in paths:
+        check_file(path)
+    for block in read_blocks(*paths, block_bytes=100):
+        for path, lines in zip(paths, (block.source, block.target), strict=True):
+            decode_lines(lines, path, first_line=block.first_line)
+
+
 def _make_run(folder: Path) -> None:
     shutil.copytree(KEPT, folder, symlinks=True, dirs_exist_ok=True)
     checkpoints = folder / "run" / "checkpoints"
@@ -215,6 +246,12 @@ KINDS: dict[str, Kind] = {
         },
         _read_data,
     ),
+    "fairseq-data": Kind(
+        _make_fairseq_data,
+        {"*.idx": (_BYTES, mutations.damage_index), "*.bin": (_BYTES,), "dict.*.txt": _DICT},
+        _read_fairseq_data,
+    ),
+    "text": Kind(_make_text, {"train.xx": _DICT, "train.yy.gz": (_BYTES,)}, _read_text),
     "run": Kind(
         _make_run,
         {
@@ -228,7 +265,6 @@ KINDS: dict[str, Kind] = {
             "run/metrics.jsonl": (_BYTES, mutations.damage_json_lines),
         },
         _read_run,
-        is_changed_by_reading=True,
     ),
     "records": Kind(_make_run, {"run/metrics.jsonl": (_BYTES, mutations.damage_json_lines)}, _read_records),
     "yaml": Kind(_make_yaml, {"config.yaml": _YAML}, _read_yaml),

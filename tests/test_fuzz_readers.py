@@ -23,7 +23,9 @@ def test_a_whole_file_is_read(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
 # In processes of their own: they fork, which a process with threads must not.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kinds", [("fairseq", "fairseq-old", "yaml"), ("model", "records"), ("data", "run")], ids=" ".join
+    "kinds",
+    [("fairseq", "fairseq-old", "yaml"), ("model", "records"), ("data", "fairseq-data", "text", "run")],
+    ids=" ".join,
 )
 def test_damaged_files_are_read_or_refused_in_a_line(kinds: tuple[str, ...]) -> None:
     named = [argument for kind in kinds for argument in ("--kind", kind)]
