@@ -25,7 +25,7 @@ import tyro
 from nmt.config_file import read_yaml as read_yaml
 from nmt.config_file import write_flat_yaml
 from nmt.config_values import MismatchError, convert, suggest, to_text
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 T = TypeVar("T")
 
@@ -55,6 +55,16 @@ class Option:
     def key(self) -> str:
         """The name as in a YAML file; the final underscore of a field such as `from_` is left out."""
         return self.name.rstrip("_").replace("_", "-")
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is _MISSING
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it holds a path, or several."""
+        return (typing.get_args(self.hint) or (self.hint,))[0] is Path  # within Annotated[...], too
 
     @property
     def flag(self) -> str:
@@ -96,27 +106,47 @@ def from_mapping(
     return typing.cast(T, instance)
 
 
-def to_mapping(instance: Any) -> dict[str, Any]:
+def to_mapping(instance: Any, *, with_paths: bool = True) -> dict[str, Any]:
     """Return options as a flat mapping of hyphened keys to text, lists of text, or None.
 
     `from_mapping` reads it back exactly.
+
+    Args:
+        instance: the options.
+        with_paths: False to leave out the options that hold paths: they tell about the machine.
     """
     mapping: dict[str, Any] = {}
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
-            mapping |= to_mapping(value)
-        else:
+            mapping |= to_mapping(value, with_paths=with_paths)
+        elif with_paths or not _holds_path(value):
             mapping[field.name.replace("_", "-")] = to_text(value)
     return mapping
 
 
-def write_yaml(instance: Any, path: Path) -> None:
+def _holds_path(value: Any) -> bool:
+    return isinstance(value, Path) or (isinstance(value, (list, tuple)) and any(map(_holds_path, value)))
+
+
+def path_options(type_: Any) -> list[Option]:
+    """List the options that hold paths."""
+    return [option for option in list_options(type_) if option.is_path]
+
+
+def write_yaml(instance: Any, path: Path, *, with_paths: bool = True) -> None:
     """Write options to a YAML file that `read_yaml` and `from_mapping`, or `--config`, read back exactly."""
-    write_flat_yaml(to_mapping(instance), path)
+    write_flat_yaml(to_mapping(instance, with_paths=with_paths), path)
 
 
-def parse_command(type_: type[T], argv: Sequence[str], *, prog: str, description: str) -> T:
+def parse_command(
+    type_: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    known: tuple[str, Mapping[str, Any]] | None = None,
+) -> T:
     """Make options from a command line, and from the YAML file that `--config` names.
 
     `--help`, and what tyro finds wrong in the values, print to the terminal and leave by `SystemExit`.
@@ -126,6 +156,7 @@ def parse_command(type_: type[T], argv: Sequence[str], *, prog: str, description
         argv: the arguments, without the name of the program.
         prog: the name of the program.
         description: what it does, for `--help`.
+        known: what stands for the content of a YAML file, and where it is from.
 
     Raises:
         UserError: for an unknown option, and for anything wrong in the file.
@@ -133,10 +164,10 @@ def parse_command(type_: type[T], argv: Sequence[str], *, prog: str, description
     """
     options = list_options(type_)
     _refuse_unknown_flags(options, argv, prog)
-    given = {}
+    given = {} if known is None else _convert_mapping(options, known[1], known[0])
     config_path = peek(argv, CONFIG_FLAG)
     if config_path is not None:
-        given = _convert_mapping(options, read_yaml(Path(config_path)), config_path)
+        given |= _convert_mapping(options, read_yaml(Path(config_path)), config_path)
     named = _peek_presets(options, argv)
     defaults = _defaults(options, given | named) | given
     for option in options:
@@ -277,7 +308,9 @@ def _peek_presets(options: Sequence[Option], argv: Sequence[str]) -> dict[str, s
 def _check_preset(option: Option, name: str | None, label: str) -> None:
     if option.presets is not None and name is not None and name not in option.presets:
         known = ", ".join(option.presets)
-        raise UserError(f"{label} must be one of {known}, but is {name!r}.{suggest(name, option.presets)}")
+        raise UserError(
+            f"{label} must be one of {known}, but is {shown(name)}.{suggest(name, option.presets)}"
+        )
 
 
 def _convert_mapping(options: Sequence[Option], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -294,8 +327,8 @@ def _convert_mapping(options: Sequence[Option], mapping: Mapping[str, Any], wher
         try:
             values[option.name] = convert(option.hint, value)
         except MismatchError as error:
-            shown = "empty" if value is None or value == "" else repr(value)
-            text = f"{where}: `{option.key}` must be {error}, but is {shown}."
+            found = "empty" if value is None or value == "" else shown(value)
+            text = f"{where}: `{option.key}` must be {error}, but is {found}."
             raise UserError(text + error.suggestion) from None
         _check_preset(option, values[option.name], f"{where}: `{option.key}`")
     return values
@@ -346,7 +379,7 @@ def _run_tyro(
 
 
 def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    """Return (key, before, now) of the options with `metadata={"fixed": True}` that differ.
+    """Return (key, before, now) of the options with `metadata={"fixed": True}` that differ; paths may.
 
     Args:
         before: the options that a run was started with.
@@ -357,6 +390,6 @@ def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
         old, new = getattr(before, field.name), getattr(now, field.name)
         if dataclasses.is_dataclass(old) and type(old) is type(new):
             changed += changed_fixed_options(old, new)
-        elif field.metadata.get("fixed") and old != new:
+        elif field.metadata.get("fixed") and old != new and not _holds_path(old):
             changed.append((field.name.replace("_", "-"), old, new))
     return changed

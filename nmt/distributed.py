@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from nmt.cudnn_attention import leave_out_cudnn_attention
-from nmt.errors import LostRankError, UserError
+from nmt.errors import LostRankError, UserError, shown
 from nmt.signs_of_life import SignsOfLife, lost_rank_line
 
 T = TypeVar("T")
@@ -228,7 +228,7 @@ def _leave(*, with_error: bool) -> None:
 def _choose_device(name: str, *, size: int, local_rank: int) -> torch.device:
     known = ("auto", "cpu", "cuda", "mps")
     if name not in known:
-        raise UserError(f"`device` must be one of {', '.join(known)}, but is {name!r}.")
+        raise UserError(f"`device` must be one of {', '.join(known)}, but is {shown(name)}.")
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 from nmt.run_log import read_records
 
 Record = dict[str, Any]
@@ -68,7 +68,8 @@ class RunRecords:
     @property
     def best_metric(self) -> str | None:
         """The metric that chooses the best checkpoint, if the run has been validated."""
-        names = [name for record in self.records for name in record if name.startswith(_BEST)]
+        validations = [record for record in self.records if record["kind"] == "valid"]
+        names = [name for record in validations for name in record if name.startswith(_BEST)]
         return names[-1].removeprefix(_BEST) if names else None
 
     @property
@@ -153,7 +154,7 @@ def _choose_panels(runs: Sequence[RunRecords], metrics: Sequence[str]) -> list[s
     for metric in metrics:
         if metric not in recorded:
             known = ", ".join(name for name in recorded if name not in _NO_METRICS)
-            raise UserError(f"`metrics` must be among {known}, but one is {metric!r}.")
+            raise UserError(f"`metrics` must be among {known}, but one is {shown(metric)}.")
     chosen = metrics or [
         name
         for name in dict.fromkeys(["loss", *validated])
@@ -172,7 +173,11 @@ def _x_places(run: RunRecords, x: XAxis) -> Callable[[Record], float]:
                 f"`x` hours must have runs that recorded it, but {run.name} did not. Use --x update."
             )
         return lambda record: record["hours"]
-    ends = {record["epoch"]: record["update"] for record in run.records if record["kind"] == "epoch"}
+    ends = {
+        record["epoch"]: record["update"]
+        for record in run.records
+        if record["kind"] == "epoch" and "epoch" in record
+    }
     if not ends:
         raise UserError(
             f"`x` epoch must have runs of an epoch or more, but {run.name} has none. Use --x update."

@@ -100,7 +100,7 @@ class Reports:
         elif "lr" in (gauges := metrics.gauges(scope)):
             record["lr"] = gauges["lr"]
         record["hours"] = clock.hours
-        if sums["num_cancelled"]:
+        if sums.get("num_cancelled"):  # not known to the first checkpoints
             record["cancelled updates"] = round(sums["num_cancelled"])
         self.log.report(scope, record, shown=self._shown(record))
         metrics.reset(scope)

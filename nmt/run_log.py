@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
-from nmt.errors import UserError
+from nmt.errors import UserError, one_line
+from nmt.records import Number, Record, RecordError, Text, Whole, parse_json
 from nmt.task import Illustrations
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ TIMES = frozenset({"targets/s", "hours", "hours left", "memory MiB"})
 """The names in records that differ between runs that are otherwise equal."""
 
 _RECORDS = "metrics.jsonl"
+_RECORD = Record({"kind": Text(), "update": Whole()}, optional={"epoch": Whole(), "hours": Number(low=0.0)})
 _IS_NOTEBOOK = issubclass(tqdm, tqdm_notebook)  # of the two kinds tqdm has chosen the one for notebooks
 
 
@@ -85,6 +87,7 @@ class RunLog:
         """Write a line for people."""
         if self._text is None:
             return
+        line = one_line(line)  # it may name files and classes, whose names may hold anything
         tqdm.write(line, file=sys.stderr)
         _append(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
@@ -206,11 +209,10 @@ def read_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:  # no JSON, or no UTF-8
+        record: dict[str, Any] = _RECORD.check(parse_json(line), "")
+    except (ValueError, RecordError):
         return None
-    is_whole = isinstance(record, dict) and isinstance(record.get("update"), int) and "kind" in record
-    return record if is_whole else None
+    return record
 
 
 def _json_value(value: Any) -> Any:

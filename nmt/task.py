@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 from nmt.config_values import suggest
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,6 +195,8 @@ def load_task(name: str) -> type[TaskOptions]:
     if name not in found.names:
         known = ", ".join(sorted(found.names)) or "(none is installed)"
         near = suggest(name, found.names)
-        raise UserError(f"`task` must be the name of a task, but is {name!r}. The tasks are {known}.{near}")
+        raise UserError(
+            f"`task` must be the name of a task, but is {shown(name)}. The tasks are {known}.{near}"
+        )
     options: type[TaskOptions] = found[name].load()
     return options

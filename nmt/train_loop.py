@@ -18,7 +18,7 @@ from nmt.config import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
-from nmt.errors import UnreadableExamplesError, UserError
+from nmt.errors import UnreadableExamplesError, UserError, one_line
 from nmt.following import Followed
 from nmt.forecast import forecast, time_row
 from nmt.going_back import checkpoint_to_go_back_to
@@ -86,7 +86,7 @@ def _train(config: TrainConfig[Any], world: World, stop: StopRequest) -> Trainin
         if config.dry_run:
             lines = run.preview()
             if world.is_main:
-                print("\n".join(lines))
+                print("\n".join(map(one_line, lines)))
             return TrainingResult(run.checkpoints.path / "best", [], "dry-run")
         return run.train()
 
@@ -407,10 +407,11 @@ class Run:
 
     def _resume(self, update: int) -> None:
         folder = self.checkpoints.at(update)
-        refuse_other_run(self.task, self.config, folder)
-        optimizer, state = self.checkpoints.load_state(update)
-        resumption = compare(load_config(folder), self.config, state, self.surroundings)
-        self._load(update, optimizer, state, position=resumption.position)
+        with self.checkpoints.offering_an_earlier(update):
+            refuse_other_run(self.task, self.config, folder)
+            optimizer, state = self.checkpoints.load_state(update)
+            resumption = compare(load_config(folder), self.config, state, self.surroundings)
+            self._load(update, optimizer, state, position=resumption.position)
         self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
         resumption.report(self.log, update=update, epoch=self.batches.epoch)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmt.checkpoint import load_weights
+from nmt.checkpoint import build_model
 from nmt.data.batch_iterator import OrderedBatches
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError
@@ -74,8 +74,7 @@ def validate_model(
         if world.is_main:
             for note in notes_of(examples):
                 say(note)
-        model = task.build_model()
-        load_weights(model, folder)
+        model = build_model(task, folder)
         batches = OrderedBatches(examples, config.batching, rank=world.rank, world_size=world.size)
         with closing(batches):
             results = validate(task, model.to(world.device), examples, batches, world=world)

@@ -200,7 +200,7 @@ def test_what_is_saved_with_a_model_suffices_to_build_it(
     assert again.classes == task.classes == ["blue", "green", "red"] and again.format == task.format
     assert again.build_model()(torch.randn(2, 3, 32, 32)).shape == (2, 3)
     (tmp_path / "images.json").write_text("{")
-    with pytest.raises(UserError, match=r"images\.json` must say what the model sees"):
+    with pytest.raises(UserError, match=r"images\.json must be complete JSON"):
         colours.build(tmp_path)
     (tmp_path / "classes.txt").unlink()
     with pytest.raises(UserError, match=r"classes\.txt` must be a file of the model folder"):

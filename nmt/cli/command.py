@@ -6,7 +6,7 @@ import select
 import sys
 from collections.abc import Callable
 
-from nmt.errors import LostRankError, UserError
+from nmt.errors import LostRankError, UserError, one_line
 
 # What the operating system says of a write without naming the file.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -53,8 +53,7 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
 
 
 def _fail(prog: str, text: str) -> None:
-    line = " ".join(text.split("\n"))
-    print(f"{prog}: error: {line}", file=sys.stderr)
+    print(f"{prog}: error: {one_line(text)}", file=sys.stderr)
     raise SystemExit(_EXIT_USER_ERROR) from None
 
 

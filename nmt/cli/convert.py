@@ -8,7 +8,7 @@ from nmt.cli.command import run_command
 from nmt.cli.options import ExportOptions, ImportOptions
 from nmt.cli.text_files import check_parallel, read_text
 from nmt.config import list_options, parse_command, peek
-from nmt.errors import UserError
+from nmt.errors import UserError, one_line
 
 PROG = "nmt-convert"
 _EXIT_DISAGREEMENT = 1
@@ -42,8 +42,10 @@ def import_model(options: ImportOptions) -> None:
     )
     if done.is_guessed:
         print(
-            f"{PROG}: warning: nothing tells which language is the source; taken for it is {done.source_lang} "
-            "(say it with --source-lang)",
+            one_line(
+                f"{PROG}: warning: nothing tells which language is the source; taken for it is {done.source_lang} "
+                "(say it with --source-lang)"
+            ),
             file=sys.stderr,
         )
     print(f"{options.to}: {done.source_lang} to {done.target_lang}, {done.num_parameters:,} weights")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nmt.cli.command import run_command
-from nmt.config import parse_command, peek, read_yaml
+from nmt.config import parse_command, peek
 from nmt.errors import UserError
+from nmt.model_config import CONFIG_NAME, read_model_config
 from nmt.options import TrainConfig
 from nmt.task import load_task
 
@@ -35,15 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("A model folder must be named first, but is not. Such as RUN/checkpoints/best.")
         folder, options = Path(arguments[0]), arguments[1:]
         split = peek(options, "--split") or "valid"
-        config_path = folder / "config.yaml"
-        if not config_path.is_file():
-            raise UserError(f"`{folder}` must be a model folder, but has no config.yaml.")
-        task_options = load_task(read_yaml(config_path).get("task", "translation"))
+        if not (folder / CONFIG_NAME).is_file():
+            raise UserError(f"`{folder}` must be a model folder, but has no {CONFIG_NAME}.")
+        mapping = read_model_config(folder)
+        task_options = load_task(mapping["task"])
         config = parse_command(
             TrainConfig[task_options],  # type: ignore[valid-type]
-            ["--config", str(config_path), *_without_split(options)],
+            _without_split(options),
             prog=PROG,
             description="",
+            known=(str(folder / CONFIG_NAME), {"save-dir": str(folder), **mapping}),
         )
         from nmt.validation import validate_model
 

@@ -30,7 +30,7 @@ from nmt.data.batching import (
 )
 from nmt.data.loading import Feed, PlannedBatch, Refusal, end_workers, make_loader, read_batches
 from nmt.data.options import BatchingOptions
-from nmt.errors import UserError
+from nmt.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -306,6 +306,17 @@ class BatchIterator:
         window = Window(
             seed=state["seed"], epoch=state["epoch"], number=state["window"], size=state["window_size"]
         )
+        num_columns = self._examples.sizes.shape[1]
+        positions = [limits.max_positions for limits, _ in cuts if limits.max_positions is not None]
+        if (
+            window.number >= num_windows(len(self._examples), window.size)
+            or state["examples_consumed"] > len(self._examples)
+            or any(len(limit) not in (1, num_columns) for limit in positions)
+        ):
+            raise DamagedError(
+                f"the place in the training data must lie within its {len(self._examples):,} examples, but does "
+                "not. Restore the checkpoint, or begin a new run."
+            )
         self._position = _Position(window, cuts, state["examples_consumed"])
 
     def _epoch_start(self, epoch: int) -> _Position:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the type, number of sequences
@@ -94,7 +94,7 @@ class IndexedDataset:
             sizes = index[: 4 * count].view("<i4")
             offsets = index[4 * count :].view("<i8")
             data = bin_path(self.path_prefix)
-            expected = int(offsets[-1]) + int(sizes[-1]) * dtype.itemsize if count else 0
+            expected = _check_index(sizes, offsets, dtype, idx_path(self.path_prefix))
             actual = data.stat().st_size
             if actual != expected:
                 what = "is cut short" if actual < expected else "does not belong to its index"
@@ -104,6 +104,30 @@ class IndexedDataset:
                 )
             self._arrays = (sizes, offsets, _map(data).view(dtype))
         return self._arrays
+
+
+def _check_index(
+    sizes: NDArray[np.int32], offsets: NDArray[np.int64], dtype: np.dtype[np.integer], path: Path
+) -> int:
+    """Check that the sequences lie one behind the other; return the number of bytes that they make.
+
+    Raises:
+        UserError: They do not, as in a damaged index: sizes would be wrong, or read beyond the file.
+    """
+    end = 0
+    for start in range(0, len(sizes), _CHUNK):
+        lengths = sizes[start : start + _CHUNK].astype(np.int64)
+        ends = end + np.cumsum(lengths) * dtype.itemsize
+        begins = offsets[start : start + _CHUNK]
+        is_wrong = (lengths < 0) | (begins != ends - lengths * dtype.itemsize)
+        if is_wrong.any():
+            number = start + int(is_wrong.argmax())
+            raise UserError(
+                f"{path} is damaged: sequence {number:,} cannot be of {int(sizes[number]):,} tokens from byte "
+                f"{int(offsets[number]):,} on. Make or copy the data directory again."
+            )
+        end = int(ends[-1])
+    return end
 
 
 def _map(path: Path) -> NDArray[np.uint8]:
@@ -124,7 +148,9 @@ def _read_header(path: Path) -> tuple[np.dtype[np.integer], int]:
             f"{path} is of fairseq's old `cached` or `lazy` kind, which cannot be read. Take `mmap`."
         )
     if not header.startswith(_MAGIC[: len(header)]) or not header:
-        raise UserError(f"{path} must be an index of token ids (MMIDIDX), but begins with {header[:9]!r}")
+        raise UserError(
+            f"{path} must be an index of token ids (MMIDIDX), but begins with {shown(header[:9])}"
+        )
     if len(header) < _HEADER.size:
         raise UserError(f"{path} is cut short: it must have at least {_HEADER.size} bytes, but has {actual}")
     _, version, code, count = _HEADER.unpack(header)

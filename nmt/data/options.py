@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class PreprocessOptions:
         """Raise `UserError` for values that make no sense alone or together."""
         for name, language in (("source-lang", self.source_lang), ("target-lang", self.target_lang)):
             if not language or any(character in "/\\" or character.isspace() for character in language):
-                raise UserError(f"`{name}` must be a part of a file name, such as `en`, but is {language!r}.")
+                raise UserError(
+                    f"`{name}` must be a part of a file name, such as `en`, but is {shown(language)}."
+                )
         if self.source_lang == self.target_lang:
             raise UserError(
                 f"`source-lang` and `target-lang` must differ, but both are `{self.source_lang}`."
@@ -70,7 +72,7 @@ class PreprocessOptions:
             raise UserError(f"`character-coverage` must be from 0.98 to 1, but is {self.character_coverage}.")
         for symbol in self.extra_symbols:
             if not symbol or any(character.isspace() for character in symbol):
-                raise UserError(f"`extra-symbols` must be without white space, but one is {symbol!r}.")
+                raise UserError(f"`extra-symbols` must be without white space, but one is {shown(symbol)}.")
         if len(set(self.extra_symbols)) < len(self.extra_symbols):
             raise UserError(f"`extra-symbols` must differ, but are {' '.join(self.extra_symbols)}.")
         self._check_training_options_are_used()

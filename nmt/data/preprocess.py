@@ -27,6 +27,7 @@ from nmt.data.data_directory import FORMAT_VERSION, MODEL_NAME, RECORD_NAME, dic
 from nmt.data.indexed_dataset import smallest_dtype
 from nmt.data.options import PreprocessOptions
 from nmt.data.segmenter import Segmenter, read_vocabulary, train_segmenter
+from nmt.data.segmenter_file import without_paths
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
 from nmt.new_folder import new_folder
@@ -100,7 +101,7 @@ def _make_segmenter(
 ) -> Vocabulary:
     """Train a SentencePiece model, or take the one that was named, and return its vocabulary."""
     if options.sentencepiece_model is not None:
-        model_path.write_bytes(options.sentencepiece_model.read_bytes())
+        model_path.write_bytes(without_paths(options.sentencepiece_model.read_bytes()))
         vocabulary = read_vocabulary(options.sentencepiece_model)
         log(f"SentencePiece model: {options.sentencepiece_model}, {len(vocabulary):,} pieces")
         return vocabulary

@@ -14,7 +14,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from nmt.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, SPECIALS, UNK_ID, Vocabulary
-from nmt.errors import UserError
+from nmt.errors import DamagedError, UserError
 
 # Fixed, because it enters into the model file, and into the rounding of a unigram model's scores.
 _NUM_TRAINING_THREADS = 8
@@ -244,8 +244,10 @@ def _load_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
-    except RuntimeError:
-        raise UserError(f"{path} must be a SentencePiece model, but is not, or is cut short") from None
+        for piece_id in range(processor.get_piece_size()):
+            processor.id_to_piece(piece_id)
+    except (RuntimeError, UnicodeDecodeError):  # the latter where a message or a piece is no UTF-8
+        raise DamagedError(f"{path} must be a SentencePiece model, but is not, or is cut short") from None
     return processor
 
 

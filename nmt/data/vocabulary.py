@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 BOS_ID = 0
 PAD_ID = 1
 EOS_ID = 2
 UNK_ID = 3
 _OVERWRITE = b" #fairseq:overwrite"
+_LARGEST_COUNT = 2**62
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # indexed by the four ids above
 
 
@@ -46,7 +47,8 @@ class Vocabulary:
                 raise UserError(f"token {index} of the vocabulary must not be empty")
             if token in self._ids and index not in self.overwriting:
                 raise UserError(
-                    f"`{token}` must come once in the vocabulary, but has ids {self._ids[token]} and {index}"
+                    f"`{shown(token)[1:-1]}` must come once in the vocabulary, but has ids "
+                    f"{self._ids[token]} and {index}"
                 )
             self._ids[token] = index
 
@@ -73,14 +75,16 @@ class Vocabulary:
             try:
                 token, count = entry.decode("utf-8").rsplit(" ", 1)
                 counts.append(int(count))
+                if not 0 <= counts[-1] <= _LARGEST_COUNT:
+                    raise ValueError
             except ValueError:  # UnicodeDecodeError is one, too
                 raise UserError(
-                    f"{path}, line {number}: must be `token count` in UTF-8, but is {line[:80]!r}. "
+                    f"{path}, line {number}: must be `token count` in UTF-8, but is {shown(line)}. "
                     "Is this a dictionary made by nmt-preprocess or fairseq-preprocess?"
                 ) from None
             if not token or (token in first_line and len(entry) == len(line)):
                 where = f"line {first_line[token]}" if first_line.get(token) else "the special symbols"
-                problem = f"`{token}` is already in {where}" if token else "the token is empty"
+                problem = f"`{shown(token)[1:-1]}` is already in {where}" if token else "the token is empty"
                 raise UserError(f"{path}, line {number}: each token must come once, but {problem}")
             first_line.setdefault(token, number)
             tokens.append(token)
@@ -100,7 +104,7 @@ class Vocabulary:
             lines.append(f"{token} {self.counts[index]}{flag}")
             if "\n" in token:
                 raise UserError(
-                    f"the piece {token!r} holds a newline, which a dictionary cannot. "
+                    f"the piece {shown(token)} holds a newline, which a dictionary cannot. "
                     "Take a SentencePiece model without it."
                 )
         path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8"))

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from nmt.data.blocks import decode_lines, read_lines
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
@@ -240,7 +241,9 @@ class TranslationTask:
         if examples.split not in ("valid", "test"):
             return None
         directory = self._data_directory()
-        return _read_lines(directory.raw_path(examples.split, lang)) if directory.has_raw_text else None
+        if not directory.has_raw_text:
+            return None
+        return _read_lines(directory.raw_path(examples.split, lang), len(examples))
 
     def _texts(self, examples: ParallelDataset, indices: Sequence[int]) -> tuple[list[str], list[str]]:
         """Return the sources and targets of some examples, as the model reads them."""
@@ -263,9 +266,22 @@ def _spread(number: int, shown: int) -> list[int]:
     return found
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Read text whose lines end with a newline and nothing else (`str.splitlines` knows other ends)."""
-    return path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+def _read_lines(path: Path, num_pairs: int) -> list[str]:
+    """Read the raw text of a split, whose lines end with a newline and nothing else.
+
+    Raises:
+        UserError: It is not UTF-8, or has another number of lines than the split has pairs.
+    """
+    lines = [
+        decode_lines(line + b"\n", path, first_line=number)[0]
+        for number, line in enumerate(read_lines(path), start=1)
+    ]
+    if len(lines) != num_pairs:
+        raise UserError(
+            f"`{path}` must have a line for each of the {num_pairs:,} pairs of its split, but has "
+            f"{len(lines):,}. Make the data directory again with nmt-preprocess."
+        )
+    return lines
 
 
 def _check_same_vocabulary(vocabulary: Vocabulary, directory: DataDirectory, lang: str) -> None:

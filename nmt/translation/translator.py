@@ -19,7 +19,7 @@ from nmt.cudnn_attention import leave_out_cudnn_attention
 from nmt.data.parallel_dataset import collate_pairs, pad_right
 from nmt.data.segmenter import PieceSegmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import ROWS_AT_ONCE, Generator, TranslationModel
 from nmt.generation.options import DecodingKeywords, DecodingOptions
@@ -196,7 +196,7 @@ class Translator:
     def _translate_all(self, lines: Sequence[str], options: DecodingOptions) -> Iterator[Translation]:
         if isinstance(lines, str):
             raise UserError(
-                f"`lines` must be a list of lines, but is one string. Put it in a list: [{lines!r}]."
+                f"`lines` must be a list of lines, but is one string. Put it in a list: [{shown(lines)}]."
             )
         return self.translate_lines(lines, options)
 

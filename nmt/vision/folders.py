@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 from nmt.vision.image_files import look_at, read_image, readable_suffixes
 
 # What systems and tools leave behind; the files and folders that begin with a dot are left out too.
@@ -83,7 +83,7 @@ class FolderImages:
         for name in files:
             if not name.isprintable():
                 raise UserError(
-                    f"The name of a class must be printable, but {name!r} in `{self.path}` is not. Rename it."
+                    f"The name of a class must be printable, but {shown(name)} in `{self.path}` is not. Rename it."
                 )
         kinds = ", ".join(readable_suffixes())
         empty = [name for name, images in files.items() if not images]

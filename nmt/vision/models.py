@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 from nmt.vision.libraries import import_timm, import_torchvision
 from nmt.vision.own_models import import_model_class, is_import_path, suitable_arguments
 
@@ -40,7 +40,7 @@ def build_model(
     """
     if is_pretrained and (is_import_path(name) or find_model(name)[0] != "timm"):
         raise UserError(
-            f"`pretrained` must come with a model of timm, but `model` is {name!r}. Leave it out."
+            f"`pretrained` must come with a model of timm, but `model` is {shown(name)}. Leave it out."
         )
     if is_import_path(name):
         cls = import_model_class(name)
@@ -74,7 +74,7 @@ def find_model(name: str) -> tuple[str, str]:
     libraries = [prefix] if slash else list(LIBRARIES)
     bare_name = bare_name if slash else name
     if not set(libraries) <= set(LIBRARIES):
-        raise UserError(f"`model` must be timm/NAME or torchvision/NAME, but is {name!r}.")
+        raise UserError(f"`model` must be timm/NAME or torchvision/NAME, but is {shown(name)}.")
     near: list[str] = []
     for library in libraries:
         known = _list_models(library)
@@ -84,7 +84,7 @@ def find_model(name: str) -> tuple[str, str]:
             return library, bare_name
         near += [f"{library}/{match}" for match in difflib.get_close_matches(stem, known, n=3)]
     hint = f" Perhaps you meant one of {', '.join(near)}?" if near else ""
-    raise UserError(f"`model` must be a model of {' or '.join(libraries)}, but is {name!r}.{hint}")
+    raise UserError(f"`model` must be a model of {' or '.join(libraries)}, but is {shown(name)}.{hint}")
 
 
 def _list_models(library: str) -> list[str]:
@@ -101,7 +101,9 @@ def _parse(arguments: Sequence[str]) -> dict[str, Any]:
         try:
             parsed[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"`model-args` must have values in YAML, but one is {argument!r}.") from error
+            raise UserError(
+                f"`model-args` must have values in YAML, but one is {shown(argument)}."
+            ) from error
     return parsed
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 if TYPE_CHECKING:
     from nmt.vision.task import ImageClassificationTask
@@ -148,7 +148,7 @@ class ImageClassificationOptions:
             raise UserError(f"`std` must be above 0, but is {self.std}.")
         for argument in self.model_args:
             if "=" not in argument:
-                raise UserError(f"`model-args` must be of the form NAME=VALUE, but one is {argument!r}.")
+                raise UserError(f"`model-args` must be of the form NAME=VALUE, but one is {shown(argument)}.")
 
     def build(self, assets: Path | None) -> ImageClassificationTask:
         """Make the task, with the classes of a model folder, or of the training images if there is none."""

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.distributed import World
-from nmt.errors import UserError
+from nmt.errors import DamagedError, UserError
 from nmt.prepared_shapes import keep_prepared_shapes
+from nmt.records import ListOf, Number, Record, Whole, read_limited, read_record
 from nmt.task import Illustrations, LossOutput
 from nmt.task_extras import Words
 from nmt.vision.dataset import UNREADABLE, ImageBatch, ImageExamples
@@ -32,6 +33,18 @@ from nmt.vision.preprocessing import ImageFormat
 from nmt.vision.sources import FolderImages, ImageSource, StoredImages, open_images
 
 CLASSES, FORMAT = "classes.txt", "images.json"
+_TAKE_AGAIN = "Take the whole model folder again."
+_FORMAT = Record(
+    {
+        "num_channels": Whole(1, 1024),
+        "image_size": Whole(
+            1, 4096
+        ),  # a larger one would take gigabytes before anything is known to be wrong
+        "crop_pct": Number(1e-3, 1.0),
+        "mean": ListOf(Number(-1e6, 1e6)),
+        "std": ListOf(Number(1e-6, 1e6)),
+    }
+)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _NUM_SHOWN = 24
 _NUM_AT_ONCE = 128
@@ -218,13 +231,18 @@ def _load_assets(folder: Path) -> tuple[list[str], ImageFormat]:
     for name in (CLASSES, FORMAT):
         if not (folder / name).is_file():
             raise UserError(f"`{folder / name}` must be a file of the model folder, but is missing.")
-    classes = (folder / CLASSES).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     try:
-        record: dict[str, Any] = json.loads((folder / FORMAT).read_text(encoding="utf-8"))
-        record |= {name: tuple(record[name]) for name in ("mean", "std")}
-        return classes, ImageFormat(**record)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"`{folder / FORMAT}` must say what the model sees, but is damaged.") from error
+        classes = read_limited(folder / CLASSES).decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError:
+        raise DamagedError(f"`{folder / CLASSES}` must be UTF-8, but is not. {_TAKE_AGAIN}") from None
+    record: dict[str, Any] = read_record(folder / FORMAT, _FORMAT, what_to_do=_TAKE_AGAIN)
+    return classes, ImageFormat(
+        num_channels=record["num_channels"],
+        image_size=record["image_size"],
+        crop_pct=record["crop_pct"],
+        mean=tuple(record["mean"]),
+        std=tuple(record["std"]),
+    )
 
 
 def _settle_augmentation(options: AugmentationOptions, images: ImageSource) -> AugmentationOptions:
