@@ -4,15 +4,15 @@ A GPU waits for the host where an update or a decoding step is some thousand sma
 one by one, slower than they run. A replay launches all of them at once.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
 
-_NUM_PLAIN_CALLS = (
-    2  # before the recording: libraries set themselves up, and the allocator learns what is needed
-)
+_NUM_PLAIN_CALLS = 2  # before the recording: libraries set themselves up
 
 
 class Recording:
@@ -50,22 +50,53 @@ class Recording:
             self._graph.replay()
         elif self._num_plain < _NUM_PLAIN_CALLS:
             self._num_plain += 1
-            _on_other_stream(self._function)
+            _run_plainly(self._function)
         else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._function()
-            self._graph = graph
-            graph.replay()
+            self._graph = _record(self._function, self._pool)
+            self._graph.replay()
 
 
-def _on_other_stream(function: Callable[[], None]) -> None:
-    """Run plainly, but as it is going to be recorded: not on the default stream, which others wait for."""
+def _record(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """Record what a function launches; nothing of it is run.
+
+    As `torch.cuda.graph` does, but without collecting garbage each time, which takes longer than a decoding step.
+    """
+    if pool is None:  # memory that the plain calls have left can serve the recording only if it is given back
+        torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    collects_garbage = gc.isenabled()
+    gc.disable()  # it might free, in the middle of the recording, what belongs to another one
+    try:
+        with _other_stream_in_turn():
+            # Other threads may go on with what a recording forbids, such as asking for pinned memory.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                function()
+            except BaseException:
+                with suppress(RuntimeError):  # the recording is void; what made it so is raised
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+    finally:
+        if collects_garbage:
+            gc.enable()
+    return graph
+
+
+def _run_plainly(function: Callable[[], None]) -> None:
+    """Run as it is going to be recorded: not on the default stream, which others wait for."""
+    with _other_stream_in_turn():
+        function()
+
+
+@contextmanager
+def _other_stream_in_turn() -> Iterator[None]:
+    """Work on another stream: after what this one has to do, and before what it gets to do then."""
     current = torch.cuda.current_stream()
     other = _other_stream(current.device)
     other.wait_stream(current)
     with torch.cuda.stream(other):
-        function()
+        yield
     current.wait_stream(other)
 
 

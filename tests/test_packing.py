@@ -111,4 +111,4 @@ def test_packed_windows_hold_every_pair_once_in_random_order():
 
 def test_a_batch_that_does_not_fit_its_shape_is_a_fault_of_the_program():
     with pytest.raises(AssertionError):
-        pack_pairs(make_pairs([(5, 5)] * 9), PackedShape.of(max_tokens=20, max_sentences=4, longest=12))
+        pack_pairs(make_pairs([(5, 5)] * 20), PackedShape.of(max_tokens=20, max_sentences=4, longest=12))

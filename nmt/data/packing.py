@@ -48,7 +48,7 @@ class PackedShape:
     def of(cls, *, max_tokens: int, max_sentences: int, longest: int) -> Self:
         """Return the shape for batches of at most so many tokens a side, sentences, and tokens a sentence."""
         num_fillers = max(8, -(-max_tokens // _TOKENS_OF_A_FILLER))
-        length = -(-(max_tokens + num_fillers) // 8) * 8  # tensor cores multiply by eights
+        length = -(-(max_tokens + num_fillers) // 64) * 64  # in which GPUs multiply
         return cls(length, max_sentences + num_fillers, max(longest, -(-length // num_fillers)))
 
 
@@ -184,6 +184,7 @@ class PackedDataset:
 
 def pack_pairs(pairs: Sequence[Pair], shape: PackedShape) -> PackedTranslationBatch:
     """Lay pairs, at least one, one after another; on the CPU."""
+    assert len(pairs) < shape.num_parts, "more sentences than the shape has room for"
     sources, targets = zip(*pairs, strict=True)
     lengths = np.zeros((2, shape.num_parts), dtype=np.int64)
     for side, sentences in enumerate((sources, targets)):

@@ -203,11 +203,15 @@ def linear_cross_entropy(
 
 
 @cache
-def _loss_kernel() -> ModuleType | None:
-    """Return `nmt.models.loss_kernel`, or None where Triton is missing."""
+def _loss_kernel(device: torch.device) -> ModuleType | None:
+    """Return `nmt.models.loss_kernel`, or None where Triton, or the C compiler that it calls, does not work."""
     try:
         from nmt.models import loss_kernel
-    except ImportError:
+
+        logits, target = torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        loss_kernel.softmax_gradient_(logits, target, extra=1.0, ignored=None)
+        torch.cuda.synchronize(device)
+    except Exception:  # of Triton, of the compiler, of the driver; `packed.have_kernels` says so
         return None
     return loss_kernel
 
@@ -250,9 +254,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=accurate)
         loss = torch.zeros((), dtype=accurate, device=features.device)
         nll = torch.zeros_like(loss)
-        kernel = (
-            _loss_kernel() if features.dtype in (torch.bfloat16, torch.float16) and features.is_cuda else None
-        )
+        is_half = features.dtype in (torch.bfloat16, torch.float16)
+        kernel = _loss_kernel(features.device) if features.is_cuda and is_half else None
         at_once = _LOGITS_AT_ONCE.get(features.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
         if kernel is not None:
             at_once = _LOGITS_OF_KERNEL_AT_ONCE

@@ -3,6 +3,7 @@
 Shapes: N, M tokens of the rows of queries and keys, P parts, I items, H heads, E head size, D = H*E model.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -40,6 +41,8 @@ class Spans:
     keys: PackedTokens
     is_causal: bool = False
     """Each token attends to those up to itself (a row to itself)."""
+    by_kernels: bool = False
+    """Whether our own kernels compute it, see `have_kernels`."""
 
 
 def attend_to_self(projected: Tensor, spans: Spans, *, num_heads: int, dropout: float) -> Tensor:
@@ -54,7 +57,7 @@ def attend_to_self(projected: Tensor, spans: Spans, *, num_heads: int, dropout: 
     Returns:
         (1, N, D): the heads side by side.
     """
-    if _takes_kernels(projected, projected.size(2) // (3 * num_heads)):
+    if spans.by_kernels:
         return _by_kernels(projected[0], None, spans, num_heads=num_heads, dropout=dropout)
     query, keys, values = projected.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     return _attend(query, keys, values, spans, dropout=dropout)
@@ -75,26 +78,38 @@ def attend_to_other(
     Returns:
         (1, N, D).
     """
-    if _takes_kernels(query, query.size(2) // num_heads):
+    if spans.by_kernels:
         return _by_kernels(query[0], projected[0], spans, num_heads=num_heads, dropout=dropout)
     (heads,) = query.unflatten(-1, (1, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     keys, values = projected.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     return _attend(heads, keys, values, spans, dropout=dropout)
 
 
-def _takes_kernels(x: Tensor, head_size: int) -> bool:
-    """Return whether our own kernels compute this: half precision on a GPU, sizes that they multiply by."""
-    is_half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.is_cuda and is_half and head_size in (16, 32, 64, 128) and _kernels() is not None
-
-
 @cache
-def _kernels() -> ModuleType | None:
-    """Return `nmt.models.packed_kernels`, or None where Triton is missing."""
+def have_kernels(dtype: torch.dtype, head_size: int, device: torch.device) -> bool:
+    """Return whether our own kernels attend here: in half precision on a GPU, where Triton and a C compiler work.
+
+    They are tried out the first time; a warning says why they cannot be used.
+    """
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or not is_half or head_size not in (16, 32, 64, 128):
+        return False
     try:
-        from nmt.models import packed_kernels
-    except ImportError:
-        return None
+        _kernels().try_out(dtype, head_size, device)
+    except (
+        Exception
+    ) as error:  # of Triton, of the compiler that it calls, of the driver: there is no common type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+        warnings.warn(
+            f"training is slower than it could be: Triton does not work here ({reason})", stacklevel=2
+        )
+        return False
+    return True
+
+
+def _kernels() -> ModuleType:
+    from nmt.models import packed_kernels  # Triton is where PyTorch is built for GPUs
+
     return packed_kernels
 
 
@@ -103,7 +118,6 @@ def _by_kernels(
 ) -> Tensor:
     """(N, 3*D), or (N, D) and (M, 2*D) -> (1, N, D)."""
     kernels = _kernels()
-    assert kernels is not None
     queries, keys = spans.queries, spans.keys
     device = query.device
     # Nothing reads the seed where nothing is dropped.

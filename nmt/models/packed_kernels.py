@@ -20,13 +20,13 @@ BLOCK = 128
 
 
 @triton.jit
-def _keep(seed: Any, head: Any, rows: Any, columns: Any, num_columns: Any, dropout: Any) -> Any:
+def _keep(seed, head, rows, columns, num_columns, dropout):
     """Say which attention weights are kept: a function of the seed and their place alone."""
     return tl.rand(seed + head, rows * num_columns + columns) >= dropout
 
 
 @triton.jit
-def _allowed(q_part: Any, k_part: Any, q_at: Any, k_at: Any, CAUSAL: tl.constexpr) -> Any:
+def _allowed(q_part, k_part, q_at, k_at, CAUSAL: tl.constexpr):
     allowed = q_part[:, None] == k_part[None, :]
     if CAUSAL:
         allowed = allowed & (k_at[None, :] <= q_at[:, None])
@@ -35,8 +35,9 @@ def _allowed(q_part: Any, k_part: Any, q_at: Any, k_at: Any, CAUSAL: tl.constexp
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, items, q_parts, k_parts, seed_at, scale, dropout, q_stride, k_stride, num_q, num_k,
-    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    q, k, v, out, lse, items, q_parts, k_parts, seed_at, scale, dropout,
+    q_stride, k_stride, out_stride, num_q, num_k,
+    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0), tl.program_id(1)
@@ -76,7 +77,7 @@ def _forward(
         is_empty = total == 0.0
         total = tl.where(is_empty, 1.0, total)
         summed = summed / total[:, None]
-        place = q_at[:, None] * (H * E) + head * E + sizes[None, :]
+        place = q_at[:, None] * out_stride + head * E + sizes[None, :]
         tl.store(out + place, summed.to(out.dtype.element_ty), mask=q_in[:, None])
         # The weights of a row without keys are zero in the backward pass too.
         tl.store(
@@ -87,8 +88,8 @@ def _forward(
 @triton.jit
 def _backward_queries(
     q, k, v, out, grad_out, lse, delta, grad_q, items, q_parts, k_parts, seed_at, scale, dropout,
-    q_stride, k_stride, grad_q_stride, num_q, num_k,
-    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    q_stride, k_stride, out_stride, grad_q_stride, num_q, num_k,
+    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0), tl.program_id(1)
@@ -101,7 +102,7 @@ def _backward_queries(
         query = tl.load(
             q + q_at[:, None] * q_stride + head * E + sizes[None, :], mask=q_in[:, None], other=0.0
         )
-        place = q_at[:, None] * (H * E) + head * E + sizes[None, :]
+        place = q_at[:, None] * out_stride + head * E + sizes[None, :]
         grad = tl.load(grad_out + place, mask=q_in[:, None], other=0.0)
         result = tl.load(out + place, mask=q_in[:, None], other=0.0)
         q_delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
@@ -132,8 +133,8 @@ def _backward_queries(
 @triton.jit
 def _backward_keys(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, items, q_parts, k_parts, seed_at, scale, dropout,
-    q_stride, k_stride, grad_k_stride, num_q, num_k,
-    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    q_stride, k_stride, out_stride, grad_k_stride, num_q, num_k,
+    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0), tl.program_id(1)
@@ -155,7 +156,7 @@ def _backward_keys(
             query = tl.load(
                 q + q_at[:, None] * q_stride + head * E + sizes[None, :], mask=q_in[:, None], other=0.0
             )
-            place = q_at[:, None] * (H * E) + head * E + sizes[None, :]
+            place = q_at[:, None] * out_stride + head * E + sizes[None, :]
             grad = tl.load(grad_out + place, mask=q_in[:, None], other=0.0)
             q_lse = tl.load(lse + head * num_q + q_at, mask=q_in, other=float("inf"))
             q_delta = tl.load(delta + head * num_q + q_at, mask=q_in, other=0.0)
@@ -211,9 +212,9 @@ def attend_packed(
     lse = torch.empty((num_heads, num_q), dtype=torch.float32, device=q.device)
     _forward[(q_items.size(0), num_heads)](
         q, k, v, out, lse, q_items, q_parts, k_parts, seed, size**-0.5, dropout,
-        q.stride(0), k.stride(0), num_q, k.size(0),
-        OTHER=k_side, CAUSAL=is_causal, DROPS=dropout > 0.0, H=num_heads, E=size, BLOCK=BLOCK,
-        num_warps=4, num_stages=1,
+        q.stride(0), k.stride(0), out.stride(0), num_q, k.size(0),
+        OTHER=k_side, CAUSAL=is_causal, DROPS=dropout > 0.0, E=size, BLOCK=BLOCK,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     return out, lse
 
@@ -256,16 +257,16 @@ def attend_packed_backward(
     grad = grad.contiguous()
     delta = torch.empty_like(lse)
     shared: dict[str, Any] = {
-        **{"CAUSAL": is_causal, "DROPS": dropout > 0.0, "H": num_heads, "E": size, "BLOCK": BLOCK},
+        **{"CAUSAL": is_causal, "DROPS": dropout > 0.0, "E": size, "BLOCK": BLOCK},
         **{"num_warps": 8, "num_stages": 1},
     }
     _backward_queries[(q_items.size(0), num_heads)](
         q, k, v, out, grad, lse, delta, grad_q, q_items, q_parts, k_parts, seed, size**-0.5, dropout,
-        q.stride(0), k.stride(0), grad_q.stride(0), num_q, num_k, OTHER=k_side, **shared,
+        q.stride(0), k.stride(0), out.stride(0), grad_q.stride(0), num_q, num_k, OTHER=k_side, **shared,
     )  # fmt: skip
     _backward_keys[(k_items.size(0), num_heads)](
         q, k, v, grad, lse, delta, grad_k, grad_v, k_items, q_parts, k_parts, seed, size**-0.5, dropout,
-        q.stride(0), k.stride(0), grad_k.stride(0), num_q, num_k, OTHER=q_side, **shared,
+        q.stride(0), k.stride(0), out.stride(0), grad_k.stride(0), num_q, num_k, OTHER=q_side, **shared,
     )  # fmt: skip
     return first, second
 
@@ -313,3 +314,15 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, lse, *tables = ctx.saved_tensors
         first, second = attend_packed_backward(grad, q, k, v, out, lse, *tables, *ctx.settings, ctx.is_self)
         return first, None if ctx.is_self else second, None, None
+
+
+def try_out(dtype: torch.dtype, head_size: int, device: torch.device) -> None:
+    """Attend once, forward and backward; raise what Triton raises where it, or a C compiler, is not in order."""
+    length = 16
+    items = torch.tensor([[0, length, 0, length, 0, length]], dtype=torch.int32, device=device)
+    parts = torch.zeros(length, dtype=torch.int32, device=device)
+    qkv = torch.zeros(length, 3 * head_size, dtype=dtype, device=device, requires_grad=True)
+    with torch.enable_grad():
+        out = attend(qkv, None, (items, items, parts, parts, parts), (1, SOURCE, SOURCE, False, 0.0))
+        torch.autograd.grad(out.sum(), qkv)
+    torch.cuda.synchronize(device)

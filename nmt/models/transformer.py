@@ -14,7 +14,7 @@ from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual, recomputed
 from nmt.models.decoder_state import DecoderState, LayerState, Memory
 from nmt.models.options import TransformerOptions
-from nmt.models.packed import PackedTokens, Spans
+from nmt.models.packed import PackedTokens, Spans, have_kernels
 
 
 class Transformer(nn.Module):
@@ -102,6 +102,7 @@ class Encoder(nn.Module):
     def __init__(self, options: TransformerOptions, *, vocabulary_size: int, pad_id: int) -> None:
         super().__init__()
         dim = options.encoder_embed_dim
+        self.head_size = dim // options.encoder_attention_heads
         self.embedding = Embedding(
             vocabulary_size,
             dim,
@@ -121,9 +122,9 @@ class Encoder(nn.Module):
 
     def packed(self, source: PackedTokens) -> Tensor:
         """Encode a packed row of N tokens: (1, N, D)."""
-        return self._run_layers(
-            self.embedding(source.ids[None], positions=source.positions), Spans(source, source)
-        )
+        x = self.embedding(source.ids[None], positions=source.positions)
+        by_kernels = have_kernels(x.dtype, self.head_size, x.device)
+        return self._run_layers(x, Spans(source, source, by_kernels=by_kernels))
 
     def _run_layers(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -138,6 +139,7 @@ class Decoder(nn.Module):
     def __init__(self, options: TransformerOptions, *, vocabulary_size: int, pad_id: int) -> None:
         super().__init__()
         dim = options.decoder_embed_dim
+        self.head_size = dim // options.decoder_attention_heads
         self.embedding = Embedding(
             vocabulary_size,
             dim,
@@ -173,7 +175,11 @@ class Decoder(nn.Module):
     def packed(self, target_input: PackedTokens, encoded: Tensor, source: PackedTokens) -> Tensor:
         """Decode a packed row of M tokens from its encoded source (1, N, D): (M, D)."""
         x = self.embedding(target_input.ids[None], positions=target_input.positions)
-        spans = (Spans(target_input, target_input, is_causal=True), Spans(target_input, source))
+        by_kernels = have_kernels(x.dtype, self.head_size, x.device)
+        spans = (
+            Spans(target_input, target_input, is_causal=True, by_kernels=by_kernels),
+            Spans(target_input, source, by_kernels=by_kernels),
+        )
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             x = recomputed(layer, x, encoded, spans=spans) if recompute else layer(x, encoded, spans=spans)

@@ -12,7 +12,10 @@ their shapes is timed apart. Needs no package that nmt does not, but the peer.
 """
 
 import argparse
+import os
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -131,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument(
-        "--precision", nargs="+", default=["bf16", "fp32", "fp16"], choices=("fp32", "bf16", "fp16")
+        "--precision", nargs="*", default=["bf16", "fp32", "fp16"], choices=("fp32", "bf16", "fp16")
     )
     parser.add_argument("--updates", type=int, default=60, help="that are timed")
     parser.add_argument("--pairs", type=int, default=100_000)
@@ -368,4 +371,9 @@ def synchronize(device: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # at once, whatever processes read batches
