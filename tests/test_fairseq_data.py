@@ -85,3 +85,17 @@ def test_two_pairs_of_languages_are_refused(directory: Path) -> None:
     write_split(directory, "test", languages=("de", "en"))
     with pytest.raises(UserError, match="one pair of languages, but holds de-en, en-de"):
         DataDirectory(directory)
+
+
+@pytest.mark.parametrize("lang", ["en", "de"])
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_dictionary_that_is_too_short_for_the_data_is_refused(
+    directory: Path, lang: str, split: str
+) -> None:
+    dictionary = directory / f"dict.{lang}.txt"
+    dictionary.write_text(dictionary.read_text().split("\n")[0] + "\n")
+    task = TranslationOptions(data=directory).build(None)
+    with pytest.raises(
+        UserError, match=rf"{split}\.en-de\.{lang}\.bin .* since .*dict\.{lang}\.txt has 5 types"
+    ):
+        task.open_split(split)

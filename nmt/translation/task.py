@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nmt.data.batching import cut_batches
-from nmt.data.data_directory import DataDirectory
+from nmt.data.data_directory import DataDirectory, dictionary_name
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
 from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
@@ -89,11 +89,14 @@ class TranslationTask:
             (directory.target_lang, self.target_vocabulary),
         ):
             _check_same_vocabulary(vocabulary, directory, lang)
-        dataset = ParallelDataset(
-            IndexedDataset(directory.split_prefix(split, directory.source_lang)),
-            IndexedDataset(directory.split_prefix(split, directory.target_lang)),
-            split=split,
+        source, target = (
+            _open_side(directory, split, lang, vocabulary)
+            for lang, vocabulary in (
+                (directory.source_lang, self.source_vocabulary),
+                (directory.target_lang, self.target_vocabulary),
+            )
         )
+        dataset = ParallelDataset(source, target, split=split)
         if split == "valid" and self.options.eval_bleu:
             self._bleu(["a"], ["a"])  # a tokeniser that is missing is found out here
         longest = dataset.sizes.max(axis=0).tolist()
@@ -207,6 +210,13 @@ def _loss_of(options: TranslationOptions) -> TranslationLoss:
     if options.r_drop:
         return partial(r_drop_loss, label_smoothing=options.label_smoothing, alpha=options.r_drop)
     return partial(translation_loss, label_smoothing=options.label_smoothing)
+
+
+def _open_side(directory: DataDirectory, split: str, lang: str, vocabulary: Vocabulary) -> IndexedDataset:
+    """Open one side of a split, and look whether it belongs to its vocabulary."""
+    side = IndexedDataset(directory.split_prefix(split, lang))
+    side.check_ids(len(vocabulary), directory.path / dictionary_name(lang))
+    return side
 
 
 def _read_lines(path: Path) -> list[str]:
