@@ -50,14 +50,17 @@ class Translation:
     hypotheses: list[Hypothesis]
     source_ids: NDArray[Any]  # (S,) the pieces that were translated, without eos
     num_dropped_pieces: int = 0  # at the end of a source that is too long: they were not translated
-    num_parts: int = (
-        1  # of a source that is too long: they were translated apart; eos stands between their ids
-    )
+    parts: Sequence[str] = ()  # of a source that is too long: they were translated apart; none if it was not
 
     @property
     def text(self) -> str:
         """The best translation."""
         return self.texts[0] if self.texts else ""
+
+    @property
+    def num_parts(self) -> int:
+        """How many sentences were translated; eos stands between their ids."""
+        return max(len(self.parts), 1)
 
 
 class ScoredText(NamedTuple):
@@ -382,9 +385,12 @@ class Translator:
                     limit=longest,
                     count_pieces=lambda text: len(self.source_segmenter.encode([text])[0]),
                 )
-                parts = [part for part in self.source_segmenter.encode(texts) if len(part)]
-                num_dropped = sum(max(len(part) - longest, 0) for part in parts)
-                sentences.append(_Sentences([part[:longest] for part in parts], num_dropped))
+                encoded = zip(texts, self.source_segmenter.encode(texts), strict=True)
+                kept = [(text, part) for text, part in encoded if len(part)]
+                num_dropped = sum(max(len(part) - longest, 0) for _, part in kept)
+                sentences.append(
+                    _Sentences([part[:longest] for _, part in kept], num_dropped, [text for text, _ in kept])
+                )
         return sentences
 
     def _run_buffer(
@@ -454,7 +460,7 @@ class Translator:
             hypotheses,
             sentences.ids,
             num_dropped_pieces=sentences.num_dropped,
-            num_parts=len(sentences.parts),
+            parts=sentences.texts,
         )
 
     def _padded(self, sentences: Sequence[NDArray[Any]]) -> Tensor:
@@ -467,6 +473,7 @@ class _Sentences:
 
     parts: list[NDArray[Any]]
     num_dropped: int = 0
+    texts: Sequence[str] = ()  # of the parts, where the line was split
 
     @property
     def ids(self) -> NDArray[Any]:
