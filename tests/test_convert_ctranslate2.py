@@ -252,7 +252,9 @@ def test_translations_that_are_cut_off_are_compared_by_their_scores(
     main([str(endless_model), "--to", "ctranslate2", str(tmp_path / "ct2"), "--sample-size", "10"])
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("CTranslate2 translates like the model")
-    assert re.match(r"float32: no translation ended by itself; [1-9]\d* cut off at the limit, compared by", second)
+    assert re.match(
+        r"float32: no translation ended by itself; [1-9]\d* cut off at the limit, compared by", second
+    )
 
 
 def test_a_difference_shows_where_no_translation_ends(endless_model: Path, tmp_path: Path) -> None:
@@ -260,7 +262,9 @@ def test_a_difference_shows_where_no_translation_ends(endless_model: Path, tmp_p
     spec = exporter.make_spec(translator)
     spec.decoder.projection.weight *= 1.1
     exporter._write(spec, tmp_path / "ct2", None)
-    agreement = exporter.compare(translator, ctranslate2.Translator(str(tmp_path / "ct2")), ["the dog", "a cat"])
+    agreement = exporter.compare(
+        translator, ctranslate2.Translator(str(tmp_path / "ct2")), ["the dog", "a cat"]
+    )
     assert (agreement.num_sentences, agreement.num_cut) == (0, 2)
     assert not agreement.is_exact()
 
@@ -276,7 +280,9 @@ def test_a_quantised_model_that_translates_all_otherwise_does_not_pass(model: Pa
     assert agreement.mean_difference > 1
 
 
-def test_a_sample_without_a_piece_to_translate_is_refused(model: Path, tmp_path: Path, fails: Convert) -> None:
+def test_a_sample_without_a_piece_to_translate_is_refused(
+    model: Path, tmp_path: Path, fails: Convert
+) -> None:
     (tmp_path / "blank").write_text("\u00ad\n\u0085\n")
     arguments = (model, "--to", "ctranslate2", tmp_path / "out", "--sample", tmp_path / "blank")
     assert "`sample` must have lines to translate, but is blank." in fails(*arguments)

@@ -68,7 +68,9 @@ class Agreement:
                 f"{self.num_equal:,} of {self.num_sentences:,} translations equal, {self.num_ties:,} ties, "
                 f"{len(self.faults):,} others"
             )
-        cut = f"; {self.num_cut:,} cut off at the limit, compared by their scores alone" if self.num_cut else ""
+        cut = (
+            f"; {self.num_cut:,} cut off at the limit, compared by their scores alone" if self.num_cut else ""
+        )
         return (
             f"{found}{cut}; scores differ by {self.largest_difference:.1e} at most, "
             f"{self.mean_difference:.1e} on average"
