@@ -18,7 +18,7 @@ from nmt.errors import UserError
 from nmt.forecast import forecast
 from nmt.memory import find_packed_split, find_split
 from nmt.options import TrainConfig
-from nmt.preparation import left_out, packing, refuse_other_run, with_max_tokens
+from nmt.preparation import check_model, left_out, packing, refuse_other_run, with_max_tokens
 from nmt.progress import Direction, Progress
 from nmt.reports import Clock, Reports
 from nmt.run_log import RunLog, read_records
@@ -152,6 +152,7 @@ class Run:
     def describe(self) -> list[str]:
         """Return the lines that tell what the run is going to be; changes nothing."""
         lines = left_out(self.batches, self.config)  # first, since it ends the run if nothing is left
+        check_model(self.task, self.trainer.model, self.world)
         self._decide_split()
         return lines + forecast(
             self.config,

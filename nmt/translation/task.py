@@ -1,6 +1,7 @@
 """The translation task: vocabularies, data, model, loss, and BLEU on the validation set."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, Vocabulary
 from nmt.distributed import World
 from nmt.errors import UserError
-from nmt.generation.generator import Generator
+from nmt.generation.generator import Generator, TranslationModel
 from nmt.generation.options import DecodingOptions
 from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
+from nmt.models.search_form import search_form
 from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
 from nmt.translation.assets import TranslationAssets
@@ -55,6 +57,7 @@ class TranslationTask:
         if options.eval_bleu:
             self.metrics = {**self.metrics, "bleu": "max"}
         self.assets = assets
+        self._said: str | None = None
         self.source_lang, self.target_lang = assets.source_lang, assets.target_lang
         self.source_vocabulary = assets.vocabulary(self.source_lang)
         self.target_vocabulary = assets.vocabulary(self.target_lang)
@@ -175,11 +178,16 @@ class TranslationTask:
     ) -> dict[int, list[int]]:
         """Return the tokens of the best translation of each example in the batches of indices."""
         decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
-        fast = InferenceTransformer(model)  # made each time: it holds the weights as they are now
+        fast = self._search_form(model, world)  # made each time: it holds the weights as they are now
         # Training goes on in the memory of what is recorded: that is made anew too.
-        static_search = StaticSearch([fast]) if world.device.type == "cuda" else None
+        is_in_place = world.device.type == "cuda" and isinstance(fast, InferenceTransformer)
         generator = Generator(
-            [fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, static_search=static_search
+            [fast],
+            decoding,
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            static_search=StaticSearch([fast]) if is_in_place else None,
         )
         translations: dict[int, list[int]] = {}
         for indices in batches:
@@ -187,6 +195,20 @@ class TranslationTask:
             for index, hypotheses in zip(indices.tolist(), generator.generate(source), strict=True):
                 translations[index] = hypotheses[0].tokens
         return translations
+
+    def check_model(self, model: nn.Module, world: World) -> None:
+        """Say so on rank 0 if validations cannot search by the fast form of the model."""
+        assert isinstance(model, Transformer)
+        if self.options.eval_bleu:
+            self._search_form(model, world)
+
+    def _search_form(self, model: Transformer, world: World) -> TranslationModel:
+        form, remark = search_form(model)
+        if remark is not None and remark != self._said:
+            self._said = remark  # once, and not at each validation
+            if world.is_main:
+                print(f"warning: {remark}", file=sys.stderr)
+        return form
 
     def _bleu(self, texts: Sequence[str], references: Sequence[str]) -> float:
         from nmt.translation.scoring import bleu  # sacreBLEU is not loaded to translate alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from nmt.generation.options import DecodingKeywords, DecodingOptions
 from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
 from nmt.models.int8 import check_int8
+from nmt.models.search_form import search_form
 from nmt.models.transformer import Transformer
 from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.translation.batches import Batching, BatchRunner, free_memory
@@ -110,7 +112,11 @@ class Translator:
         _check_precision(precision, device)
         self.models = models
         dtype = _TYPES[precision]
-        self.fast_models = [InferenceTransformer(model, dtype) for model in models]
+        forms = [search_form(model, dtype) for model in models]
+        self.fast_models = [form.model for form in forms]
+        self.remarks = [form.remark for form in forms if form.remark is not None]
+        for remark in self.remarks:
+            print(f"warning: {remark}", file=sys.stderr)
         if torch.device(device).type == "cuda":
             leave_out_cudnn_attention()
         if torch.device(device).type == "cpu":
@@ -119,7 +125,9 @@ class Translator:
         self.device = torch.device(device)
         if in_place is None:
             in_place = self.device.type == "cuda"
-        self.static_search = StaticSearch(self.fast_models) if in_place else None
+        fast = [model for model in self.fast_models if isinstance(model, InferenceTransformer)]
+        can_be_in_place = len(fast) == len(models)  # none is run as it is
+        self.static_search = StaticSearch(fast) if in_place and can_be_in_place else None
         # Before a search has taken any of it: batches stay of one size.
         self._free_memory = free_memory(self.device)
         self.source_segmenter = (
@@ -515,17 +523,25 @@ def _load(path: Path, device: torch.device | str) -> tuple[Transformer, Translat
     return model, task
 
 
-def _largest_of_a_step(models: Sequence[InferenceTransformer]) -> int:
+def _largest_of_a_step(models: Sequence[InferenceTransformer | Transformer]) -> int:
     """Return how many bytes the largest tensor has that each step makes anew, with batches of usual size."""
     sizes = []
     for model in models:
-        plain, itemsize = model.plain, model.product_dtype.itemsize
+        if isinstance(model, InferenceTransformer):
+            plain, itemsize, product_itemsize = (
+                model.plain,
+                model.dtype.itemsize,
+                model.product_dtype.itemsize,
+            )
+        else:
+            plain = model
+            itemsize = product_itemsize = model.output_weight.dtype.itemsize
         num_logits = ROWS_AT_ONCE["cpu"] * plain.output_weight.size(0)
         # Those of several models are stacked.
-        sizes.append(num_logits * (model.dtype.itemsize if len(models) == 1 else 4 * len(models)))
+        sizes.append(num_logits * (itemsize if len(models) == 1 else 4 * len(models)))
         widest = max(x.out_features for x in plain.modules() if isinstance(x, nn.Linear))
-        memory = 2 * len(model.layers) * plain.output_weight.size(1)
-        sizes.append(_ROWS_OF_A_STEP * max(widest, memory) * itemsize)
+        memory = 2 * len(plain.decoder.layers) * plain.output_weight.size(1)
+        sizes.append(_ROWS_OF_A_STEP * max(widest, memory) * product_itemsize)
     # PyTorch asks for 2 MB more where tensors begin at huge pages, and glibc for a little more.
     return max(sizes) + 2**21 + 2**16
 
