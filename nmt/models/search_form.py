@@ -19,7 +19,8 @@ from nmt.models.known_parts import find_stranger
 from nmt.models.transformer import Transformer
 
 _BEAM = 2
-_LENGTH = 4
+_SOURCE_LENGTH = 3
+_NUM_STEPS = 2  # the one that is computed once a sentence, and one that looks at a past
 # Of the largest hidden state: rounding is far below, and what changes a translation far above.
 _TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
 _TOLERANCE = 0.1  # of types with less digits
@@ -63,9 +64,11 @@ def relative_difference(form: InferenceTransformer, model: Transformer) -> float
     Two sources of different lengths, for each two hypotheses that branch after their first token.
     """
     device = model.output_weight.device
-    num_steps = min(_LENGTH, model.max_target_positions)
+    num_steps = min(_NUM_STEPS, model.max_target_positions)
     source = _some_tokens(
-        model.encoder.embedding.tokens.weight, (2, min(_LENGTH, model.max_source_positions)), model.pad_id
+        model.encoder.embedding.tokens.weight,
+        (2, min(_SOURCE_LENGTH, model.max_source_positions)),
+        model.pad_id,
     )
     source[1, source.size(1) // 2 + 1 :] = model.pad_id
     target = _some_tokens(model.output_weight, (2 * _BEAM, num_steps), model.pad_id)
