@@ -99,3 +99,11 @@ def test_a_dictionary_that_is_too_short_for_the_data_is_refused(
         UserError, match=rf"{split}\.en-de\.{lang}\.bin .* since .*dict\.{lang}\.txt has 5 types"
     ):
         task.open_split(split)
+
+
+def test_a_split_without_pairs_is_refused(directory: Path) -> None:
+    for lang in ("en", "de"):
+        with IndexedDatasetWriter(directory / f"valid.en-de.{lang}", np.dtype("<u2")):
+            pass
+    with pytest.raises(UserError, match=r"`valid` of .* must hold pairs, but is empty"):
+        TranslationOptions(data=directory).build(None).open_split("valid")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nmt.data.languages import is_written_without_blanks, language_of
+from nmt.data.languages import guess_language, is_written_without_blanks, language_of
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,23 @@ def test_script_tells_whether_words_have_blanks() -> None:
     )
     # Pinyin and romaji have them, and so have Korean and what is not known.
     assert not any(map(is_written_without_blanks, ["zh-Latn", "ja_Latn", "kor_Hang", "de", "xx", ""]))
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("我喜歡狗。 OK", "zh"),
+        ("私は犬が好きです。", "ja"),
+        ("東京都立図書館へ行く人。", "ja"),
+        ("나는 개를 좋아한다.", "ko"),
+        ("กขคงจ", "th"),
+        ("ကခဂ", "my"),
+        ("A dog runs. 犬", None),
+        ("Ein Hund läuft.", None),
+        ("собака", None),
+        ("12:30 …", None),
+        ("", None),
+    ],
+)
+def test_a_language_is_told_by_its_letters(text: str, language: str | None) -> None:
+    assert guess_language(text) == language

@@ -370,6 +370,16 @@ def test_text_that_the_model_hardly_knows_is_warned_of(tmp_path: Path) -> None:
     assert "of the pieces of train.de are bytes" in warning
 
 
+def test_a_target_language_that_is_not_named_as_such_is_warned_of(tmp_path: Path) -> None:
+    make_text(tmp_path, num_train=60)
+    for lang in ("tgt", "cmn_Hans"):
+        (tmp_path / f"train.{lang}").write_text("我喜歡狗。\n" * 60)
+        said: list[str] = []
+        preprocess(_options(tmp_path, target_lang=lang, destdir=tmp_path / lang), log=said.append)
+        warned = [line for line in said if "looks like `zh`, but its language is named" in line]
+        assert len(warned) == (lang == "tgt")
+
+
 def test_blank_training_text_is_named(tmp_path: Path) -> None:
     for lang in ("en", "de"):
         (tmp_path / f"train.{lang}").write_text("\u00ad\n\u0085\n")

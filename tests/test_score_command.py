@@ -172,3 +172,12 @@ def test_empty_pipes_are_refused(
             main(arguments)
         assert error.value.code == 2
         assert "must hold one sentence per line, but is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "is_warned"), [([], True), (["--target-lang", "zho_Hans"], False)])
+def test_a_reference_whose_language_must_be_named_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], is_warned: bool
+) -> None:
+    chinese = write(tmp_path / "chinese", ["我喜歡狗。", "我喜歡貓。"])
+    main(["--hypothesis", chinese, "--reference", chinese, *flags])
+    assert ("warning: the reference looks like `zh`" in capsys.readouterr().err) == is_warned

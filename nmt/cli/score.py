@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nmt.translation.translator import Translator
 
 PROG = "nmt-score"
+_LINES_TO_GUESS_BY = 1000
 _DESCRIPTION = (
     "Score translations: against a reference by BLEU, chrF and TER, and against another system's; "
     "or by the log-probability that a model gives them."
@@ -48,9 +49,18 @@ def score_by_reference(options: ScoreOptions) -> None:
     from nmt.translation.scoring import RunningScores, compare
 
     assert options.reference is not None
+    from nmt.data.languages import guess_language
+
     language = options.target_lang or ""
     hypotheses, references = list(read_text(options.hypothesis)), list(read_text(options.reference))
     _check_count(options.hypothesis, len(hypotheses), options.reference, len(references))
+    guess = guess_language("".join(references[:_LINES_TO_GUESS_BY]))
+    if options.target_lang is None and guess is not None:
+        print(
+            f"{PROG}: warning: the reference looks like `{guess}`, whose words BLEU must know. "
+            f"Say so with --target-lang {guess}.",
+            file=sys.stderr,
+        )
     running = RunningScores(target_lang=language)
     running.add(hypotheses, references)
     for score in running.scores():

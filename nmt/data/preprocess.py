@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from nmt.data.blocks import (
 )
 from nmt.data.data_directory import FORMAT_VERSION, MODEL_NAME, RECORD_NAME, dictionary_name, split_name
 from nmt.data.indexed_dataset import smallest_dtype
+from nmt.data.languages import guess_language, language_of
 from nmt.data.options import PreprocessOptions
 from nmt.data.overwriting import check_inputs_stay, check_replaceable
 from nmt.data.segmenter import Segmenter, find_misnamed_pieces, read_vocabulary, train_segmenter
@@ -34,6 +36,7 @@ from nmt.new_folder import new_folder
 
 MAX_TRAINING_SENTENCES = 10_000_000  # of both sides together, for SentencePiece
 _LARGE_SHARE_TOO_LONG = 0.01
+_LINES_TO_GUESS_BY = 1000  # which language it is
 _LARGE_SHARE_UNKNOWN = 0.1  # of pieces that are unknown, or bytes
 
 Log = Callable[[str], object]
@@ -67,6 +70,8 @@ def preprocess(options: PreprocessOptions, *, log: Log, block_bytes: int = BLOCK
         check_inputs_stay(
             options.destdir, [file.path for split in splits.values() for file in (split.source, split.target)]
         )
+    for line in _look_at_language(options.target_lang, next(iter(splits.values())).target):
+        log(line)
     with new_folder(options.destdir, replaces=True) as folder:
         vocabulary = _make_segmenter(options, splits, folder / MODEL_NAME, log)
         segmenter = Segmenter(folder / MODEL_NAME, vocabulary)
@@ -100,6 +105,17 @@ def _check_splits(options: PreprocessOptions) -> dict[str, Split]:
             raise unequal_counts(source.path, source.num_lines, target.path, target.num_lines)
         splits[name] = Split(source, target)
     return splits
+
+
+def _look_at_language(lang: str, file: TextFile) -> Iterator[str]:
+    """Yield a line if a text looks like a language whose words BLEU must know, and its code says another one."""
+    lines = itertools.islice(read_lines(file.path), _LINES_TO_GUESS_BY)
+    guess = guess_language(b"".join(lines).decode("utf-8"))
+    if guess is not None and guess != language_of(lang):
+        yield (
+            f"warning: {file.path} looks like `{guess}`, but its language is named `{lang}`: BLEU will take other "
+            f"words. Name it by a code of `{guess}`."
+        )
 
 
 def _make_segmenter(

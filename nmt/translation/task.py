@@ -100,8 +100,14 @@ class TranslationTask:
             )
         )
         dataset = ParallelDataset(source, target, split=split)
+        if len(dataset) == 0:
+            raise UserError(f"`{split}` of `{directory.path}` must hold pairs, but is empty. Make it again.")
         if split == "valid" and self.options.eval_bleu:
             self._bleu(["a"], ["a"])  # a tokeniser that is missing is found out here
+            # So is a SentencePiece model that is not the dictionary's, and raw text that cannot be read.
+            self.target_segmenter.decode([[UNK_ID]])
+            if directory.has_raw_text:
+                self._references(dataset)
         longest = dataset.sizes.max(axis=0).tolist()
         model = self.options.model
         for side, length, limit in zip(
