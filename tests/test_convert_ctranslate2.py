@@ -289,3 +289,14 @@ def test_a_sample_without_a_piece_to_translate_is_refused(
     with pytest.raises(UserError, match="`sample` must have lines that the model can translate"):
         exporter.compare(Translator.load(model), None, [""])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_part_that_ctranslate2_does_not_have_is_named(model: Path, stack: str) -> None:
+    translator = Translator.load(model)
+    layer = getattr(translator.models[0], stack).layers[0]
+    layer.around_feed_forward.norm = torch.nn.RMSNorm(16)
+    with pytest.raises(
+        UserError, match=rf"cannot hold `{stack}\.layers\.0\.around_feed_forward\.norm`, .*RMSNorm"
+    ):
+        exporter.make_spec(translator)

@@ -24,6 +24,7 @@ from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
+from nmt.models.known_parts import find_stranger
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 from nmt.new_folder import new_folder
 from nmt.translation.translator import Translation, Translator
@@ -210,6 +211,10 @@ def make_spec(translator: Translator) -> Any:
     if len(translator.models) > 1:
         raise UserError(f"The model must be one for CTranslate2, but are {len(translator.models)} that vote.")
     model, task = translator.models[0], translator.task
+    if (stranger := find_stranger(model, within_encoder=True)) is not None:
+        raise UserError(
+            f"The model must be made of parts that CTranslate2 has, but it cannot hold {stranger[:-1]}."
+        )
     encoder = _fill_encoder(model.encoder)
     spec = transformer_spec.TransformerSpec(encoder, _fill_decoder(model))
     spec.register_source_vocabulary(_names(task.source_vocabulary, task.source_lang))

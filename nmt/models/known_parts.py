@@ -19,7 +19,7 @@ _NORM = (nn.LayerNorm,)
 # What stands where in a part whose weights are taken over.
 _PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
     Transformer: {"encoder": (Encoder,), "decoder": (Decoder,)},
-    Encoder: {},  # what stands in it runs as it is, but for the parts of `is_known`
+    Encoder: {"embedding": (Embedding,), "layers": (nn.ModuleList,), "final_norm": (*_NORM, nn.Identity)},
     Decoder: {"embedding": (Embedding,), "layers": (nn.ModuleList,), "final_norm": (*_NORM, nn.Identity)},
     DecoderLayer: {
         "self_attention": (SelfAttention,),
@@ -27,6 +27,12 @@ _PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
         "feed_forward": (FeedForward,),
         "around_self_attention": (Residual,),
         "around_cross_attention": (Residual,),
+        "around_feed_forward": (Residual,),
+    },
+    EncoderLayer: {
+        "self_attention": (SelfAttention,),
+        "feed_forward": (FeedForward,),
+        "around_attention": (Residual,),
         "around_feed_forward": (Residual,),
     },
     SelfAttention: {"qkv_proj": LINEAR, "out_proj": LINEAR},
@@ -39,12 +45,15 @@ _PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
 CONTAINERS = (Encoder, nn.ModuleList, EncoderLayer, SelfAttention)
 
 
-def find_stranger(model: Transformer) -> str | None:
-    """Return the first part of a model, by name and class, that is not what `InferenceTransformer` knows.
+def find_stranger(model: Transformer, *, within_encoder: bool) -> str | None:
+    """Return the first part of a model, by name and class, that is not just what its class says.
 
-    Of the encoder only what stands outside of its layers counts.
+    Args:
+        model: The model.
+        within_encoder: Whether what stands in the encoder counts, too, or only the encoder as such.
     """
-    return next(_strangers(model, (Transformer,), "the model"), None)
+    runs_as_it_is = () if within_encoder else (Encoder,)
+    return next(_strangers(model, (Transformer,), "the model", runs_as_it_is), None)
 
 
 def is_known(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
@@ -57,7 +66,13 @@ def is_as_its_class(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bo
     return type(module) in types and _fault(module) is None
 
 
-def _strangers(module: object, types: tuple[type[nn.Module], ...], name: str) -> Iterator[str]:
+def _strangers(
+    module: object,
+    types: tuple[type[nn.Module], ...],
+    name: str,
+    runs_as_it_is: tuple[type[nn.Module], ...] = (),
+) -> Iterator[str]:
+    """Yield what is strange about a part that should be of one of these classes, and about the parts in it."""
     if type(module) not in types:
         known = " or ".join(type_.__name__ for type_ in types)
         yield f"`{name}`, which is of the class {type(module).__name__} and not {known},"
@@ -66,12 +81,14 @@ def _strangers(module: object, types: tuple[type[nn.Module], ...], name: str) ->
     if (fault := _fault(module)) is not None:
         yield f"`{name}` ({type(module).__name__}), which {fault},"
         return
+    if type(module) in runs_as_it_is:
+        return
     prefix = "" if isinstance(module, Transformer) else f"{name}."
     for part, expected in _PARTS.get(type(module), {}).items():
-        yield from _strangers(getattr(module, part, None), expected, f"{prefix}{part}")
+        yield from _strangers(getattr(module, part, None), expected, f"{prefix}{part}", runs_as_it_is)
     if isinstance(module, nn.ModuleList):
         for number, layer in enumerate(module):
-            yield from _strangers(layer, (DecoderLayer,), f"{prefix}{number}")
+            yield from _strangers(layer, (EncoderLayer, DecoderLayer), f"{prefix}{number}")
 
 
 def _fault(module: nn.Module) -> str | None:

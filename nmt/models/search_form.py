@@ -41,7 +41,7 @@ def search_form(model: Transformer, dtype: torch.dtype | None = None) -> SearchF
         model: It is not changed.
         dtype: As for `InferenceTransformer`. The model itself keeps its own type.
     """
-    if (stranger := find_stranger(model)) is not None:
+    if (stranger := find_stranger(model, within_encoder=False)) is not None:
         return SearchForm(
             model, f"{stranger} is unknown to the fast form of the decoder: {_as_it_is(model, dtype)}"
         )
