@@ -19,7 +19,7 @@ from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, Vocabulary
 from nmt.distributed import World
 from nmt.errors import UserError
-from nmt.generation.generator import Generator, TranslationModel
+from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
@@ -186,14 +186,11 @@ class TranslationTask:
         decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
         fast = self._search_form(model, world)  # made each time: it holds the weights as they are now
         # Training goes on in the memory of what is recorded: that is made anew too.
-        is_in_place = world.device.type == "cuda" and isinstance(fast, InferenceTransformer)
+        static_search = None
+        if world.device.type == "cuda" and isinstance(fast, InferenceTransformer):
+            static_search = StaticSearch([fast])
         generator = Generator(
-            [fast],
-            decoding,
-            pad_id=PAD_ID,
-            eos_id=EOS_ID,
-            unk_id=UNK_ID,
-            static_search=StaticSearch([fast]) if is_in_place else None,
+            [fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, static_search=static_search
         )
         translations: dict[int, list[int]] = {}
         for indices in batches:
@@ -208,7 +205,7 @@ class TranslationTask:
         if self.options.eval_bleu:
             self._search_form(model, world)
 
-    def _search_form(self, model: Transformer, world: World) -> TranslationModel:
+    def _search_form(self, model: Transformer, world: World) -> InferenceTransformer | Transformer:
         form, remark = search_form(model)
         if remark is not None and remark != self._said:
             self._said = remark  # once, and not at each validation
