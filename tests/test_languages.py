@@ -2,7 +2,7 @@
 
 import pytest
 
-from nmt.data.languages import guess_language, is_written_without_blanks, language_of
+from nmt.data.languages import guess_language, is_named_otherwise, is_written_without_blanks, language_of
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,14 @@ def test_script_tells_whether_words_have_blanks() -> None:
 )
 def test_a_language_is_told_by_its_letters(text: str, language: str | None) -> None:
     assert guess_language(text) == language
+
+
+def test_languages_of_one_script_are_not_taken_for_misnamed() -> None:
+    assert not any(
+        is_named_otherwise(code, guess)
+        for code, guess in (("dzo_Tibt", "bo"), ("shn_Mymr", "my"), ("yue", "zh"), ("jpn", "ja"))
+    )
+    assert all(
+        is_named_otherwise(code, guess)
+        for code, guess in (("tgt", "zh"), ("zh", "ja"), ("en", "th"), ("zh_Latn", "th"))
+    )

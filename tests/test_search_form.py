@@ -94,6 +94,11 @@ def _without_bias(layer: Layer) -> None:
     layer.self_attention.out_proj = nn.Linear(linear.in_features, linear.out_features, bias=False).double()
 
 
+def _activate_by(layer: Layer, activation: nn.Module) -> None:
+    del layer.feed_forward.activation  # a function, which a module may not take the place of
+    layer.feed_forward.activation = activation
+
+
 STRANGERS: dict[str, Callable[[Layer], object]] = {
     "gated feed-forward": lambda layer: _become(layer.feed_forward, GatedFeedForward),
     "other norm": lambda layer: setattr(
@@ -117,6 +122,7 @@ STRANGERS: dict[str, Callable[[Layer], object]] = {
     "hook": lambda layer: layer.feed_forward.expand.register_forward_hook(lambda _, __, y: 2.0 * y),
     "hook before": lambda layer: layer.self_attention.register_forward_pre_hook(lambda _, x: (0.5 * x[0],)),
     "own forward": _own_forward,
+    "module for the activation": lambda layer: _activate_by(layer, nn.PReLU(init=-0.5, dtype=torch.float64)),
 }
 
 
@@ -176,6 +182,14 @@ def test_strangers_outside_of_layers_are_run_as_they_are(name: str, cls: type[nn
     assert form is model
     assert remark is not None and f"of the class {cls.__name__} and not" in remark
     assert_same_search(form, model)
+
+
+def test_heads_of_other_sizes_in_one_layer_show_in_a_small_batch() -> None:
+    model = random_transformer(3, torch.float64)
+    model.decoder.layers[1].self_attention.num_heads = 2
+    form, remark = search_form(model)
+    assert form is model
+    assert remark is not None and "computes something else" in remark
 
 
 def test_an_embedding_of_the_encoder_may_be_a_stranger() -> None:
@@ -312,6 +326,14 @@ def test_a_translator_says_why_it_takes_the_model_as_it_is(
     )
     found = list(translator.translate_lines(LINES, options))
     assert [x.hypotheses[0].tokens for x in found] == [x[0].tokens for x in expected]
+
+
+def test_a_search_in_place_is_for_models_that_are_known(folder: Path) -> None:
+    plain = Translator.load(folder, in_place=True)
+    assert plain.static_search is not None
+    (model,) = plain.models
+    _become(model.decoder.layers[0].feed_forward, GatedFeedForward)
+    assert Translator([model], plain.task, device="cpu", in_place=True).static_search is None
 
 
 def test_a_run_says_so_before_its_first_update_and_once(

@@ -16,7 +16,7 @@ _CODES = {
     "th": "tha nod tts thai",
     "lo": "lao",
     "km": "khm kxm khmer",
-    "my": "mya bur burmese myanmar",
+    "my": "mya bur shn mnw blk burmese myanmar",
     "bo": "bod tib adx khg tibetan",
     "dz": "dzo dzongkha",
 }
@@ -55,6 +55,13 @@ def is_written_without_blanks(code: str) -> bool:
 
 def _parts(code: str) -> list[str]:
     return re.split(r"[-_.@]", code.lower())
+
+
+def is_named_otherwise(code: str, guess: str) -> bool:
+    """Return whether a code does not say that a language is to be treated as the one that its letters tell."""
+    if guess in ("zh", "ja", "ko"):
+        return language_of(code) != guess
+    return not is_written_without_blanks(code)  # others share a script, and are treated alike
 
 
 def guess_language(text: str) -> str | None:

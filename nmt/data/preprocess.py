@@ -26,7 +26,7 @@ from nmt.data.blocks import (
 )
 from nmt.data.data_directory import FORMAT_VERSION, MODEL_NAME, RECORD_NAME, dictionary_name, split_name
 from nmt.data.indexed_dataset import smallest_dtype
-from nmt.data.languages import guess_language, language_of
+from nmt.data.languages import guess_language, is_named_otherwise
 from nmt.data.options import PreprocessOptions
 from nmt.data.overwriting import check_inputs_stay, check_replaceable
 from nmt.data.segmenter import Segmenter, find_misnamed_pieces, read_vocabulary, train_segmenter
@@ -111,7 +111,7 @@ def _look_at_language(lang: str, file: TextFile) -> Iterator[str]:
     """Yield a line if a text looks like a language whose words BLEU must know, and its code says another one."""
     lines = itertools.islice(read_lines(file.path), _LINES_TO_GUESS_BY)
     guess = guess_language(b"".join(lines).decode("utf-8"))
-    if guess is not None and guess != language_of(lang):
+    if guess is not None and is_named_otherwise(lang, guess):
         yield (
             f"warning: {file.path} looks like `{guess}`, but its language is named `{lang}`: BLEU will take other "
             f"words. Name it by a code of `{guess}`."

@@ -101,6 +101,8 @@ def _fault(module: nn.Module) -> str | None:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
             return f"has a `{name}` of the type {type(tensor).__name__}"
+    if isinstance(module, FeedForward) and isinstance(module.activation, nn.Module):
+        return "has a module for its activation"
     if isinstance(module, (nn.Linear, nn.LayerNorm)):
         for name in ("weight", "bias"):
             if name not in module._parameters or module._parameters[name] is None:
