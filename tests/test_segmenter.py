@@ -97,6 +97,8 @@ def test_decoding_undoes_encoding_up_to_normalisation(segmenter: Segmenter, text
 
 def test_decoding_shows_unknown_tokens_and_keeps_one_line(segmenter: Segmenter) -> None:
     newline = segmenter.vocabulary.id("<0x0A>")
+    carriage_return = segmenter.vocabulary.id("<0x0D>")
+    assert segmenter.decode([[carriage_return, newline]]) == ["  "]
     assert segmenter.decode([[], [EOS_ID], [UNK_ID], [newline]]) == ["", "", " \u2047 ", " "]
     assert segmenter.pieces([0, UNK_ID, newline, EOS_ID]) == ["<s>", "<unk>", "<0x0A>", "</s>"]
 

@@ -88,15 +88,16 @@ class Segmenter:
     def decode(self, sequences: Iterable[Sequence[int] | NDArray[np.integer]]) -> list[str]:
         """Join the pieces of each sequence of ids into a line of text.
 
-        BOS, PAD and EOS are skipped, an unknown token is shown as SentencePiece shows it. A newline, which
-        byte pieces can spell, becomes a space: one sequence is one line.
+        BOS, PAD and EOS are skipped, an unknown token is shown as SentencePiece shows it. A newline or a carriage
+        return, which byte pieces can spell, becomes a space: one sequence is one line, whoever reads it.
         """
         model = self._model()
         texts = []
         for sequence in sequences:
             ids = np.asarray(sequence, dtype=np.int64)
             piece_ids = model.from_vocabulary[ids[ids >= UNK_ID]].tolist()
-            texts.append(model.processor.decode(piece_ids).replace("\n", " ") if piece_ids else "")
+            text = model.processor.decode(piece_ids) if piece_ids else ""
+            texts.append(text.replace("\n", " ").replace("\r", " "))
         return texts
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
