@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDatasetWriter
@@ -59,7 +60,9 @@ def test_a_task_takes_it_as_training_data(directory: Path, tmp_path: Path) -> No
     assert examples.sizes.tolist() == [[3, 4], [2, 2], [1, 3]]
     assert [ids.tolist() for ids in examples[0]] == [[5, 4, 2], [5, 6, 4, 2]]
     # Without raw text the references are the pieces.
-    scores = task.evaluate(task.build_model().eval(), examples, World(rank=0, size=1, device="cpu"))
+    scores = task.evaluate(
+        task.build_model().eval(), examples, World(rank=0, size=1, device=torch.device("cpu"))
+    )
     assert 0.0 <= scores["bleu"] <= 100.0
     saved = tmp_path / "saved"
     saved.mkdir()

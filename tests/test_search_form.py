@@ -341,7 +341,7 @@ def test_a_run_says_so_before_its_first_update_and_once(
 ) -> None:
     task = Translator.load(folder).task
     model = task.build_model()
-    world = World(rank=0, size=1, device="cpu")
+    world = World(rank=0, size=1, device=torch.device("cpu"))
     check_model(task, model, world)
     assert capsys.readouterr().err == ""
     _become(model.decoder.layers[0].feed_forward, GatedFeedForward)
@@ -357,5 +357,5 @@ def test_other_ranks_say_nothing(folder: Path, capsys: pytest.CaptureFixture[str
     task = Translator.load(folder).task
     model = task.build_model()
     _become(model.decoder.layers[0].feed_forward, GatedFeedForward)
-    check_model(task, model, World(rank=1, size=2, device="cpu"))
+    check_model(task, model, World(rank=1, size=2, device=torch.device("cpu")))
     assert capsys.readouterr().err == ""
