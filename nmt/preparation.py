@@ -18,7 +18,7 @@ from nmt.distributed import World, single
 from nmt.errors import UserError
 from nmt.memory import find_max_tokens
 from nmt.options import TrainConfig
-from nmt.task import Examples, PackingTask, Task
+from nmt.task import CheckingTask, Examples, PackingTask, Task
 from nmt.task_extras import is_same_asset
 from nmt.trainer import Trainer
 
@@ -39,6 +39,15 @@ def refuse_other_run(task: Task[Any], config: TrainConfig[Any], folder: Path) ->
                     f"`{path.name}` of the data must be the one that the run began with, but differs from "
                     f"`{before_path}`. Use the same data or name another `save-dir`."
                 )
+
+
+def check_model(task: Task[Any], model: nn.Module, world: World) -> None:
+    """Let a task look at a model, which stays as it is."""
+    if isinstance(task, CheckingTask):
+        was_training = model.training
+        model.eval()
+        task.check_model(model, world)
+        model.train(was_training)
 
 
 def left_out(batches: BatchIterator, config: TrainConfig[Any]) -> list[str]:

@@ -169,6 +169,14 @@ class LooksOver(Protocol):
         """
 
 
+@runtime_checkable
+class CheckingTask(Protocol):
+    """A task that looks at a model before its first update."""
+
+    def check_model(self, model: nn.Module, world: World, /) -> None:
+        """Look at a model in evaluation mode, and say on rank 0 what a user should know; every rank calls this."""
+
+
 class TaskOptions(Protocol):
     """The options of a task: a frozen dataclass that makes the task.
 

@@ -25,7 +25,7 @@ from nmt.going_back import checkpoint_to_go_back_to
 from nmt.memory import find_packed_split, find_split
 from nmt.options import TrainConfig
 from nmt.pace import try_updates
-from nmt.preparation import left_out, packing, refuse_other_run, with_max_tokens
+from nmt.preparation import check_model, left_out, packing, refuse_other_run, with_max_tokens
 from nmt.progress import Progress
 from nmt.reports import Clock, Reports
 from nmt.resume import Position, Surroundings, compare, position_in_data, surroundings
@@ -176,6 +176,7 @@ class Run:
         if isinstance(self.task, LooksOver):
             lines += self.task.look_over(self.train_examples, self.valid_examples, self.world)
         lines += advice(self.config, self.surroundings)
+        check_model(self.task, self.trainer.model, self.world)
         self._decide_split()
         return lines + forecast(
             self.config,

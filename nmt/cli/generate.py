@@ -83,7 +83,7 @@ def generate(options: GenerateOptions) -> None:
         lines, again = itertools.tee(lines)  # they are read in step, so that it holds one buffer
         baseline = _translate_by_baseline(again, options, world.device, batching)
     references = References(options, translator, baseline)
-    report = _Report()
+    report = _Report(translator, options)
     # The bar is for a terminal that shows nothing else.
     hide_bar = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
     with (
@@ -241,8 +241,14 @@ class _Lines:
 class _Report:
     """What a user should know of the translations besides their text, for stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, translator: Translator, options: GenerateOptions) -> None:
+        from nmt.translation.unknown_pieces import UnknownPieces
+
         self.started = time.perf_counter()
+        is_pieces = options.input_is_pieces
+        self.source = UnknownPieces(translator.source_segmenter, named="input", input_is_pieces=is_pieces)
+        self.target = UnknownPieces(translator.target_segmenter, named="reference", input_is_pieces=is_pieces)
+        self.has_references = options.score_reference
         self.num_lines = 0
         self.num_blank = 0
         self.split = _Lines()
@@ -252,6 +258,9 @@ class _Report:
     def add(self, translation: Translation) -> None:
         """Take in the next line."""
         self.num_lines += 1
+        self.source.add(translation.source, translation.source_ids)
+        if self.has_references and translation.hypotheses:
+            self.target.add(translation.text, translation.hypotheses[0].tokens)
         if not translation.hypotheses:
             self.num_blank += 1
         elif translation.hypotheses[0].score == -math.inf:
@@ -271,6 +280,8 @@ class _Report:
             if lines.count:
                 counts = f"{lines.count:,} of {self.num_lines:,} lines"
                 print(f"{PROG}: warning: {counts}: {fault} ({lines})", file=sys.stderr)
+        for warning in (*self.source.warnings(), *self.target.warnings()):
+            print(f"{PROG}: warning: {warning}", file=sys.stderr)
         seconds = time.perf_counter() - self.started
         rate = self.num_lines / max(seconds, 1e-9)
         print(

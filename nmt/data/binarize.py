@@ -65,7 +65,7 @@ class BlockEncoder:
 
         What is to be measured is kept whatever its length.
 
-        A side is empty if it is blank, or if normalisation leaves nothing of it.
+        A side is empty if it is blank (see `nmt.data.text`), or if normalisation leaves nothing of it.
         """
         raw_sides = (block.source, block.target)
         paths = (self.source_path, self.target_path)
@@ -75,7 +75,7 @@ class BlockEncoder:
         for raw, path in zip(raw_sides, paths, strict=True):
             lines = decode_lines(raw, path, first_line=block.first_line)
             ids, sizes = self.segmenter.encode_flat(lines)
-            is_empty |= (sizes == 0) | np.fromiter((not line.strip() for line in lines), np.bool_, len(lines))
+            is_empty |= sizes == 0
             np.maximum(longest, sizes + 1, out=longest)
             encoded.append((ids, sizes))
         is_too_long = (longest > self.max_length) & ~is_empty
@@ -99,7 +99,7 @@ class BlockEncoder:
         text = b""
         if self.keep_text:
             lines = raw.split(b"\n")[:-1]
-            text = b"".join(line + b"\n" for line in itertools.compress(lines, is_kept))
+            text = b"".join(line.rstrip(b"\r") + b"\n" for line in itertools.compress(lines, is_kept))
         return EncodedSide(with_eos, kept_sizes, np.bincount(with_eos, minlength=vocabulary_size), text)
 
 

@@ -67,6 +67,25 @@ class IndexedDataset:
         """The length of every sequence in tokens, EOS included: (N,) int32."""
         return self._open()[0]
 
+    def check_ids(self, num_types: int, dictionary: Path) -> None:
+        """Read the whole dataset once, at the speed of the disk.
+
+        Raises:
+            UserError: An id is none of the first `num_types`, those of a dictionary.
+        """
+        sizes, _, ids = self._open()
+        if not len(ids):
+            return
+        for extreme in (int(ids.max()), int(ids.min())):
+            if not 0 <= extreme < num_types:
+                place = int(np.flatnonzero(ids == extreme)[0])
+                number = int(np.searchsorted(np.cumsum(sizes, dtype=np.int64), place, side="right"))
+                raise UserError(
+                    f"{bin_path(self.path_prefix)} must hold ids from 0 to {num_types - 1:,}, since {dictionary} "
+                    f"has {num_types:,} types with the special ones, but sequence {number:,} (from 0) has the id "
+                    f"{extreme:,}. Take the dictionary that the data were made with, or make them again."
+                )
+
     @property
     def dtype(self) -> np.dtype[np.integer]:
         """The type of the stored ids."""

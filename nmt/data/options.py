@@ -34,12 +34,16 @@ class PreprocessOptions:
     """Share of the text's characters to have their own piece; the others are spelled in bytes."""
     extra_symbols: tuple[str, ...] = ()
     """Strings that are always one piece, such as `<formal>`."""
+    normalization: Literal["nmt_nfkc", "nfkc", "identity"] = "nmt_nfkc"
+    """How text is changed before it is split, and so what translations look like. nmt_nfkc: compatible characters
+    become one (… becomes ..., ½ becomes 1⁄2), control characters go, every white space is a blank. nfkc: the first
+    of these alone. identity: characters stay as they are."""
     max_length: int = 1024
     """Drop training pairs with a longer side than this, in pieces, the end of sentence included."""
     workers: int = 1
     """Number of processes; the result does not depend on it."""
     overwrite: bool = False
-    """Replace the data directory that is there."""
+    """Replace the data directory that is there. It must hold nothing else, a run or raw text for example."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense alone or together."""
@@ -82,7 +86,13 @@ class PreprocessOptions:
         if self.sentencepiece_model is None:
             return
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        for name in ("vocab_size", "model_type", "character_coverage", "extra_symbols"):
+        for name in (
+            "vocab_size",
+            "model_type",
+            "character_coverage",
+            "extra_symbols",
+            "normalization",
+        ):
             if getattr(self, name) != defaults[name]:
                 raise UserError(
                     f"`{_flag(name)}` must not be set with `sentencepiece-model`, which is trained already. "

@@ -13,6 +13,7 @@ EOS_ID = 2
 UNK_ID = 3
 _OVERWRITE = b" #fairseq:overwrite"
 _LARGEST_COUNT = 2**62
+_BYTE_ORDER_MARK = "\ufeff"
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # indexed by the four ids above
 
 
@@ -56,12 +57,15 @@ class Vocabulary:
     def load(cls, path: Path) -> Vocabulary:
         """Read a `dict.<lang>.txt`: `token count` per line, cut at the last space; the specials are implicit.
 
-        A line may end with `#fairseq:overwrite`: its token may have been there before.
+        A line may end with `#fairseq:overwrite`: its token may have been there before. A byte order mark at the
+        start of the file and carriage returns at the ends of lines are left out.
 
         Raises:
             UserError: A line is no such pair or not UTF-8, or a token comes twice; with file and line.
         """
-        lines = path.read_bytes().split(b"\n")  # "\n" alone ends a line: a piece may hold \r or U+2028
+        lines = (
+            path.read_bytes().removeprefix(_BYTE_ORDER_MARK.encode()).split(b"\n")
+        )  # "\n" alone ends a line: a piece may hold \r or U+2028
         if lines[-1] == b"":
             del lines[-1]
         first_line: dict[str, int] = dict.fromkeys(SPECIALS, 0)
@@ -69,6 +73,7 @@ class Vocabulary:
         counts: list[int] = []
         overwriting: set[int] = set()
         for number, line in enumerate(lines, start=1):
+            line = line.removesuffix(b"\r")
             entry = line.removesuffix(_OVERWRITE)
             if len(entry) < len(line):
                 overwriting.add(len(SPECIALS) + number - 1)
@@ -107,7 +112,9 @@ class Vocabulary:
                     f"the piece {shown(token)} holds a newline, which a dictionary cannot. "
                     "Take a SentencePiece model without it."
                 )
-        path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8"))
+        # A mark that is a token's own needs one before it, which `load` takes away.
+        mark = _BYTE_ORDER_MARK if lines and lines[0].startswith(_BYTE_ORDER_MARK) else ""
+        path.write_bytes((mark + "".join(line + "\n" for line in lines)).encode("utf-8"))
 
     def with_counts(self, counts: Sequence[int]) -> Vocabulary:
         """Return the same tokens with other counts: one per id, those of the specials ignored."""

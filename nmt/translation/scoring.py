@@ -11,10 +11,12 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
 from sacrebleu.significance import PairedTest, Result
 
+from nmt.data.languages import has_own_writing, is_written_without_blanks, language_of
 from nmt.errors import UserError
 
 _SIGNIFICANT = 0.05
 _LOW_BLEU = 1.0
+_OWN_TOKENIZERS = ("zh", "ja", "ko")  # of sacreBLEU
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def bleu(translations: Sequence[str], references: Sequence[str], *, target_lang:
     Args:
         translations: One a line.
         references: As many.
-        target_lang: Chooses the tokenisation: sacreBLEU's own for zh, ja and ko, else 13a. What follows the
-            language itself is ignored (`zh-Hans`, `zh_CN`).
+        target_lang: Chooses the tokenisation: sacreBLEU's own for Chinese, Japanese and Korean, characters for
+            others that are written without blanks, else 13a. Any code will do (`zh-Hans`, `zho_Hans`, `cmn`).
 
     Raises:
         UserError: The numbers differ, or the tokenisation needs a package that is not installed.
@@ -216,16 +218,16 @@ def _metrics(target_lang: str) -> dict[str, Metric]:
 
 
 def _ter_metric(target_lang: str) -> TER:
-    has_no_blanks = _language(target_lang) in ("zh", "ja")
+    has_no_blanks = language_of(target_lang) in ("zh", "ja") and has_own_writing(target_lang)
     return TER(normalized=has_no_blanks, asian_support=has_no_blanks)
 
 
-def _language(code: str) -> str:
-    return code.replace("_", "-").partition("-")[0].lower()
-
-
 def _bleu_metric(target_lang: str) -> BLEU:
-    language = _language(target_lang)
+    language = language_of(target_lang)
+    if not has_own_writing(target_lang):
+        return BLEU()
+    if language not in _OWN_TOKENIZERS and is_written_without_blanks(target_lang):
+        return BLEU(tokenize="char")
     try:
         return BLEU(trg_lang=language)
     except (ImportError, RuntimeError) as error:

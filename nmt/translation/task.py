@@ -1,6 +1,7 @@
 """The translation task: vocabularies, data, model, loss, and BLEU on the validation set."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from nmt.data.blocks import decode_lines, read_lines
-from nmt.data.data_directory import DataDirectory
+from nmt.data.data_directory import DataDirectory, dictionary_name
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
 from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
@@ -21,6 +22,7 @@ from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
+from nmt.models.search_form import search_form
 from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
 from nmt.task_extras import Words
@@ -56,6 +58,7 @@ class TranslationTask:
         if options.eval_bleu:
             self.metrics = {**self.metrics, "bleu": "max", "chrf": "max"}
         self.assets = assets
+        self._said: str | None = None
         self.source_lang, self.target_lang = assets.source_lang, assets.target_lang
         self.source_vocabulary = assets.vocabulary(self.source_lang)
         self.target_vocabulary = assets.vocabulary(self.target_lang)
@@ -94,14 +97,27 @@ class TranslationTask:
         ):
             _check_same_vocabulary(vocabulary, directory, lang)
         model = self.options.model
+        source, target = (
+            _open_side(directory, split, lang, vocabulary)
+            for lang, vocabulary in (
+                (directory.source_lang, self.source_vocabulary),
+                (directory.target_lang, self.target_vocabulary),
+            )
+        )
         dataset = ParallelDataset(
-            IndexedDataset(directory.split_prefix(split, directory.source_lang)),
-            IndexedDataset(directory.split_prefix(split, directory.target_lang)),
+            source,
+            target,
             split=split,
             positions=None if split == "train" else (model.max_source_positions, model.max_target_positions),
         )
+        if len(dataset) == 0:
+            raise UserError(f"`{split}` of `{directory.path}` must hold pairs, but is empty. Make it again.")
         if split == "valid" and self.options.eval_bleu:
             self._scores(["a"], ["a"])  # a tokeniser that is missing is found out here
+            # So is a SentencePiece model that is not the dictionary's, and raw text that cannot be read.
+            self.target_segmenter.decode([[UNK_ID]])
+            if directory.has_raw_text:
+                self._references(dataset)
         longest = dataset.sizes.max(axis=0).tolist()
         for side, length, limit in zip(
             ("source", "target"),
@@ -194,9 +210,11 @@ class TranslationTask:
     ) -> dict[int, str]:
         """Return the best translation of each of some examples, by its index."""
         decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
-        fast = InferenceTransformer(model)  # made each time: it holds the weights as they are now
+        fast = self._search_form(model, world)  # made each time: it holds the weights as they are now
         # Training goes on in the memory of what is recorded: that is made anew too.
-        static_search = StaticSearch([fast]) if world.device.type == "cuda" else None
+        static_search = None
+        if world.device.type == "cuda" and isinstance(fast, InferenceTransformer):
+            static_search = StaticSearch([fast])
         return translate_held_out(
             Generator(
                 [fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, static_search=static_search
@@ -210,6 +228,20 @@ class TranslationTask:
             positions=model.max_source_positions,
             device=world.device,
         )
+
+    def check_model(self, model: nn.Module, world: World) -> None:
+        """Say so on rank 0 if validations cannot search by the fast form of the model."""
+        assert isinstance(model, Transformer)
+        if self.options.eval_bleu:
+            self._search_form(model, world)
+
+    def _search_form(self, model: Transformer, world: World) -> InferenceTransformer | Transformer:
+        form, remark = search_form(model)
+        if remark is not None and remark != self._said:
+            self._said = remark  # once, and not at each validation
+            if world.is_main:
+                print(f"warning: {remark}", file=sys.stderr)
+        return form
 
     def _scores(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         from nmt.translation.scoring import bleu, chrf  # sacreBLEU is not loaded to translate alone
@@ -258,6 +290,13 @@ def _loss_of(options: TranslationOptions) -> TranslationLoss:
     if options.r_drop:
         return partial(r_drop_loss, label_smoothing=options.label_smoothing, alpha=options.r_drop)
     return partial(translation_loss, label_smoothing=options.label_smoothing)
+
+
+def _open_side(directory: DataDirectory, split: str, lang: str, vocabulary: Vocabulary) -> IndexedDataset:
+    """Open one side of a split, and look whether it belongs to its vocabulary."""
+    side = IndexedDataset(directory.split_prefix(split, lang))
+    side.check_ids(len(vocabulary), directory.path / dictionary_name(lang))
+    return side
 
 
 def _spread(number: int, shown: int) -> list[int]:
