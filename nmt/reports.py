@@ -20,6 +20,7 @@ from nmt.summary import summarize
 from nmt.task import Examples
 from nmt.task_extras import next_command_of, remarks_of, words_of
 from nmt.trainer import Trainer
+from nmt.waiting import WaitForData
 
 _NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 
@@ -81,6 +82,7 @@ class Reports:
         self.config = config
         self.words = words_of(trainer.task)
         self.pace = Pace()
+        self.waiting = WaitForData(trainer.world.device)
         self._trained = 0.0  # of the clock, at the last update
         self._has_told_time = False
 
@@ -92,7 +94,9 @@ class Reports:
         if sums["num_targets"]:  # none where every update was cancelled
             record.update(summarize(self.trainer.task, sums))
         if scope == "train":
-            record["targets/s"] = sums["num_targets"] / clock.take_training_seconds()
+            seconds = clock.take_training_seconds()
+            record["targets/s"] = sums["num_targets"] / seconds
+            record["waited for data"] = round(min(self.waiting.take_seconds() / seconds, 1.0), 4)
             record.update(metrics.gauges(scope))
             record["memory MiB"] = round(peak_memory(self.trainer.world.device) / 2**20)
             if (left := self._seconds_left()) is not None:
@@ -132,6 +136,8 @@ class Reports:
         shown = {"update": f"update {record['update']}" + (f"/{last_update}" if last_update else "")}
         if "targets/s" in record:
             shown["targets/s"] = f"{self.words.targets}/s {record['targets/s']:,.0f}"
+        if "waited for data" in record:
+            shown["waited for data"] = f"waited for data {record['waited for data']:.1%}"
         if "memory MiB" in record:
             shown["memory MiB"] = f"memory {record['memory MiB']:,} MiB"
         if "hours left" in record:

@@ -25,7 +25,7 @@ from nmt.task import Illustrations
 if TYPE_CHECKING:
     from nmt.tensorboard import EventWriter
 
-TIMES = frozenset({"targets/s", "hours", "hours left", "memory MiB"})
+TIMES = frozenset({"targets/s", "hours", "hours left", "memory MiB", "waited for data"})
 """The names in records that differ between runs that are otherwise equal."""
 
 _RECORDS = "metrics.jsonl"

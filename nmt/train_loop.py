@@ -221,7 +221,7 @@ class Run:
         options, metrics = self.config.checkpoints, self.trainer.metrics
         self.epoch = self.batches.epoch
         self.clock.start_training()
-        for micro_batches in self.batches:
+        for micro_batches in self.reports.waiting.watch(self.batches):
             # "train" is what has been seen since the last report, "epoch" since the epoch began.
             with metrics.scope("epoch"), metrics.scope("train"):
                 self.trainer.train_step(micro_batches, epoch=self.epoch, wants_stop=self._wants_stop())

@@ -36,6 +36,7 @@ LAYERS = {
     "nmt.distributed": 0,
     "nmt.flops": 0,
     "nmt.late": 0,
+    "nmt.waiting": 0,
     "nmt.recording": 0,
     "nmt.metrics": 0,
     "nmt.new_folder": 0,

@@ -19,6 +19,7 @@ from nmt.determinism import deterministic_algorithms
 from nmt.distributed import single
 from nmt.errors import UserError
 from nmt.memory import find_packed_split
+from nmt.models import packed
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions, TrainConfig, train_config
@@ -207,6 +208,23 @@ class _Examples:
 
     def collate(self, items: list[int]) -> list[int]:
         return items
+
+
+def test_kernels_that_do_not_work_are_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        @staticmethod
+        def try_out(*_: Any) -> None:
+            raise RuntimeError("no triton here\nFailed to find C compiler")
+
+    monkeypatch.setattr(packed, "_kernels", Broken)
+    packed.have_kernels.cache_clear()
+    with pytest.warns(UserWarning, match=r"Triton does not work here \(Failed to find C compiler\)"):
+        assert not packed.have_kernels(torch.bfloat16, 64, GPU)
+    assert not packed.have_kernels(
+        torch.float32, 64, GPU
+    )  # nothing to be told: they compute in half precision
+    assert not packed.have_kernels(torch.bfloat16, 64, CPU)
+    packed.have_kernels.cache_clear()
 
 
 def test_work_on_a_cpu_is_never_recorded() -> None:
