@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nmt.config import from_mapping, read_yaml, write_yaml
 from nmt.errors import UserError
+from nmt.model_folders import MODEL_NAME, find_model, follow_link, write_link
 from nmt.new_folder import new_folder, remove_folder, remove_leftovers, sync
 from nmt.old_checkpoints import upgrade_state
 from nmt.options import TrainConfig
@@ -31,7 +32,7 @@ from nmt.weights import weights
 FORMAT_VERSION = "2"
 _READABLE_VERSIONS = ("1", FORMAT_VERSION)
 
-_MODEL, _CONFIG = "model.safetensors", "config.yaml"
+_MODEL, _CONFIG = MODEL_NAME, "config.yaml"
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 
 
@@ -85,12 +86,13 @@ class CheckpointFolder:
         return final
 
     def link(self, name: str, update: int) -> None:
-        """Point the symbolic link `name` at a checkpoint, atomically."""
-        temporary = self.path / f".{name}.link"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(self.at(update).name)
-        temporary.replace(self.path / name)
+        """Point `best` or `last` at a checkpoint, atomically."""
+        write_link(self.path / name, self.at(update).name)
         sync(self.path)
+
+    def linked(self, name: str) -> Path:
+        """Return where `best` or `last` is, for whoever is to open it."""
+        return follow_link(self.path / name)
 
     def prune(self, keep: Iterable[int]) -> None:
         """Remove the checkpoints of all other updates, and what a killed process left unfinished."""
@@ -145,15 +147,12 @@ def load_config(folder: Path) -> TrainConfig[Any]:
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Task[Any]]:
-    """Return the model of a model folder, in evaluation mode, and its task.
+    """Return the model of a model folder, or of a run's best checkpoint, in evaluation mode, and its task.
 
     Raises:
         UserError: The folder lacks a file, is cut short, has another format version, or does not fit together.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"`{folder}` must be a model folder, but is {'a file' if folder.exists() else 'missing'}."
-        )
+    folder = find_model(folder).folder
     task: Task[Any] = load_config(folder).task_options.build(folder)
     model = task.build_model()
     load_weights(model, folder)

@@ -278,6 +278,7 @@ def train_config(*, task: str = "translation", **options: Any) -> TrainConfig[An
         {"task": task, **options},
         where="train_config",
         how_to_give="Give {name}=VALUE.",
+        prog="nmt-train",
     )
 
 

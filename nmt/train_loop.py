@@ -305,7 +305,7 @@ class Run:
         path = self.checkpoints.path
         history = read_records(self.config.save_dir)[0] if self.world.is_main else []
         # A run that was ended before its first validation has no best one.
-        best = path / "best" if (path / "best").exists() else path / "last"
+        best = self.checkpoints.linked("best" if (path / "best").exists() else "last")
         return TrainingResult(best, self.world.broadcast(history), reason)
 
     def _note_stop(self) -> None:

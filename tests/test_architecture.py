@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import nmt
-from nmt.config import list_options
+from nmt.config_fields import list_options
 from nmt.options import TrainConfig
 from nmt.task import ENTRY_POINT_GROUP, load_task
 
@@ -30,7 +30,10 @@ LAYERS = {
     "nmt.errors": 0,
     "nmt.config": 0,
     "nmt.cudnn_attention": 0,
+    "nmt.config_command": 0,
+    "nmt.config_fields": 0,
     "nmt.config_file": 0,
+    "nmt.config_help": 0,
     "nmt.config_values": 0,
     "nmt.determinism": 0,
     "nmt.distributed": 0,
@@ -39,6 +42,7 @@ LAYERS = {
     "nmt.recording": 0,
     "nmt.metrics": 0,
     "nmt.new_folder": 0,
+    "nmt.other_names": 0,
     "nmt.allocator": 0,
     "nmt.prepared_shapes": 0,
     "nmt.signals": 0,
@@ -56,6 +60,7 @@ LAYERS = {
     "nmt.cancellations": 2,
     "nmt.old_checkpoints": 2,
     "nmt.checkpoint": 2,
+    "nmt.model_folders": 2,
     "nmt.tensorboard": 2,
     "nmt.validation": 2,
     "nmt.gradients": 2,

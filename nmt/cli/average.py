@@ -8,6 +8,7 @@ from nmt.cli.command import run_command
 from nmt.cli.options import AverageOptions
 from nmt.config import parse_command
 from nmt.errors import UserError
+from nmt.model_folders import find_checkpoints
 
 if TYPE_CHECKING:
     from nmt.checkpoint import CheckpointFolder
@@ -28,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         from nmt.checkpoint import CheckpointFolder, average_models
 
-        folder = CheckpointFolder(options.checkpoints)
+        folder = CheckpointFolder(find_checkpoints(options.checkpoints) or options.checkpoints)
         if not folder.updates():
             raise UserError(
-                f"`{options.checkpoints}` must be the `checkpoints` folder of a run, but holds no checkpoint. "
-                "Name RUN/checkpoints."
+                f"`{options.checkpoints}` must be a run or its `checkpoints` folder, but holds no checkpoint. "
+                "Name the `save-dir` of a run that has saved."
             )
         count = options.count
         found = _best(folder) if options.best else folder.updates()[::-1]

@@ -4,9 +4,11 @@ import errno
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from nmt.errors import LostRankError, UserError
+from nmt.model_folders import FoundModel
 
 # What the operating system says of a write without naming the file.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -50,6 +52,14 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
             raise
         named = "" if error.filename is None else f"{error.filename}: "
         _fail(prog, f"{named}{error.strerror}")
+
+
+def announce_models(prog: str, models: Sequence[FoundModel]) -> list[Path]:
+    """Return the folders of models, and say of each that was found by way of its run which one it is."""
+    for model in models:
+        if model.note is not None:
+            print(f"{prog}: model: {model.note}", file=sys.stderr)
+    return [model.folder for model in models]
 
 
 def _fail(prog: str, text: str) -> None:

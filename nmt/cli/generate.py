@@ -16,6 +16,7 @@ from nmt.cli.references import References
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config import parse_command
 from nmt.data.vocabulary import EOS_ID
+from nmt.model_folders import FoundModel, find_model, find_models
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,18 @@ if TYPE_CHECKING:
 
 PROG = "nmt-generate"
 _DESCRIPTION = "Translate text, a sentence a line, with a trained model; with a reference, score the result."
+_COMMON = (
+    "model",
+    "input",
+    "output",
+    "reference",
+    "beam",
+    "nbest",
+    "lenpen",
+    "format",
+    "device",
+    "precision",
+)
 _LINES_TO_NAME = 5
 _BUFFER_SIZE = 10_000
 
@@ -36,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def body() -> None:
         arguments = sys.argv[1:] if argv is None else argv
-        generate(parse_command(GenerateOptions, arguments, prog=PROG, description=_DESCRIPTION))
+        generate(
+            parse_command(GenerateOptions, arguments, prog=PROG, description=_DESCRIPTION, common=_COMMON)
+        )
 
     run_command(PROG, body)
 
@@ -52,6 +67,7 @@ def generate(options: GenerateOptions) -> None:
     """
     translated = None if options.baseline_is_model else options.baseline
     num_lines = check_parallel(options.input, options.reference, translated)
+    models = find_models(options.model)
 
     # Here, so that --help, a misspelt option and a missing file are answered at once.
     import torch
@@ -67,7 +83,7 @@ def generate(options: GenerateOptions) -> None:
         torch.set_num_threads(options.num_threads)
     with join_world(options.device) as world:
         translator = Translator.load(
-            options.models,
+            [model.folder for model in models],
             world.device,
             input_is_pieces=options.input_is_pieces,
             precision=options.precision,
@@ -83,7 +99,7 @@ def generate(options: GenerateOptions) -> None:
         lines, again = itertools.tee(lines)  # they are read in step, so that it holds one buffer
         baseline = _translate_by_baseline(again, options, world.device, batching)
     references = References(options, translator, baseline)
-    report = _Report()
+    report = _Report(models)
     # The bar is for a terminal that shows nothing else.
     hide_bar = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
     with (
@@ -214,7 +230,7 @@ def _translate_by_baseline(
     from nmt.translation.translator import Translator
 
     assert options.baseline is not None
-    translator = Translator.load(options.baseline, device, precision=options.precision)
+    translator = Translator.load(find_model(options.baseline).folder, device, precision=options.precision)
     decoding = replace(options.decoding, nbest=1, ensemble_by="probabilities", ensemble_weights=())
     translations = translator.translate_lines(lines, decoding, batching=batching, too_long=options.too_long)
     return (translation.text for translation in translations)
@@ -241,7 +257,8 @@ class _Lines:
 class _Report:
     """What a user should know of the translations besides their text, for stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Sequence[FoundModel]) -> None:
+        self.models = models
         self.started = time.perf_counter()
         self.num_lines = 0
         self.num_blank = 0
@@ -273,10 +290,12 @@ class _Report:
                 print(f"{PROG}: warning: {counts}: {fault} ({lines})", file=sys.stderr)
         seconds = time.perf_counter() - self.started
         rate = self.num_lines / max(seconds, 1e-9)
-        print(
-            f"{self.num_lines:,} lines | {self.num_blank:,} blank | {seconds:.1f} s | {rate:,.1f} lines/s",
-            file=sys.stderr,
+        summary = (
+            f"{self.num_lines:,} lines | {self.num_blank:,} blank | {seconds:.1f} s | {rate:,.1f} lines/s"
         )
+        # In the same line, since whoever names a run may want to know which of its models has translated.
+        notes = [f" | model: {model.note}" for model in self.models if model.note is not None]
+        print(summary + "".join(notes), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from nmt.config import Positional
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
 
@@ -15,7 +14,8 @@ class GenerateOptions:
     """What to translate with which model, and how to search."""
 
     model: str
-    """The model folder, such as RUN/checkpoints/best, or several, A:B, whose probabilities are averaged."""
+    """The model folder, or the folder of a run, of which the best checkpoint is taken; or several, A:B, whose
+    probabilities are averaged."""
     input: Path | None = None
     """Text to translate, a sentence a line (.gz too); standard input if none is named."""
     output: Path | None = None
@@ -23,8 +23,8 @@ class GenerateOptions:
     reference: Path | None = None
     """Reference translations, as many lines as the input: BLEU, chrF and TER of the best ones are printed."""
     baseline: Path | None = None
-    """Another system: its translations of the same input, a line each, or a model folder, which translates with
-    the same options. Is the difference to it chance?"""
+    """Another system: its translations of the same input, a line each, or a model folder or run, which translates
+    with the same options. Is the difference to it chance?"""
     format: Literal["text", "jsonl", "fairseq"] = "text"
     """text: translations alone; jsonl: a JSON object a line, with scores and flags that tell which lines to read;
     fairseq: its S-, T-, H-, D- and P- lines, scores to the base 2."""
@@ -61,11 +61,6 @@ class GenerateOptions:
     scores a reference or tells an alignment is always the model as it is."""
     num_threads: int | None = None
     """Threads for the CPU; all cores if it is left out."""
-
-    @property
-    def models(self) -> list[Path]:
-        """The model folders that `model` names."""
-        return _folders(self.model)
 
     @property
     def baseline_is_model(self) -> bool:
@@ -118,8 +113,8 @@ class ScoreOptions:
     target_lang: str | None = None
     """The language of the translations: zh, ja and ko have their own words for BLEU."""
     model: str | None = None
-    """Instead of a reference: a model folder, or several, A:B. Each line's log-probability and number of tokens
-    (end of sentence included) are printed, and the perplexity."""
+    """Instead of a reference: a model folder, a run, or several, A:B. Each line's log-probability and number of
+    tokens (end of sentence included) are printed, and the perplexity."""
     input: Path | None = None
     """The source text, for the model."""
     output: Path | None = None
@@ -132,11 +127,6 @@ class ScoreOptions:
     """Where to compute."""
     num_threads: int | None = None
     """Threads for the CPU; all cores if it is left out."""
-
-    @property
-    def models(self) -> list[Path]:
-        """The model folders that `model` names."""
-        return _folders(self.model or "")
 
     def check(self) -> None:
         """Raise `UserError` unless there is a reference or a model to score by, and what goes with it."""
@@ -163,8 +153,8 @@ class ScoreOptions:
 class AverageOptions:
     """Which checkpoints to average, and where to write the result."""
 
-    checkpoints: tyro.conf.Positional[Path]
-    """The `checkpoints` folder of a run."""
+    checkpoints: Positional[Path]
+    """The folder of a run, or its `checkpoints` folder."""
     output: Path
     """The model folder to write; it must not exist."""
     last: int | None = None
@@ -192,9 +182,9 @@ class AverageOptions:
 class ImportOptions:
     """nmt-convert --from: which model of which toolkit to convert, and where to write the result."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Positional[Path]
     """The file of the model, such as checkpoint_best.pt. Nothing in it is executed."""
-    from_: Annotated[Literal["fairseq"], tyro.conf.arg(name="from")]
+    from_: Literal["fairseq"]
     """The toolkit that wrote it."""
     dict_dir: Path
     """The folder of its dictionaries, dict.LANG.txt, such as the data directory of its training."""
@@ -210,7 +200,7 @@ class ImportOptions:
 class PlotOptions:
     """Which runs to draw, and how."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Positional[tuple[Path, ...]]
     """The folders of one or several runs: the `save-dir` of each. A run may be going on."""
     output: Path = Path("plot.png")
     """The picture to write, over what is there: .png, .pdf or .svg."""
@@ -233,9 +223,9 @@ class PlotOptions:
 class ExportOptions:
     """nmt-convert --to TOOLKIT: which model folder to convert for which toolkit."""
 
-    model: tyro.conf.Positional[Path]
-    """The model folder, such as RUN/checkpoints/best."""
-    to: Annotated[tuple[Literal["ctranslate2"], Path], tyro.conf.arg(metavar="ctranslate2 DIR")]
+    model: Positional[Path]
+    """The model folder, or the folder of a run, of which the best checkpoint is taken."""
+    to: tuple[Literal["ctranslate2"], Path]
     """The toolkit that is to read it, and the folder to write, which must not exist."""
     quantization: Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"] | None = (
         None
@@ -251,9 +241,3 @@ class ExportOptions:
         """Raise `UserError` for a sample without lines."""
         if self.sample_size < 1:
             raise UserError(f"`sample-size` must be at least 1, but is {self.sample_size}.")
-
-
-def _folders(models: str) -> list[Path]:
-    """Return one folder, or several of A:B."""
-    whole = Path(models)
-    return [whole] if whole.exists() else [Path(part) for part in models.split(":")]

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
+from nmt.config import Positional
 from nmt.errors import UserError
 from nmt.models.options import TransformerOptions
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 class TranslationOptions:
     """Translation: a Transformer from one language to another."""
 
-    data: tyro.conf.Positional[Path]
+    data: Positional[Path]
     """The data directory that nmt-preprocess made."""
     model: TransformerOptions = field(default_factory=TransformerOptions)
     label_smoothing: float = 0.1
