@@ -7,7 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-_NEAR = 0.8  # similarity by difflib: one letter in five may differ
+_NEAR, _NEAR_IF_SHORT, _SHORT = (
+    0.8,
+    0.75,
+    5,
+)  # similarity by difflib: one letter in five may differ, or of four
 _MOST_SUGGESTIONS = 3
 _LONGEST_SHOWN = 80
 _EMPTY_WORDS = ("", "~", "null", "none")
@@ -63,7 +67,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """
     bare = {candidate.lstrip("-"): candidate for candidate in known}
     wanted = name.lstrip("-")
-    matches = difflib.get_close_matches(wanted, list(bare), n=1, cutoff=_NEAR)
+    matches = difflib.get_close_matches(
+        wanted, list(bare), n=1, cutoff=_NEAR_IF_SHORT if len(wanted) <= _SHORT else _NEAR
+    )
     if not matches and wanted:
         matches = [candidate for candidate in bare if candidate.startswith(wanted + "-")][:_MOST_SUGGESTIONS]
     if not matches:
