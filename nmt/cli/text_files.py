@@ -103,7 +103,8 @@ def _standard_input() -> Iterator[bytes]:
             line = sys.stdin.buffer.readline()
         except OSError as error:  # a folder, or open for writing alone
             raise UserError(
-                f"The standard input must be text, but cannot be read: {error.strerror or error}. Name a file by `input`."
+                f"The standard input must be text, but cannot be read: {error.strerror or error}. "
+                "Name a file by `input`."
             ) from error
         if not line:
             return
