@@ -10,6 +10,7 @@ of other fields of the same dataclass. A class variable `train_defaults: ClassVa
 dataclass, such as a task's options, gives other fields, anywhere in the nest, the defaults that suit it.
 Precedence: default <- `train_defaults` <- preset <- YAML file <- command line.
 
+Numbers are finite, and whole ones within 32 bits, unless the field has `metadata={"range": (lowest, highest)}`.
 A dataclass may define `check(self) -> None`, which raises `UserError` for values that do not go together;
 it is called when all values are there, for the inner dataclasses first.
 """
@@ -30,6 +31,7 @@ from nmt.config_fields import Positional as Positional
 from nmt.config_file import read_yaml as read_yaml
 from nmt.config_file import write_flat_yaml
 from nmt.config_help import format_help
+from nmt.config_ranges import check_numbers
 from nmt.config_values import MismatchError, convert, shorten, suggest, to_text
 from nmt.errors import UserError
 from nmt.other_names import answer
@@ -166,6 +168,7 @@ def check_options(instance: Any) -> None:
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
             check_options(value)
+    check_numbers(instance)
     if isinstance(instance, Checked):
         instance.check()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from nmt.config import from_mapping
+from nmt.config_ranges import ANY, check_ranges
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.task import load_task
@@ -136,6 +137,8 @@ class OptimizationOptions:
             raise UserError(f"`lr-shrink` must be above 0 and below 1, but is {self.lr_shrink}.")
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise UserError(f"`adam-betas` must be at least 0 and below 1, but are {self.adam_betas}.")
+        # Less is nothing in float32, and 0 / 0 is left where a gradient has always been 0, as of a word unseen.
+        check_ranges(self, {"adam_eps": (1e-30, 1e30)})
         if self.end_learning_rate > self.lr:
             raise UserError(
                 f"`end-learning-rate` must be at most `lr` ({self.lr}), but is {self.end_learning_rate}."
@@ -230,7 +233,7 @@ class TrainConfig(Generic[TaskOptionsT]):
     batching: BatchingOptions = field(default_factory=BatchingOptions)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
-    seed: int = field(default=1, metadata={"fixed": True})
+    seed: int = field(default=1, metadata={"fixed": True, "range": ANY})
     """Seed of everything random: initial weights, dropout, the order of the examples."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
@@ -249,8 +252,7 @@ class TrainConfig(Generic[TaskOptionsT]):
         """Raise `UserError` for values that make no sense."""
         if self.log_interval < 1:
             raise UserError(f"`log-interval` must be at least 1, but is {self.log_interval}.")
-        if not 0 < self.rank_timeout < math.inf:
-            raise UserError(f"`rank-timeout` must be above 0 and finite, but is {self.rank_timeout}.")
+        check_ranges(self, {"rank_timeout": (0.001, 1_000_000)})
         if not 0 <= self.seed < 2**63:
             raise UserError(f"`seed` must be at least 0 and below 2**63, but is {self.seed}.")
 

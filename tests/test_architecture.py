@@ -34,6 +34,7 @@ LAYERS = {
     "nmt.config_fields": 0,
     "nmt.config_file": 0,
     "nmt.config_help": 0,
+    "nmt.config_ranges": 0,
     "nmt.config_values": 0,
     "nmt.determinism": 0,
     "nmt.distributed": 0,

@@ -1,12 +1,17 @@
 """The options of nmt-generate, nmt-score, nmt-average, nmt-convert and nmt-plot. Imports no torch."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nmt.config import Positional
+from nmt.config_ranges import check_ranges
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
+
+MOST_THREADS = 1024
+MOST_SENTENCES = 1_000_000  # of a sample; they are held in memory
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ class GenerateOptions:
 
     def check(self) -> None:
         """Raise `UserError` for sizes below 1, and for an output that would overwrite what is being read."""
-        for name in ("buffer_size", "max_tokens", "batch_size", "num_threads"):
+        check_ranges(self, {"num_threads": (1, MOST_THREADS)})
+        for name in ("buffer_size", "max_tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{name.replace('_', '-')}` must be at least 1, but is {value}.")
@@ -139,10 +145,7 @@ class ScoreOptions:
         if (self.model is None) != (self.input is None):
             needed, given = ("input", "model") if self.input is None else ("model", "input")
             raise UserError(f"`{needed}` must come with `{given}`, but there is none.")
-        for name in ("max_tokens", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"`{name.replace('_', '-')}` must be at least 1, but is {value}.")
+        check_ranges(self, {"max_tokens": (1, math.inf), "num_threads": (1, MOST_THREADS)})
         for name in ("hypothesis", "input"):
             path = getattr(self, name)
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():
@@ -239,5 +242,4 @@ class ExportOptions:
 
     def check(self) -> None:
         """Raise `UserError` for a sample without lines."""
-        if self.sample_size < 1:
-            raise UserError(f"`sample-size` must be at least 1, but is {self.sample_size}.")
+        check_ranges(self, {"sample_size": (1, MOST_SENTENCES)})
