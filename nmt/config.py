@@ -168,9 +168,9 @@ def check_options(instance: Any) -> None:
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
             check_options(value)
-    check_numbers(instance)
     if isinstance(instance, Checked):
         instance.check()
+    check_numbers(instance)  # last, since it knows less of what the numbers mean
 
 
 def peek(argv: Sequence[str], flag: str) -> str | None:

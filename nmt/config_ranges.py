@@ -28,14 +28,14 @@ def check_numbers(options: Any) -> None:
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
             own: Range | None = field.metadata.get("range")
+            largest = _LARGEST_WHOLE if isinstance(number, int) else _LARGEST
             if own is not None:
                 _check(field.name, number, own)
-            elif isinstance(number, int):
-                _check(field.name, number, (-_LARGEST_WHOLE, _LARGEST_WHOLE))
-            elif not math.isfinite(number):
-                raise UserError(f"`{_flag(field.name)}` must be finite, but is {number}. Give a number.")
-            else:
-                _check(field.name, number, (-_LARGEST, _LARGEST))
+            elif not abs(number) <= largest:
+                rule = f"at most {_show(largest)}" if number > 0 else f"at least {_show(-largest)}"
+                raise UserError(
+                    f"`{_flag(field.name)}` must be {rule}, but is {_show(number)}. Give another."
+                )
 
 
 def check_ranges(options: Any, ranges: Mapping[str, Range]) -> None:
@@ -54,9 +54,10 @@ def check_ranges(options: Any, ranges: Mapping[str, Range]) -> None:
 def _check(name: str, number: float, own: Range) -> None:
     lowest, highest = own
     if not lowest <= number <= highest:
-        raise UserError(
-            f"`{_flag(name)}` must be from {_show(lowest)} to {_show(highest)}, but is {_show(number)}."
-        )
+        rule = f"from {_show(lowest)} to {_show(highest)}"
+        if math.isinf(highest) or math.isinf(lowest):
+            rule = f"at least {_show(lowest)}" if math.isinf(highest) else f"at most {_show(highest)}"
+        raise UserError(f"`{_flag(name)}` must be {rule}, but is {_show(number)}.")
 
 
 def _show(number: float) -> str:

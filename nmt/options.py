@@ -265,7 +265,7 @@ def train_config(*, task: str = "translation", **options: Any) -> TrainConfig[An
     (1000, 4)
     >>> train_config(data="DATA", save_dir="RUN", max_updates=1000)
     Traceback (most recent call last):
-    nmt.errors.UserError: train_config: `max_updates` is not a known key. Perhaps you meant `max-update`?
+    nmt.errors.UserError: train_config: `max_updates` is not a known key. Here it is `max-update`.
 
     Args:
         task: what is learned: the name of a task, which decides what options there are.

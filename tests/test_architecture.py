@@ -78,6 +78,7 @@ LAYERS = {
     "nmt.vision": 3,
     "nmt.interop": 3,
     "nmt.cli": 4,
+    "nmt.python_api": 4,
 }
 
 # These neither import nor know each other, although they stand on one layer.

@@ -174,7 +174,8 @@ def test_a_key_in_both_spellings_is_refused() -> None:
         from_mapping(RUN, REQUIRED | {"max-tokens": "1", "max_tokens": "1"}, where="x")
 
 
-finite = st.floats(allow_nan=False)
+finite = st.floats(-1e30, 1e30)
+whole = st.integers(-(2**31) + 1, 2**31 - 1)
 paths = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])).map(Path)
 texts = st.text(st.characters(exclude_categories=["Cs"]))  # files cannot hold lone surrogates
 runs = st.builds(
@@ -185,8 +186,8 @@ runs = st.builds(
         model=st.builds(
             ModelOptions,
             arch=st.sampled_from(["base", *SIZES]),
-            embed_dim=st.integers().map(lambda half: 2 * half),
-            num_layers=st.integers(),
+            embed_dim=whole.map(lambda number: number // 2 * 2),
+            num_layers=whole,
         ),
         betas=st.tuples(finite, finite),
         names=st.lists(texts).map(tuple),
@@ -194,9 +195,9 @@ runs = st.builds(
         share=st.booleans(),
     ),
     save_dir=paths,
-    windows=st.builds(WindowOptions, window=st.integers(), max_tokens=st.integers()),
+    windows=st.builds(WindowOptions, window=whole, max_tokens=whole),
     lr=finite,
-    patience=st.none() | st.integers(),
+    patience=st.none() | whole,
     note=st.none() | texts,
     label=texts
     | st.sampled_from(["null", "~", "", "None", "no", "1e3", "a: b", "#", "\x85 ", "\u2028", "- x"]),

@@ -95,7 +95,6 @@ class DecodingOptions:
 
     def check(self) -> None:
         """Raise a `UserError` for the first value that makes no sense, or that float32 cannot compute with."""
-        check_numbers(self)
         check_ranges(self, _RANGES)
         _require(self.beam >= 1, "beam", "at least 1", self.beam)
         self._check_mbr()
@@ -124,6 +123,7 @@ class DecodingOptions:
             _require(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1", self.seed)
         are_weights = all(math.isfinite(weight) and weight > 0 for weight in self.ensemble_weights)
         _require(are_weights, "ensemble-weights", "numbers above 0", self.ensemble_weights)
+        check_numbers(self)
 
     @property
     def candidates(self) -> Literal["nbest", "samples", "both"]:
