@@ -57,13 +57,32 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 16 GiB.\nlong explanations"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = _ending(error, capsys)
+    assert code == 2 and said.startswith("nmt-x: error: The memory must suffice, but does not: ")
+    assert said.count("\n") == 1 and "explanations" not in said
+
+
 def test_an_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert _ending(KeyboardInterrupt(), capsys) == (130, "\nnmt-x: interrupted\n")
 
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("bug"), OSError(errno.ECONNREFUSED, "refused"), BrokenPipeError(errno.EPIPE, "a worker's")],
+    [
+        ValueError("bug"),
+        RuntimeError("bug"),
+        OSError(errno.ECONNREFUSED, "refused"),
+        BrokenPipeError(errno.EPIPE, "a worker's"),
+    ],
 )
 def test_other_errors_pass_through(error: Exception) -> None:
     with pytest.raises(type(error)):

@@ -13,6 +13,8 @@ from nmt.model_folders import FoundModel
 
 # What the operating system says of a write without naming the file.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
+_LESS_MEMORY = "Take smaller batches, a smaller model or shorter lines, or a larger machine."
 _EXIT_USER_ERROR = 2
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _STDOUT = 1  # its file descriptor
@@ -49,6 +51,10 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
         if not _is_stdout_closed():
             raise  # the pipe of a worker process
         raise SystemExit(exit_code_of_closed_pipe) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(prog, f"The memory must suffice, but does not: {_first_line(error)}. {_LESS_MEMORY}")
     except OSError as error:
         if error.filename is not None:
             _fail(prog, f"{error.filename}: {error.strerror}")
@@ -101,6 +107,16 @@ def _is_stdout_closed() -> bool:
         return False
     _let_stdout_go()
     return True
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Say whether there was no memory, on any device; PyTorch's allocators have but their texts in common."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else "no more can be had"
 
 
 def _let_stdout_go() -> None:

@@ -10,7 +10,7 @@ from nmt.config_ranges import check_ranges
 from nmt.errors import UserError
 
 MOST_PIECES = 10_000_000  # of a vocabulary; larger ones have not been heard of
-MOST_WORKERS = 1024  # processes
+MOST_WORKERS = 256  # processes, of some 150 MB each
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from nmt.config_ranges import ANY, check_numbers, check_ranges
 from nmt.errors import UserError
 
 # A million tokens to the power of 5 is 1e30, and a million times 1e30 is within float32, which ends at 3e38.
+MOST_HYPOTHESES = 10_000  # of a beam
 _RANGES = {
+    "beam": (-math.inf, MOST_HYPOTHESES),
     "lenpen": (-5, 5),
     "max_len_a": (0, 1e6),
     "samples": (-math.inf, 10_000),  # each is compared with each other

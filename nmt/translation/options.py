@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmt.config import Positional
+from nmt.config_ranges import check_ranges
 from nmt.errors import UserError
+from nmt.generation.options import MOST_HYPOTHESES
 from nmt.models.options import TransformerOptions
 
 if TYPE_CHECKING:
@@ -52,8 +54,7 @@ class TranslationOptions:
                 raise UserError(
                     "`eval-beam` must not be given with `no-eval-bleu`, which translates nothing."
                 )
-            if self.eval_beam < 1:
-                raise UserError(f"`eval-beam` must be at least 1, but is {self.eval_beam}.")
+            check_ranges(self, {"eval_beam": (1, MOST_HYPOTHESES)})
 
     def build(self, assets: Path | None, *, loss: TranslationLoss | None = None) -> TranslationTask:
         """Make the task, with the vocabularies of a model folder, or of the data directory if there is none.
