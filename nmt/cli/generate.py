@@ -6,8 +6,10 @@ import itertools
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmt.cli.command import run_command
@@ -16,6 +18,8 @@ from nmt.cli.references import References
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config import parse_command
 from nmt.data.vocabulary import EOS_ID
+from nmt.errors import UserError
+from nmt.generation.options import DecodingOptions
 from nmt.model_folders import FoundModel, find_model, find_models
 
 if TYPE_CHECKING:
@@ -90,7 +94,7 @@ def generate(options: GenerateOptions) -> None:
         )
     if options.plot_attention is not None:
         check_plotting()
-        options.plot_attention.mkdir(parents=True, exist_ok=True)
+        _make_folder(options.plot_attention)
     check_layer(translator, options.alignment_layer)
     batching = Batching(_buffer_size(options), options.max_tokens, options.batch_size)
     lines = read_text(options.input)
@@ -99,14 +103,16 @@ def generate(options: GenerateOptions) -> None:
         lines, again = itertools.tee(lines)  # they are read in step, so that it holds one buffer
         baseline = _translate_by_baseline(again, options, world.device, batching)
     references = References(options, translator, baseline)
-    report = _Report(models)
+    report = _Report(models, options.decoding)
+    prefix_lengths: deque[int] = deque()
     # The bar is for a terminal that shows nothing else.
     hide_bar = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
     with (
         open_output(options.output) as output,
         tqdm(total=num_lines, unit=" lines", disable=hide_bar) as bar,
     ):
-        translations = _translate(translator, lines, options, references, batching, bar.update)
+        prefixes = _prefixes(references, options.prefix_size, prefix_lengths)
+        translations = _translate(translator, lines, options, references, prefixes, batching, bar.update)
         for chunk in _chunks(translations, batching.buffer_size):
             links = _align(translator, chunk, options)
             _plot(translator, chunk, options, first=report.num_lines)
@@ -114,12 +120,21 @@ def generate(options: GenerateOptions) -> None:
                 ids = references.next_ids()
                 for line in _to_lines(report.num_lines, translation, ids, alignments, options, translator):
                     output.write(line.encode() + b"\n")
-                report.add(translation)
+                report.add(translation, prefix_lengths.popleft() if prefix_lengths else 0)
             output.flush()  # a chunk is a line where somebody waits for it
             references.score(chunk)
     report.print()
     references.check_counts(report.num_lines)
     references.print_scores(file=sys.stderr if options.output is None else sys.stdout)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"`plot-attention` must be a folder, or new, but {path}, or what it lies in, is a file. Name another."
+        ) from None
 
 
 def _buffer_size(options: GenerateOptions) -> int:
@@ -198,6 +213,7 @@ def _translate(
     lines: Iterable[str],
     options: GenerateOptions,
     references: References,
+    prefixes: Iterator[NDArray[Any]],
     batching: Batching,
     on_progress: Callable[[int], object],
 ) -> Iterator[Translation]:
@@ -210,17 +226,22 @@ def _translate(
             too_long="error" if options.too_long == "error" else "truncate",
             on_progress=on_progress,
         )
-    prefixes = None
-    if options.prefix_size > 0:
-        prefixes = (ids[: options.prefix_size] for ids in references.ids())
     return translator.translate_lines(
         lines,
         options.decoding,
         batching=batching,
-        prefixes=prefixes,
+        prefixes=prefixes if options.prefix_size > 0 else None,
         too_long=options.too_long,
         on_progress=on_progress,
     )
+
+
+def _prefixes(references: References, size: int, lengths: deque[int]) -> Iterator[NDArray[Any]]:
+    """Yield what each translation must begin with, and note how many tokens that are."""
+    for ids in references.ids():
+        prefix = ids[:size]
+        lengths.append(int((prefix != EOS_ID).sum()))
+        yield prefix
 
 
 def _translate_by_baseline(
@@ -257,18 +278,22 @@ class _Lines:
 class _Report:
     """What a user should know of the translations besides their text, for stderr."""
 
-    def __init__(self, models: Sequence[FoundModel]) -> None:
+    def __init__(self, models: Sequence[FoundModel], decoding: DecodingOptions) -> None:
         self.models = models
+        self.decoding = decoding
         self.started = time.perf_counter()
         self.num_lines = 0
         self.num_blank = 0
         self.split = _Lines()
         self.cut = _Lines()
+        self.cut_prefix = _Lines()
         self.without_score = _Lines()
 
-    def add(self, translation: Translation) -> None:
-        """Take in the next line."""
+    def add(self, translation: Translation, prefix_length: int) -> None:
+        """Take in the next line, and how many tokens its translation had to begin with."""
         self.num_lines += 1
+        if translation.hypotheses and len(translation.hypotheses[0].tokens) < prefix_length:
+            self.cut_prefix.add(self.num_lines)
         if not translation.hypotheses:
             self.num_blank += 1
         elif translation.hypotheses[0].score == -math.inf:
@@ -283,11 +308,27 @@ class _Report:
         for lines, fault in (
             (self.split, "longer than the model takes, so they were split and their parts translated apart"),
             (self.cut, "longer than the model takes, so their last pieces were left out"),
-            (self.without_score, "no translation, because the model's output is not a number"),
+            (
+                self.cut_prefix,
+                "the prefix is longer than the limit of `max-len-a` and `max-len-b`, so it was cut",
+            ),
+            (self.without_score, f"no translation, because {self._why_without_score()}"),
         ):
             if lines.count:
                 counts = f"{lines.count:,} of {self.num_lines:,} lines"
                 print(f"{PROG}: warning: {counts}: {fault} ({lines})", file=sys.stderr)
+        self._print_summary()
+
+    def _why_without_score(self) -> str:
+        size = self.decoding.no_repeat_ngram_size
+        if size > 0:
+            return (
+                f"`no-repeat-ngram-size` {size} leaves no token that may come next before `min-len` "
+                f"{self.decoding.min_len}; lower one of them"
+            )
+        return "the model's output is not a number"
+
+    def _print_summary(self) -> None:
         seconds = time.perf_counter() - self.started
         rate = self.num_lines / max(seconds, 1e-9)
         summary = (

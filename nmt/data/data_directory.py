@@ -111,10 +111,12 @@ class DataDirectory:
 
     def _check_split(self, split: str) -> str:
         if not self.has_split(split):
-            raise UserError(
-                f"{self.path} must have the split `{split}`, but has {', '.join(self.record['splits'])}. "
-                f"Make it again with nmt-preprocess --{split}pref."
+            there = ", ".join(self.record["splits"])
+            known = split in SPLITS
+            what_to_do = (
+                f"Make it again with nmt-preprocess --{split}pref." if known else "Name one of these."
             )
+            raise UserError(f"{self.path} must have the split `{split}`, but has {there}. {what_to_do}")
         return split
 
     def _check_language(self, lang: str) -> str:

@@ -84,6 +84,11 @@ class TranslationTask:
                 is longer than the model has positions for.
         """
         directory = self._data_directory()
+        if (directory.source_lang, directory.target_lang) != (self.source_lang, self.target_lang):
+            raise UserError(
+                f"{directory.path} must hold data from {self.source_lang} to {self.target_lang}, as the model "
+                f"translates, but is from {directory.source_lang} to {directory.target_lang}. Name other data."
+            )
         for lang, vocabulary in (
             (directory.source_lang, self.source_vocabulary),
             (directory.target_lang, self.target_vocabulary),
