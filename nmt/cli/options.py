@@ -219,7 +219,9 @@ class PlotOptions:
                 "`runs` must name the folder of a run, but is empty. Name the `save-dir` of nmt-train."
             )
         if self.output.suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise UserError(f"`output` must end in .png, .pdf or .svg, but is {self.output}.")
+            raise UserError(
+                f"`output` must end in .png, .pdf or .svg, but is {self.output}. Name the picture so."
+            )
 
 
 @dataclass(frozen=True)

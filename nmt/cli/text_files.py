@@ -46,9 +46,9 @@ def check_parallel(*files: Path | None) -> int | None:
         if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
             continue
         if not path.exists():
-            raise UserError(f"{path} must exist, but there is no such file.")
+            raise UserError(f"{path} must exist, but there is no such file. Check its name.")
         if path.is_dir():
-            raise UserError(f"{path} must be a file of text, but is a folder.")
+            raise UserError(f"{path} must be a file of text, but is a folder. Name a file.")
         num_lines = check_file(path).num_lines
         first = first or (path, num_lines)
         if num_lines != first[1]:
@@ -76,7 +76,9 @@ def open_output(path: Path | None) -> Iterator[BinaryIO]:
             yield file
         return
     if not path.parent.is_dir():
-        raise UserError(f"`output` must be in a folder that exists, but there is no {path.parent}.")
+        raise UserError(
+            f"`output` must be in a folder that exists, but there is no {path.parent}. Make it first."
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

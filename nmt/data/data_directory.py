@@ -42,7 +42,9 @@ def find_language_pair(path: Path) -> tuple[str, str] | None:
     }
     if len(pairs) > 1:
         named = ", ".join(sorted("-".join(pair) for pair in pairs))
-        raise UserError(f"{path} must hold data of one pair of languages, but holds {named}.")
+        raise UserError(
+            f"{path} must hold data of one pair of languages, but holds {named}. Give each pair a folder."
+        )
     return pairs.pop() if pairs else None
 
 

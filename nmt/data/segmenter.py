@@ -234,7 +234,7 @@ def _explain(message: str, vocab_size: int) -> NoReturn:
     if "sentences_.empty()" in message or "all_chars_count" in message:
         raise UserError(
             "the training text must hold sentences, but all its lines are blank "
-            f"or longer than {_LONGEST_TRAINING_LINE:,} bytes"
+            f"or longer than {_LONGEST_TRAINING_LINE:,} bytes. Split long lines."
         ) from None
     raise UserError(f"SentencePiece could not be trained: {' '.join(message.split())}") from None
 
@@ -245,7 +245,9 @@ def _load_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         processor.LoadFromSerializedProto(data)
     except RuntimeError:
-        raise UserError(f"{path} must be a SentencePiece model, but is not, or is cut short") from None
+        raise UserError(
+            f"{path} must be a SentencePiece model, but is not, or is cut short. Name another."
+        ) from None
     return processor
 
 

@@ -67,7 +67,8 @@ class TranslationTask:
         if options.share_all_embeddings and self.source_vocabulary != self.target_vocabulary:
             raise UserError(
                 "`share-all-embeddings` must have one vocabulary for both languages, but "
-                f"dict.{self.source_lang}.txt and dict.{self.target_lang}.txt in `{self.assets.folder}` differ."
+                f"dict.{self.source_lang}.txt and dict.{self.target_lang}.txt in `{self.assets.folder}` differ. "
+                "Leave it out, or preprocess both with one dictionary."
             )
         return Transformer(
             options,
