@@ -7,6 +7,7 @@ all that is no update: validation and decoding.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ def _has_forward(module: nn.Module) -> bool:
 def _in_updates(
     module: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any]
 ) -> Callable[..., Any]:
+    @wraps(plain)  # which tells that it computes the same
     def forward(*args: Any, **kwargs: Any) -> Any:
         is_update = module.training and torch.is_grad_enabled()
         return (compiled if is_update else plain)(*args, **kwargs)

@@ -83,28 +83,47 @@ def from_mapping(
     return typing.cast(T, instance)
 
 
-def to_mapping(instance: Any) -> dict[str, Any]:
+def to_mapping(instance: Any, *, with_paths: bool = True) -> dict[str, Any]:
     """Return options as a flat mapping of hyphened keys to text, lists of text, or None.
 
     `from_mapping` reads it back exactly.
+
+    Args:
+        instance: the options.
+        with_paths: False to leave out the options that hold paths: they tell about the machine.
     """
     mapping: dict[str, Any] = {}
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
-            mapping |= to_mapping(value)
-        else:
+            mapping |= to_mapping(value, with_paths=with_paths)
+        elif with_paths or not _holds_path(value):
             mapping[field.name.replace("_", "-")] = to_text(value)
     return mapping
 
 
-def write_yaml(instance: Any, path: Path) -> None:
+def _holds_path(value: Any) -> bool:
+    return isinstance(value, Path) or (isinstance(value, (list, tuple)) and any(map(_holds_path, value)))
+
+
+def path_options(type_: Any) -> list[Option]:
+    """List the options that hold paths."""
+    return [option for option in list_options(type_) if option.is_path]
+
+
+def write_yaml(instance: Any, path: Path, *, with_paths: bool = True) -> None:
     """Write options to a YAML file that `read_yaml` and `from_mapping`, or `--config`, read back exactly."""
-    write_flat_yaml(to_mapping(instance), path)
+    write_flat_yaml(to_mapping(instance, with_paths=with_paths), path)
 
 
 def parse_command(
-    type_: type[T], argv: Sequence[str], *, prog: str, description: str, common: Sequence[str] = ()
+    type_: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    common: Sequence[str] = (),
+    known: tuple[str, Mapping[str, Any]] | None = None,
 ) -> T:
     """Make options from a command line, and from the YAML file that `--config` names.
 
@@ -116,6 +135,7 @@ def parse_command(
         prog: the name of the program.
         description: what it does, for `--help`.
         common: the fields that most people want, which `--help` shows first.
+        known: what stands for the content of a YAML file, and where it is from.
 
     Raises:
         UserError: for anything wrong in the arguments or in the file.
@@ -132,10 +152,10 @@ def parse_command(
     typed = read_arguments(options, argv, prog=prog)
     for option in options:
         _check_preset(option, typed.get(option.name), f"`{option.flag}`")
-    given = {}
+    given = {} if known is None else _convert_mapping(options, known[1], known[0], prog)
     config_path = peek(argv, CONFIG_FLAG)
     if config_path is not None:
-        given = _convert_mapping(options, read_yaml(Path(config_path)), config_path, prog)
+        given |= _convert_mapping(options, read_yaml(Path(config_path)), config_path, prog)
     given |= typed
     values = _defaults(options, given) | given
     if missing := [option for option in options if values[option.name] is MISSING]:
@@ -262,7 +282,7 @@ def _convert_mapping(
 
 
 def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    """Return (key, before, now) of the options with `metadata={"fixed": True}` that differ.
+    """Return (key, before, now) of the options with `metadata={"fixed": True}` that differ; paths may.
 
     Args:
         before: the options that a run was started with.
@@ -273,6 +293,6 @@ def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
         old, new = getattr(before, field.name), getattr(now, field.name)
         if dataclasses.is_dataclass(old) and type(old) is type(new):
             changed += changed_fixed_options(old, new)
-        elif field.metadata.get("fixed") and old != new:
+        elif field.metadata.get("fixed") and old != new and not _holds_path(old):
             changed.append((field.name.replace("_", "-"), old, new))
     return changed

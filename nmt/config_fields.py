@@ -6,6 +6,7 @@ import inspect
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 T = TypeVar("T")
@@ -35,6 +36,16 @@ class Option:
     def key(self) -> str:
         """The name as in a YAML file; the final underscore of a field such as `from_` is left out."""
         return self.name.rstrip("_").replace("_", "-")
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is MISSING
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it holds a path, or several."""
+        return (typing.get_args(self.hint) or (self.hint,))[0] is Path  # within Annotated[...], too
 
     @property
     def flag(self) -> str:

@@ -12,10 +12,13 @@ from typing import Any
 
 import yaml
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
+from nmt.records import is_unicode, read_limited
 
 # Unquoted, these are None; `None` because the command line spells it so.
 _NONE_WORDS = ("", "~", "null", "Null", "NULL", "None")
+
+_LARGEST_FILE = 2**20  # bytes: a file of options has some thousand
 
 _TEXT_TAG = "tag:yaml.org,2002:str"
 _LIST_TAG = "tag:yaml.org,2002:seq"
@@ -40,6 +43,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key_node, value_node in root.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise _error(path, key_node, "the key must be one word, but is not.")
+        _scalar(path, "a key", key_node)  # of the same characters as a value
         key = key_node.value.replace("_", "-")
         if key in mapping:
             raise _error(path, key_node, f"`{key}` must be given once, but is there twice. Delete one.")
@@ -73,7 +77,7 @@ def write_flat_yaml(mapping: Mapping[str, Any], path: Path) -> None:
 
 
 def _parse(path: Path) -> yaml.Node | None:
-    data = path.read_bytes()
+    data = read_limited(path, _LARGEST_FILE)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,21 +85,29 @@ def _parse(path: Path) -> yaml.Node | None:
         raise UserError(f"{path}, line {line}: must be UTF-8, but is not. Save the file as UTF-8.") from None
     try:
         return yaml.compose(text, Loader=yaml.BaseLoader)
+    except RecursionError:
+        raise UserError(f"{path}: must be flat, but is nested too deep. Write one option a line.") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         problem = error.problem or error.context
         raise UserError(f"{path}, line {line}: must be YAML, but is not: {problem}.") from None
+    except (ValueError, OverflowError):  # an escape beyond Unicode, a directive of a huge number
+        raise UserError(
+            f"{path}: must be YAML, but is not: it has an escape that stands for nothing."
+        ) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(
-            f"{path}, line {line}: must be YAML, but has the character {error.character!r}."
+            f"{path}, line {line}: must be YAML, but has the character {shown(error.character)}."
         ) from None
 
 
 def _scalar(path: Path, key: str, node: yaml.Node) -> str | None:
     if not isinstance(node, yaml.ScalarNode):
         raise _error(path, node, f"`{key}` must be one value or a list of values, but is nested deeper.")
+    if not is_unicode(node.value):
+        raise _error(path, node, f"`{key}` must be text, but has half of a character (a surrogate).")
     return None if node.style is None and node.value in _NONE_WORDS else str(node.value)
 
 

@@ -4,6 +4,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,14 +122,13 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
         if hint is bool and value.lower() in _BOOLEAN_WORDS:
             return _BOOLEAN_WORDS[value.lower()]
         if hint in (int, float):
-            try:
+            with suppress(ValueError):  # also of thousands of digits
                 return hint(value)
-            except ValueError:
-                pass
-        if hint in (str, Path):
+        if hint is str or (hint is Path and "\0" not in value):
             return hint(value)
     elif hint in (int, float) and isinstance(value, (int, hint)) and not isinstance(value, bool):
-        return hint(value)
+        with suppress(OverflowError):
+            return hint(value)
     elif (hint is bool and isinstance(value, bool)) or (hint is Path and isinstance(value, Path)):
         return value
     rules = {

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from hashlib import blake2b
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from nmt.cudnn_attention import leave_out_cudnn_attention
-from nmt.errors import LostRankError, UserError
+from nmt.errors import LostRankError, UserError, shown
 from nmt.signs_of_life import SignsOfLife, lost_rank_line
 
 T = TypeVar("T")
@@ -32,6 +32,8 @@ T = TypeVar("T")
 # A rank waits this long for another one: longer than rank 0 decodes a validation set or writes a large
 # checkpoint while the others wait, short enough that a run whose rank died ends within the hour.
 TIMEOUT = timedelta(minutes=30)
+
+_STOPPED = "nmt/stopped"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: Store | None = field(default=None, repr=False, compare=False)
+    """What the ranks have met through; torchrun keeps it when it starts the ranks again."""
 
     @property
     def is_main(self) -> bool:
@@ -78,6 +82,15 @@ class World:
         """Replace a tensor on `device` by that of rank 0."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
+
+    def note_stop(self) -> None:
+        """Leave word that the run was asked to stop, for ranks that torchrun starts again all the same."""
+        if self.store is not None:
+            self.store.set(_STOPPED, "")
+
+    def was_stopped(self) -> bool:
+        """Return whether the run was asked to stop before torchrun started these ranks."""
+        return self.store is not None and self.store.check([_STOPPED])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -124,7 +137,8 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
         yield single(chosen)
         return
     try:
-        signs = _join_group(rank=rank, size=size, device=chosen, timeout=timeout)
+        store = next(rendezvous("env://", timeout=timeout))[0]
+        signs = _join_group(store, rank=rank, size=size, device=chosen, timeout=timeout)
     except RuntimeError as failure:
         if not _is_of_connection(failure):
             raise
@@ -133,7 +147,7 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     signs.start()
     error: BaseException | None = None
     try:
-        yield World(rank=rank, size=size, device=chosen)
+        yield World(rank=rank, size=size, device=chosen, store=store)
     except BaseException as raised:
         error = raised
         if _is_of_connection(raised):
@@ -145,11 +159,13 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
             _leave(with_error=error is not None)
 
 
-def _join_group(*, rank: int, size: int, device: torch.device, timeout: timedelta) -> SignsOfLife:
+def _join_group(
+    store: Store, *, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> SignsOfLife:
     """Make the process group when all ranks are here."""
-    store = meet(next(rendezvous("env://", timeout=timeout))[0], rank=rank, size=size, timeout=timeout)
-    signs = SignsOfLife(store, rank=rank, size=size, timeout=timeout.total_seconds())
-    given: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
+    part = meet(store, rank=rank, size=size, timeout=timeout)
+    signs = SignsOfLife(part, rank=rank, size=size, timeout=timeout.total_seconds())
+    given: dict[str, Any] = {"store": part, "rank": rank, "world_size": size}
     if device.type == "cuda":
         # NCCL ends the process with pages of its own when it has waited too long; `signs` is to be before it.
         dist.init_process_group("nccl", **given, timeout=timeout + timedelta(minutes=1), device_id=device)
@@ -212,7 +228,7 @@ def _leave(*, with_error: bool) -> None:
 def _choose_device(name: str, *, size: int, local_rank: int) -> torch.device:
     known = ("auto", "cpu", "cuda", "mps")
     if name not in known:
-        raise UserError(f"`device` must be one of {', '.join(known)}, but is {name!r}.")
+        raise UserError(f"`device` must be one of {', '.join(known)}, but is {shown(name)}.")
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

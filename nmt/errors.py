@@ -1,12 +1,38 @@
-"""The exceptions that are shown as one line."""
+"""The exceptions that are shown as one line, and how foreign text is shown in it."""
+
+import re
+
+_LONGEST_VALUE = 80
+_LONGEST_WORD = 300  # longer than most paths, which are left whole
+_LONGEST_LINE = 2000
+_MOST_ITEMS = 6
+_DEEPEST = 2  # containers within containers of a value that is shown
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD},}}")
+
+EXIT_RESUMABLE = 75
+"""What nmt-train ends with where the same command goes on: EX_TEMPFAIL of sysexits.h, what may succeed when it is
+tried again. No shell, no signal and no Python ends with it by itself."""
 
 
 class UserError(ValueError):
     """Something that a user can cause and put right.
 
     The commands show it as one line, without a traceback, and exit with code 2. Its text says what is
-    wrong, where, and what to do: "`name` must be <rule>, but is <value>. <What to do>."
+    wrong, where, and what to do: "`name` must be <rule>, but is <value>. <What to do>." Whatever text it is made
+    of, it is one line of printable characters and no longer than some lines of a terminal.
     """
+
+    def __init__(self, text: str) -> None:
+        """Take the text; see `one_line` for what becomes of it."""
+        super().__init__(one_line(text))
+
+
+class DamagedError(UserError):
+    """A file that one of the commands wrote is not as it was written."""
+
+
+class UnreadableExamplesError(UserError):
+    """Examples cannot be read, such as those of a damaged file; a run saves what it has learned before it ends."""
 
 
 class LostRankError(UserError):
@@ -15,4 +41,53 @@ class LostRankError(UserError):
     The commands end with `exit_code` at once, without waiting for the other ranks.
     """
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: what failed may succeed when it is tried again
+    exit_code = EXIT_RESUMABLE
+
+
+def one_line(text: str) -> str:
+    """Return text as one line for a terminal: no control characters, and not too long.
+
+    It may hold anything that was found in a file: an escape sequence is shown as `\\x1b...`, a word of hundreds of
+    characters is cut, and so is the middle of what is longer than any message.
+    """
+    line = printable(" ".join(text.split("\n")))
+    line = _LONG_WORD.sub(lambda match: _cut(match[0], _LONGEST_VALUE), line)
+    return _cut(line, _LONGEST_LINE)
+
+
+def printable(text: str) -> str:
+    """Return text with the characters that do not print as escapes: control characters, lone surrogates."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object, *, depth: int = 0) -> str:
+    """Return a value as it is shown in an error text: as `repr` has it, but of some 80 characters at most.
+
+    No value is too large or too deep for it.
+    """
+    if isinstance(value, (str, bytes)):
+        return _cut(printable(repr(value[: 2 * _LONGEST_VALUE])), _LONGEST_VALUE)
+    if isinstance(value, int) and value.bit_length() > 3 * _LONGEST_VALUE:
+        return f"a number of some {int(value.bit_length() * 0.30103):,} digits"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)) and depth < _DEEPEST:
+        items = [shown(item, depth=depth + 1) for item in value[:_MOST_ITEMS]]
+        if len(value) > _MOST_ITEMS:
+            items.append("...")
+        left, right = "[]" if isinstance(value, list) else "()"
+        return _cut(f"{left}{', '.join(items)}{right}", _LONGEST_VALUE)
+    if isinstance(value, (list, tuple, dict, set)):
+        kind = {list: "a list", tuple: "a tuple", set: "a set"}.get(type(value), "a record")
+        return f"{kind} of {len(value):,}"
+    return _cut(printable(type(value).__name__), _LONGEST_VALUE)
+
+
+def _cut(text: str, longest: int) -> str:
+    """Leave out the middle of a text that is too long; its end often says what to do."""
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 3]}...{text[-end:]}"

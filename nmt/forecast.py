@@ -1,6 +1,5 @@
-"""What a run is going to be, told before its first update: model, data, work, memory and time."""
+"""What a run is going to be, told before its first update: model, data, work and memory; on demand, time."""
 
-import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +8,12 @@ import torch
 
 from nmt.compilation import uncompiled
 from nmt.data.batch_iterator import BatchIterator
-from nmt.data.batching import padded_size
+from nmt.data.batching import BatchLimits, padded_size, too_long
 from nmt.flops import FlopCounter
 from nmt.memory import peak_memory
 from nmt.options import TrainConfig
 from nmt.schedule import num_updates
+from nmt.task_extras import words_of
 from nmt.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -30,43 +30,58 @@ def forecast(
     train_examples: "Examples[Any]",
     valid_examples: "Examples[Any]",
 ) -> list[str]:
-    """Return the lines of a table; takes the time of two or three batches.
+    """Return the lines of a table; takes the time of a batch.
 
     Call it after the worst batch has been probed (`nmt.memory`), so that the memory is known.
     """
-    world, options = trainer.world, config.optimization
+    world, words = trainer.world, words_of(trainer.task)
     per_epoch = batches.updates_per_epoch
-    total_updates = num_updates(options, updates_per_epoch=per_epoch)
     device = f"{world.size} x {world.device.type}"
-    flop, seconds = _measure(trainer, train_examples, batches)
-    seconds *= config.batching.update_freq
     counts = parameter_counts(trainer.model)
     rows = [("model", f"{sum(counts.values()):,} parameters")]
     rows += [("", f"{count:>13,} {part}") for part, count in counts.items()]
-    sums = sum_of_sizes(train_examples)
+    sums = sum_of_sizes(train_examples, batches.limits)
     sizes = " / ".join(f"{size:,}" for size in sums)
     # Where each example has the size 1 there is nothing to add.
-    in_size = "" if sums == [len(train_examples)] else f" of {sizes} in size"
+    in_size = "" if sums == [batches.num_examples] else f" of {sizes} in size"
+    without = f" ({batches.num_too_long:,} more are left out)" if batches.num_too_long else ""
+    flop = _scaled(_flop_a_target(trainer, train_examples, batches))
     rows += [
         (
             "data",
-            f"{len(train_examples):,} training examples{in_size}, "
-            f"{len(valid_examples):,} validation examples",
+            f"{batches.num_examples:,} training {words.examples}{in_size}{without}, "
+            f"{len(valid_examples):,} validation {words.examples}",
         ),
-        ("updates", f"{per_epoch:,} an epoch, of about {sums[-1] / per_epoch:,.0f} targets on {device}"),
-        ("work", f"{_scaled(flop)}FLOP a target in matrix products"),
+        (
+            "updates",
+            f"{per_epoch:,} an epoch, of about {sums[-1] / per_epoch:,.0f} {words.targets} on {device}",
+        ),
+        ("work", f"{flop}FLOP {words.a_target} in matrix products, forward and backward"),
         ("memory", f"{peak_memory(world.device) / 2**20:,.0f} MiB at most, after the largest batch"),
     ]
     if batches.split_above is not None:
         rows.append(
             ("", f"batches above {batches.split_above:,} (examples x longest) are run in parts to fit")
         )
+    return [_row(name, text) for name, text in rows]
+
+
+def time_row(config: TrainConfig[Any], batches: BatchIterator, *, seconds: float, done: int) -> str:
+    """Return the line of the table on how long a run takes.
+
+    Args:
+        config: Says when it ends.
+        batches: Say how many updates an epoch has.
+        seconds: What an update takes.
+        done: Updates that have been made already.
+    """
     speed = f"about {seconds:.2g} s an update"
-    if total_updates is None:
-        rows.append(("time", f"{speed}; no end is set"))
-    else:
-        rows.append(("time", f"{speed}, {duration(seconds * total_updates)} for {total_updates:,} updates"))
-    return [f"{name:<9}{text}" for name, text in rows]
+    end = num_updates(config.optimization, updates_per_epoch=batches.updates_per_epoch)
+    if end is None:
+        return _row("time", f"{speed}; no end is set")
+    left = max(end - done, 0)
+    after = f" after update {done:,}" if done else ""
+    return _row("time", f"{speed}; validation apart, {duration(seconds * left)} for {left:,} updates{after}")
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
@@ -79,11 +94,11 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
     return counts
 
 
-def sum_of_sizes(examples: "Examples[Any]") -> list[int]:
-    """Return the sum of each column of the sizes: source and target tokens, for one."""
+def sum_of_sizes(examples: "Examples[Any]", limits: BatchLimits) -> list[int]:
+    """Return the sum of each column of the sizes, of what is not left out: source and target tokens, for one."""
     sizes = examples.sizes
-    starts = range(0, len(sizes), _BLOCK)
-    sums = [np.asarray(sizes[start : start + _BLOCK]).sum(axis=0, dtype=np.int64) for start in starts]
+    blocks = (np.asarray(sizes[start : start + _BLOCK]) for start in range(0, len(sizes), _BLOCK))
+    sums = [block[~too_long(block, limits)].sum(axis=0, dtype=np.int64) for block in blocks]
     return np.sum(sums, axis=0).tolist() if sums else []
 
 
@@ -99,8 +114,8 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {name}" for count, name in parts[:2] if count) or "0 s"
 
 
-def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator) -> tuple[float, float]:
-    """Return the floating-point operations a target and the seconds of a batch of middling size."""
+def _flop_a_target(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator) -> float:
+    """Return the floating-point operations a target of a batch of middling size."""
     ordered = sorted(batches.first_batches, key=lambda batch: padded_size(examples.sizes, batch))
     middling = ordered[len(ordered) // 2]
     if batches.split_above is not None:
@@ -111,17 +126,11 @@ def _measure(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator
     in_steps = uncompiled() if trainer.options.compile else nullcontext()
     with in_steps, FlopCounter() as counter:
         trainer.probe(batch)
-    _wait(trainer.world.device)
-    start = time.perf_counter()
-    trainer.probe(batch)
-    _wait(trainer.world.device)
-    seconds = time.perf_counter() - start
-    return counter.total / max(batch.num_targets, 1), seconds
+    return counter.total / max(batch.num_targets, 1)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _row(name: str, text: str) -> str:
+    return f"{name:<9}{text}"
 
 
 def _scaled(number: float) -> str:

@@ -13,17 +13,18 @@ from nmt.errors import UserError
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
     """Give a temporary sibling folder to write into; rename it to `path` when the block ends well.
 
-    Whatever is at `path` by then is replaced: look first whether it may be. On an exception the temporary
-    folder is removed. That of a killed process stays, and goes with the next attempt (or `remove_leftovers`).
+    On an exception the temporary folder is removed. That of a killed process stays, and goes with the next attempt
+    (or `remove_leftovers`).
 
     Args:
         path: The final name. Its parents are made.
+        replaces: Whether what is at `path` when the block ends is replaced: look first whether it may be.
 
     Raises:
-        UserError: Another process is writing the same folder.
+        UserError: Another process is writing the same folder; or something is at `path` that is not replaced.
     """
     path = path.resolve()  # through symbolic links, so that the sibling is on the same file system
     temporary = path.with_name(f".{path.name}.tmp")
@@ -37,6 +38,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 sync(file)
             sync(temporary)
+            if not replaces and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+                raise UserError(f"{path} must not exist, but has been made meanwhile. Choose another name.")
             _rename(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -22,14 +22,14 @@ def upgrade_state(state: dict[str, Any], *, num_optimizer_tensors: int) -> dict[
         **state,
         "trainer": {
             "num_optimizer_tensors": num_optimizer_tensors,
-            "plateau": {},
+            "plateau": {"factor": 1.0, "best": None, "num_without_better": 0},
             "precision": {},
             "lr": trainer["metrics"][0].get("epoch", {}).get("gauges", {}).get("lr", 0.0),
             "lr_scale": 1.0,
             "num_cancelled_in_a_row": 0,
             **trainer,
         },
-        "progress": progress,
-        "clock": {"training_seconds": training_seconds},
+        "progress": {"kept": [], **progress},
+        "clock": {"seconds_before": 0.0, "training_seconds": training_seconds},
         "split_above": None,
     }

@@ -1,6 +1,7 @@
 """Optimizers from torch, over the parameters of a model."""
 
 import inspect
+from collections.abc import Mapping
 from typing import TypeVar, cast
 
 import torch
@@ -68,6 +69,32 @@ def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.opt
 def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a step can be recorded (`nmt/recording.py`), with a learning rate that is a tensor."""
     return all(group.get("capturable", False) for group in optimizer.param_groups)
+
+
+def fits(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
+    """Whether an optimizer of this kind can go on with a state of a parameter; torch does not look itself."""
+    if not all(tensor.is_floating_point() for tensor in state.values()):
+        return False
+    if isinstance(optimizer, torch.optim.Adafactor):
+        names = {"step", "row_var", "col_var"} if parameter.ndim > 1 else {"step", "variance"}
+    elif isinstance(optimizer, torch.optim.SGD):
+        names = {"momentum_buffer"}
+    else:
+        names = {"step", "exp_avg", "exp_avg_sq"}
+    if state and state.keys() != names:  # none where a parameter has had no gradient yet
+        return False
+    for name, tensor in state.items():
+        if name == "step":
+            is_right = tensor.numel() == 1
+        elif name in ("row_var", "col_var"):  # sums over rows, or over columns
+            is_right = tensor.ndim == parameter.ndim and all(
+                found in (1, size) for found, size in zip(tensor.shape, parameter.shape, strict=True)
+            )
+        else:
+            is_right = tensor.shape == parameter.shape
+        if not is_right:
+            return False
+    return True
 
 
 def step(optimizer: torch.optim.Optimizer, *, is_cancelled: Tensor) -> None:

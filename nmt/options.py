@@ -81,7 +81,11 @@ class OptimizationOptions:
     """Compile the model for its updates (torch.compile): a minute or more before the first one, on a GPU shorter
     ones thereafter. See docs/training.md for where it pays."""
     patience: int | None = None
-    """Stop after this many validations in a row without a better `best-checkpoint-metric`."""
+    """Stop after this many validations in a row without a better `patience-metric`."""
+    patience_metric: str | None = field(default=None, metadata={"fixed": True})
+    """The validation metric that patience follows; `best-checkpoint-metric` unless given."""
+    plateau_metric: str | None = field(default=None, metadata={"fixed": True})
+    """The validation metric that a plateau follows; `best-checkpoint-metric` unless given."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense alone or together."""
@@ -108,6 +112,8 @@ class OptimizationOptions:
                 raise UserError(f"`lr-milestones` must rise from above 0, but are {self.lr_milestones}.")
         if self.stop_min_lr is not None and self.stop_min_lr >= self.lr:
             raise UserError(f"`stop-min-lr` must be below `lr` ({self.lr}), but is {self.stop_min_lr}.")
+        if self.patience_metric is not None and self.patience is None:
+            raise UserError("`patience-metric` must go with `patience`, but that is not given. Give it too.")
         if self.nesterov and self.momentum == 0:
             raise UserError("`nesterov` must have a `momentum` above 0, but it is 0.")
 
@@ -173,6 +179,7 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
         "lr_shrink": ("milestones", "plateau"),
         "lr_patience": ("plateau",),
         "lr_threshold": ("plateau",),
+        "plateau_metric": ("plateau",),
         "stop_min_lr": ("inverse_sqrt", "cosine", "polynomial", "milestones", "plateau"),
     },
 }
@@ -200,6 +207,8 @@ class CheckpointOptions:
     """The first epoch of which anything is kept for good."""
     best_checkpoint_metric: str = field(default="loss", metadata={"fixed": True})
     """The validation metric that decides which checkpoint is best."""
+    keep_best_metrics: tuple[str, ...] = ()
+    """More metrics of which the best checkpoints are kept, `keep-best` of each, with a link `best-METRIC`."""
 
     def check(self) -> None:
         """Raise `UserError` for intervals and numbers below 1."""
@@ -241,6 +250,8 @@ class TrainConfig(Generic[TaskOptionsT]):
     """Take only algorithms that give the same bits every time (on a GPU slower; the CPU's do anyway)."""
     rank_timeout: float = 30.0
     """Minutes that a rank waits for the others before it takes one for lost."""
+    accept_changed_data: bool = False
+    """Go on although the training data have changed within an epoch: it begins anew with what is there now."""
     log_interval: int = 100
     """Report after every so many updates."""
     dry_run: bool = False

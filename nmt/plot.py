@@ -5,6 +5,7 @@ Needs matplotlib, without its global state: a figure is made, returned, and belo
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 from nmt.run_log import read_records
 
 Record = dict[str, Any]
@@ -41,6 +42,7 @@ _LABELS = {
     "nll": "negative log-likelihood per target (nats)",
     "ppl": "perplexity",
     "bleu": "BLEU",
+    "chrf": "chrF2",
     "lr": "learning rate",
     _SPEED: "targets per second",
     "update": "update",
@@ -68,7 +70,8 @@ class RunRecords:
     @property
     def best_metric(self) -> str | None:
         """The metric that chooses the best checkpoint, if the run has been validated."""
-        names = [name for record in self.records for name in record if name.startswith(_BEST)]
+        validations = [record for record in self.records if record["kind"] == "valid"]
+        names = [name for record in validations for name in record if name.startswith(_BEST)]
         return names[-1].removeprefix(_BEST) if names else None
 
     @property
@@ -141,7 +144,11 @@ def draw(runs: Sequence[RunRecords], *, x: XAxis = "update", metrics: Sequence[s
 
 def _choose_panels(runs: Sequence[RunRecords], metrics: Sequence[str]) -> list[str]:
     recorded = dict.fromkeys(
-        name for run in runs for record in run.records if record["kind"] in _DRAWN for name in record
+        name
+        for run in runs
+        for record in run.records
+        if record["kind"] in (*_DRAWN, "epoch")
+        for name in record
     )
     validated = dict.fromkeys(
         name for run in runs for record in run.records if record["kind"] == "valid" for name in record
@@ -149,7 +156,7 @@ def _choose_panels(runs: Sequence[RunRecords], metrics: Sequence[str]) -> list[s
     for metric in metrics:
         if metric not in recorded:
             known = ", ".join(name for name in recorded if name not in _NO_METRICS)
-            raise UserError(f"`metrics` must be among {known}, but one is {metric!r}.")
+            raise UserError(f"`metrics` must be among {known}, but one is {shown(metric)}.")
     chosen = metrics or [
         name
         for name in dict.fromkeys(["loss", *validated])
@@ -168,7 +175,11 @@ def _x_places(run: RunRecords, x: XAxis) -> Callable[[Record], float]:
                 f"`x` hours must have runs that recorded it, but {run.name} did not. Use --x update."
             )
         return lambda record: record["hours"]
-    ends = {record["epoch"]: record["update"] for record in run.records if record["kind"] == "epoch"}
+    ends = {
+        record["epoch"]: record["update"]
+        for record in run.records
+        if record["kind"] == "epoch" and "epoch" in record
+    }
     if not ends:
         raise UserError(
             f"`x` epoch must have runs of an epoch or more, but {run.name} has none. Use --x update."
@@ -189,7 +200,7 @@ def _draw_panel(
     ax: Axes, metric: str, runs: Sequence[RunRecords], places: Sequence[Callable[[Record], float]]
 ) -> None:
     for run, place, (colour, dashes) in zip(runs, places, itertools.cycle(_STYLES), strict=False):
-        x, y = _curve(run, "train", metric, place)
+        x, y = _curve(run, _kind_of_training(run, metric), metric, place)
         lone = "." if len(x) == 1 else None
         width, alpha = (1.2, 0.9) if metric in _FROM_ZERO else (0.9, 0.55)
         ax.plot(x, y, marker=lone, color=colour, linestyle=dashes, linewidth=width, alpha=alpha)
@@ -206,6 +217,12 @@ def _draw_panel(
                 markeredgecolor="white",
                 markeredgewidth=0.8,
             )
+
+
+def _kind_of_training(run: RunRecords, metric: str) -> str:
+    """Return which records draw a metric of training: reports, or epochs where these are the shorter."""
+    counts = Counter(record["kind"] for record in run.records if metric in record)
+    return "epoch" if counts["epoch"] > counts["train"] else "train"
 
 
 def _curve(

@@ -1,6 +1,5 @@
 """What is checked and found out before a run begins or goes on."""
 
-import filecmp
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from nmt.distributed import World, single
 from nmt.errors import UserError
 from nmt.memory import find_max_tokens
 from nmt.options import TrainConfig
-from nmt.task import Examples, PackingTask, Task
+from nmt.task import CheckingTask, Examples, PackingTask, Task
+from nmt.task_extras import is_same_asset
 from nmt.trainer import Trainer
 
 
@@ -34,13 +34,20 @@ def refuse_other_run(task: Task[Any], config: TrainConfig[Any], folder: Path) ->
         task.save_assets(Path(temporary))
         for path in sorted(Path(temporary).rglob("*")):
             before_path = folder / path.relative_to(temporary)
-            if path.is_file() and not (
-                before_path.is_file() and filecmp.cmp(path, before_path, shallow=False)
-            ):
+            if path.is_file() and not (before_path.is_file() and is_same_asset(task, before_path, path)):
                 raise UserError(
                     f"`{path.name}` of the data must be the one that the run began with, but differs from "
                     f"`{before_path}`. Use the same data or name another `save-dir`."
                 )
+
+
+def check_model(task: Task[Any], model: nn.Module, world: World) -> None:
+    """Let a task look at a model, which stays as it is."""
+    if isinstance(task, CheckingTask):
+        was_training = model.training
+        model.eval()
+        task.check_model(model, world)
+        model.train(was_training)
 
 
 def left_out(batches: BatchIterator, config: TrainConfig[Any]) -> list[str]:

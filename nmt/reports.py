@@ -1,16 +1,26 @@
 """What a run says while it goes on: what the scopes have seen, how fast it is, and how long it will take."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from nmt.data.batch_iterator import BatchIterator
+from nmt.following import Followed
 from nmt.forecast import duration
-from nmt.options import OptimizationOptions
+from nmt.memory import peak_memory
+from nmt.options import TrainConfig
+from nmt.pace import Pace
+from nmt.progress import Progress
 from nmt.run_log import RunLog
+from nmt.summary import summarize
+from nmt.task import Examples
+from nmt.task_extras import next_command_of, remarks_of, words_of
 from nmt.trainer import Trainer
 
-_FIRST_UPDATES = 10  # until the speed is steady, and then as many to measure it by
 _NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 
 
@@ -21,6 +31,7 @@ class Clock:
     Attributes:
         seconds_before: Time spent on the run before this process, or before the last checkpoint taken up.
         training_seconds: Time spent in updates since the last report, up to `last_read`.
+        trained: Time that this process has spent in updates, up to `last_read`.
     """
 
     seconds_before: float = 0.0
@@ -28,6 +39,7 @@ class Clock:
 
     def __post_init__(self) -> None:
         self._start = self.last_read = time.monotonic()
+        self.trained = 0.0
 
     @property
     def seconds(self) -> float:
@@ -47,6 +59,7 @@ class Clock:
         """Count what has passed since then, or since the last call."""
         now = time.monotonic()
         self.training_seconds += now - self.last_read
+        self.trained += now - self.last_read
         self.last_read = now
 
     def take_training_seconds(self) -> float:
@@ -60,14 +73,16 @@ class Reports:
     """Writes to the log of a run what its trainer's metrics have seen."""
 
     def __init__(
-        self, log: RunLog, trainer: Trainer, batches: BatchIterator, options: OptimizationOptions
+        self, log: RunLog, trainer: Trainer, batches: BatchIterator, config: TrainConfig[Any]
     ) -> None:
         self.log = log
         self.trainer = trainer
         self.batches = batches
-        self.options = options
-        self._num_updates = 0  # made by this process
-        self._measured_from = 0.0
+        self.config = config
+        self.words = words_of(trainer.task)
+        self.pace = Pace()
+        self._trained = 0.0  # of the clock, at the last update
+        self._has_told_time = False
 
     def scope(self, scope: str, *, epoch: int, clock: Clock) -> None:
         """Log what a scope has seen, then empty it; every rank must call this."""
@@ -75,30 +90,68 @@ class Reports:
         sums = metrics.sums(scope, self.trainer.world)  # waits for the device
         record: dict[str, Any] = {"update": self.trainer.update, "epoch": epoch}
         if sums["num_targets"]:  # none where every update was cancelled
-            record.update(self.trainer.task.summarize(sums))
+            record.update(summarize(self.trainer.task, sums))
         if scope == "train":
             record["targets/s"] = sums["num_targets"] / clock.take_training_seconds()
             record.update(metrics.gauges(scope))
+            record["memory MiB"] = round(peak_memory(self.trainer.world.device) / 2**20)
+            if (left := self._seconds_left()) is not None:
+                record["hours left"] = round(left / 3600, 6)
+        elif "lr" in (gauges := metrics.gauges(scope)):
+            record["lr"] = gauges["lr"]
         record["hours"] = clock.hours
-        if sums["num_cancelled"]:
+        if sums.get("num_cancelled"):  # not known to the first checkpoints
             record["cancelled updates"] = round(sums["num_cancelled"])
-        self.log.report(scope, record)
+        self.log.report(scope, record, shown=self._shown(record))
         metrics.reset(scope)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """Log what a validation has measured."""
+        self.log.report("valid", record, shown=self._shown(record))
+
+    def end(self, reason: str, *, best: Path, progress: Progress, followed: Followed) -> None:
+        """Say why the run ends, what its best checkpoint is worth, and what to do with it."""
+        parts, metric = [f"finished: {reason}"], followed.best
+        if ranking := progress.ranking(followed.better[metric]):
+            value = progress.values[ranking[0]]
+            parts.append(f"best {metric} {value:.4g} after update {ranking[0]:,}: {best}")
+        self.log.say(" | ".join([*parts, f"next: {next_command_of(self.trainer.task, best)}"]))
+
+    def remarks(self, examples: Examples[Any], results: Mapping[str, float]) -> None:
+        """Log what the task says after a validation; every rank must call this."""
+        trainer = self.trainer
+        trainer.model.eval()
+        with torch.no_grad(), trainer.evaluated_weights():
+            lines = remarks_of(trainer.task, trainer.model, examples, results, trainer.world)
+        for line in lines:
+            self.log.say(line)
+
+    def _shown(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """Return how people read some of the numbers."""
+        last_update = self._last_update()
+        shown = {"update": f"update {record['update']}" + (f"/{last_update}" if last_update else "")}
+        if "targets/s" in record:
+            shown["targets/s"] = f"{self.words.targets}/s {record['targets/s']:,.0f}"
+        if "memory MiB" in record:
+            shown["memory MiB"] = f"memory {record['memory MiB']:,} MiB"
+        if "hours left" in record:
+            more = " and validations" if self.pace.validation_seconds is None else ""
+            shown["hours left"] = f"left {duration(record['hours left'] * 3600)}{more}"
+        return shown
 
     def update(self, *, epoch: int, clock: Clock) -> None:
         """Move the progress bar after an update, name cancelled ones, and say once how long the rest will take."""
         last_update = self._last_update()
         self.log.progress(self.trainer.update, epoch=epoch, total=last_update)
         self.cancelled()
-        self._num_updates += 1
-        if self._num_updates == _FIRST_UPDATES:
-            self._measured_from = clock.last_read
-        if self._num_updates == 2 * _FIRST_UPDATES and last_update is not None:
-            seconds = (clock.last_read - self._measured_from) / _FIRST_UPDATES
-            left = duration(seconds * max(last_update - self.trainer.update, 0))
-            self.log.say(
-                f"time: {seconds:.2g} s an update; {left} to update {last_update:,}, validation apart"
-            )
+        self.pace.note_update(clock.trained - self._trained)
+        self._trained = clock.trained
+        if self._has_told_time or not self.pace.is_known or (left := self._seconds_left()) is None:
+            return
+        self._has_told_time = True
+        apart = ", validation apart" if self.pace.validation_seconds is None else ""
+        speed = f"{self.pace.seconds_per_update:.2g} s an update"
+        self.log.say(f"time: {speed}; {duration(left)} to update {last_update:,}{apart}")
 
     def cancelled(self) -> None:
         """Log the updates that are newly known to have been cancelled."""
@@ -116,9 +169,26 @@ class Reports:
 
     def _last_update(self) -> int | None:
         """Estimate the update at which the run will end."""
-        ends = [] if self.options.max_update is None else [self.options.max_update]
-        if self.options.max_epoch is not None:
-            share = self.batches.examples_consumed / self.batches.num_examples
-            epochs_done = self.batches.epoch - 1 + share
-            ends.append(round(self.trainer.update * self.options.max_epoch / max(epochs_done, 1e-9)))
+        options = self.config.optimization
+        ends = [] if options.max_update is None else [options.max_update]
+        if options.max_epoch is not None:
+            # From where it stands, since earlier epochs may have had other batches.
+            epochs_left = max(options.max_epoch - self._epochs_done(), 0.0)
+            ends.append(self.trainer.update + round(epochs_left * self.batches.updates_per_epoch))
         return min(ends, default=None)
+
+    def _epochs_done(self) -> float:
+        return self.batches.epoch - 1 + self.batches.examples_consumed / self.batches.num_examples
+
+    def _seconds_left(self) -> float | None:
+        """Estimate how long the rest of the run takes, if its end and its speed are known."""
+        last_update = self._last_update()
+        if last_update is None or not self.pace.is_known:
+            return None
+        num_updates = max(last_update - self.trainer.update, 0)
+        options = self.config.checkpoints
+        interval = options.validate_interval * self.batches.updates_per_epoch
+        num_validations = num_updates / interval
+        if (every := options.validate_interval_updates) is not None:
+            num_validations += num_updates / every
+        return self.pace.seconds_left(num_updates, num_validations)

@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
-from nmt.errors import UserError
+from nmt.errors import UserError, one_line
+from nmt.records import Number, Record, RecordError, Text, Whole, parse_json
 from nmt.task import Illustrations
 
 if TYPE_CHECKING:
     from nmt.tensorboard import EventWriter
 
-TIMES = frozenset({"targets/s", "hours"})
+TIMES = frozenset({"targets/s", "hours", "hours left", "memory MiB"})
 """The names in records that differ between runs that are otherwise equal."""
 
 _RECORDS = "metrics.jsonl"
+_RECORD = Record({"kind": Text(), "update": Whole()}, optional={"epoch": Whole(), "hours": Number(low=0.0)})
 _IS_NOTEBOOK = issubclass(tqdm, tqdm_notebook)  # of the two kinds tqdm has chosen the one for notebooks
 
 
@@ -91,18 +93,30 @@ class RunLog:
         """Write a line for people."""
         if self._text is None:
             return
+        line = one_line(line)  # it may name files and classes, whose names may hold anything
         tqdm.write(line, file=sys.stderr)
         _append(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def report(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Write a record as a line for people and as a JSON line."""
+    def report(self, kind: str, record: Mapping[str, Any], *, shown: Mapping[str, str] | None = None) -> None:
+        """Write a record as a line for people and as a JSON line.
+
+        Args:
+            kind: What it is of: "train", "epoch", "valid".
+            record: Numbers by name, "update" and "epoch" among them.
+            shown: How some of them are said in the line, by name.
+        """
         if self._records is None:
             return
-        self.say(" | ".join([kind, *(f"{name} {_format(name, value)}" for name, value in record.items())]))
-        numbers = {name: _json_value(value) for name, value in record.items()}
-        _append(self._records, json.dumps({"kind": kind, **numbers}) + "\n")
+        texts = {name: f"{name} {_format(name, value)}" for name, value in record.items()} | dict(shown or {})
+        self.say(" | ".join([kind, *texts.values()]))
+        self.record(kind, {name: _json_value(value) for name, value in record.items()})
         if self._events is not None:
             self._events.report(kind, record)
+
+    def record(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Write a JSON line alone; "update" is among what it says."""
+        if self._records is not None:
+            _append(self._records, json.dumps({"kind": kind, **record}) + "\n")
 
     def illustrate(self, update: int, illustrations: Illustrations) -> None:
         """Show texts and images where something shows them."""
@@ -201,11 +215,10 @@ def read_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:  # no JSON, or no UTF-8
+        record: dict[str, Any] = _RECORD.check(parse_json(line), "")
+    except (ValueError, RecordError):
         return None
-    is_whole = isinstance(record, dict) and isinstance(record.get("update"), int) and "kind" in record
-    return record if is_whole else None
+    return record
 
 
 def _json_value(value: Any) -> Any:

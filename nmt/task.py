@@ -88,7 +88,8 @@ class LossOutput:
     loss: Tensor
     """Scalar: the sum over the targets of the batch."""
     sums: dict[str, Tensor]
-    """Additive quantities only, such as "nll" or "correct": scalars, or numbers."""
+    """Additive quantities only, such as "nll" or "correct": scalars, or numbers. One that `summarize` does not
+    look at is reported as a mean over the targets."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,28 @@ class PackingTask(Protocol):
             max_tokens: Most tokens of a batch in any column of `sizes`.
             max_sentences: Most examples of a batch.
         """
+
+
+@runtime_checkable
+class LooksOver(Protocol):
+    """What a task may have besides: a look at its data before a run begins or goes on."""
+
+    def look_over(self, train: Examples[Any], valid: Examples[Any], world: World, /) -> list[str]:
+        """Return lines for the log: what is left out, and what else a user should know of the data.
+
+        Every rank calls it; the lines of rank 0 are shown.
+
+        Raises:
+            UserError: The data would end the run later.
+        """
+
+
+@runtime_checkable
+class CheckingTask(Protocol):
+    """A task that looks at a model before its first update."""
+
+    def check_model(self, model: nn.Module, world: World, /) -> None:
+        """Look at a model in evaluation mode, and say on rank 0 what a user should know; every rank calls this."""
 
 
 class TaskOptions(Protocol):

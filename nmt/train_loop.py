@@ -1,5 +1,7 @@
 """The story of a run: epochs, updates, reports, validation, checkpoints, and when to stop."""
 
+import sys
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -7,27 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nmt.checkpoint import CheckpointFolder, load_weights
+from nmt.advice import advice
+from nmt.checkpoint import CheckpointFolder, load_config, load_weights
 from nmt.compilation import compile_failures, compile_model
 from nmt.config import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
-from nmt.errors import UserError
-from nmt.forecast import forecast
+from nmt.errors import UnreadableExamplesError, UserError, one_line
+from nmt.following import Followed
+from nmt.forecast import forecast, time_row
+from nmt.going_back import checkpoint_to_go_back_to
 from nmt.memory import find_packed_split, find_split
 from nmt.options import TrainConfig
-from nmt.preparation import left_out, packing, refuse_other_run, with_max_tokens
-from nmt.progress import Direction, Progress
+from nmt.pace import try_updates
+from nmt.preparation import check_model, left_out, packing, refuse_other_run, with_max_tokens
+from nmt.progress import Progress
 from nmt.reports import Clock, Reports
+from nmt.resume import Position, Surroundings, compare, position_in_data, surroundings
 from nmt.run_log import RunLog, read_records
 from nmt.signals import StopRequest
-from nmt.task import Examples, Task
+from nmt.stopping import reason_to_stop
+from nmt.task import Examples, LooksOver, Task
+from nmt.task_extras import notes_of
 from nmt.trainer import Trainer
 
 _GPU_WORKERS = 2  # a GPU takes batches faster than the process that launches its work could read them
-_LOWEST_LR_SCALE = 2.0**-5  # of five times back the last one has failed
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,9 @@ class TrainingResult:
     """What the run has reported, oldest first, also before it was resumed: the records of metrics.jsonl. Each has
     its "kind" ("train" since the last report, "epoch", "valid"), its "update", and what was measured."""
     stopped_because: str
-    """The limit that was reached."""
+    """The limit that was reached, or who asked it to stop."""
+    is_finished: bool = True
+    """False if the same configuration goes on from here: the run was asked to stop."""
 
 
 def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> TrainingResult:
@@ -62,12 +73,20 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
         compile_failures(config.optimization.compile),
         deterministic_algorithms(config.deterministic),
         join_world(config.device, timeout=timeout) as world,
-        closing(Run(config, world, stop or StopRequest())) as run,
     ):
-        if config.dry_run:
-            lines = run.describe()
+        if world.was_stopped():  # torchrun takes a stopped rank for a failed one, and starts all again
             if world.is_main:
-                print("\n".join(lines))
+                print("stopped before torchrun started the ranks again: no update is made", file=sys.stderr)
+            return TrainingResult(config.save_dir / "checkpoints" / "last", [], "an earlier request", False)
+        return _train(config, world, stop or StopRequest())
+
+
+def _train(config: TrainConfig[Any], world: World, stop: StopRequest) -> TrainingResult:
+    with closing(Run(config, world, stop)) as run:
+        if config.dry_run:
+            lines = run.preview()
+            if world.is_main:
+                print("\n".join(map(one_line, lines)))
             return TrainingResult(run.checkpoints.path / "best", [], "dry-run")
         return run.train()
 
@@ -82,13 +101,7 @@ class Run:
         self.stop = stop
         self.is_stopping = False  # what the ranks have agreed on; `stop` is what this one knows
         self.task: Task[Any] = config.task_options.build(None)
-        self.metric = config.checkpoints.best_checkpoint_metric
-        if self.metric not in self.task.metrics:
-            known = ", ".join(self.task.metrics)
-            raise UserError(
-                f"`best-checkpoint-metric` must be one of {known}, but is {self.metric}. Name one."
-            )
-        self.better: Direction = self.task.metrics[self.metric]
+        self.followed = Followed.of(config, self.task)
         self.train_examples: Examples[Any] = self.task.open_split("train")
         self.valid_examples: Examples[Any] = self.task.open_split("valid")
         torch.manual_seed(config.seed)
@@ -128,7 +141,10 @@ class Run:
             has_one_shape=self.packing is not None,
         )
         self.log = RunLog(config.save_dir, is_writer=world.is_main, tensorboard=config.tensorboard)
-        self.reports = Reports(self.log, self.trainer, self.batches, config.optimization)
+        self.reports = Reports(self.log, self.trainer, self.batches, config)
+        self.surroundings: Surroundings = surroundings(
+            self.trainer, self.batches, train_examples=self.train_examples, valid_examples=self.valid_examples
+        )
         self.progress = Progress()
         # Epoch of the last update. That of `batches` moves on when its iteration ends; one that is taken up after
         # an epoch's last update yields nothing more, and then moves on.
@@ -140,18 +156,27 @@ class Run:
         """Go from where the run stands to its end."""
         self.log.open()
         self._resume_or_start()
-        while not (reason := self._reason_to_stop()) and not self.is_stopping:
-            self._train_epoch()
+        try:
+            while not (reason := self._reason_to_stop()) and not self.is_stopping:
+                self._train_epoch()
+            self._raise_refusals()
+            if reason is not None and self.trainer.update not in self.progress.values:
+                self._validate_and_save()
+        except UnreadableExamplesError as error:  # all ranks are here
+            raise UserError(f"{error} {self._save_where_it_stands()}".rstrip()) from error
         if reason is None:
             return self._end_early()
-        if self.trainer.update not in self.progress.values:
-            self._validate_and_save()
-        self.log.say(f"finished: {reason}")
-        return self._result(reason)
+        self.reports.end(reason, best=self._best_path(), progress=self.progress, followed=self.followed)
+        return self._result(reason, is_finished=True)
 
     def describe(self) -> list[str]:
         """Return the lines that tell what the run is going to be; changes nothing."""
         lines = left_out(self.batches, self.config)  # first, since it ends the run if nothing is left
+        lines += [*notes_of(self.train_examples), *notes_of(self.valid_examples)]
+        if isinstance(self.task, LooksOver):
+            lines += self.task.look_over(self.train_examples, self.valid_examples, self.world)
+        lines += advice(self.config, self.surroundings)
+        check_model(self.task, self.trainer.model, self.world)
         self._decide_split()
         return lines + forecast(
             self.config,
@@ -160,6 +185,13 @@ class Run:
             train_examples=self.batches.examples,
             valid_examples=self.valid_examples,
         )
+
+    def preview(self) -> list[str]:
+        """Return the same lines and one on the time; afterwards this process can no longer train."""
+        lines = self.describe()
+        done = max(self.world.broadcast(self.checkpoints.updates()), default=0)
+        seconds = try_updates(self.trainer, self.batches)
+        return [*lines, time_row(self.config, self.batches, seconds=seconds, done=done)]
 
     def _decide_split(self) -> None:
         """Find out whether batches fit into memory, and let those that do not be run in parts."""
@@ -192,9 +224,7 @@ class Run:
         for micro_batches in self.batches:
             # "train" is what has been seen since the last report, "epoch" since the epoch began.
             with metrics.scope("epoch"), metrics.scope("train"):
-                self.trainer.train_step(
-                    micro_batches, epoch=self.epoch, wants_stop=self.stop.reason is not None
-                )
+                self.trainer.train_step(micro_batches, epoch=self.epoch, wants_stop=self._wants_stop())
             self._note_stop()
             self.clock.count_training()
             self.reports.update(epoch=self.epoch, clock=self.clock)
@@ -231,37 +261,32 @@ class Run:
         return has_moved_on or self.batches.examples_consumed == self.batches.num_examples
 
     def _reason_to_stop(self) -> str | None:
-        options = self.config.optimization
-        if options.max_update is not None and self.trainer.update >= options.max_update:
-            return f"reached max-update {options.max_update}"
-        if options.max_epoch is not None and self.batches.epoch > options.max_epoch:
-            return f"reached max-epoch {options.max_epoch}"
-        if options.patience is not None and self.progress.num_without_better >= options.patience:
-            return f"{self.metric} has not become better in {options.patience} validations (patience)"
-        if self.is_out_of_time:
-            return f"reached stop-time-hours {options.stop_time_hours:g}"
-        if (
-            options.stop_min_lr is not None
-            and self.trainer.is_past_warmup
-            and self.trainer.lr <= options.stop_min_lr
-        ):
-            return f"the learning rate has fallen to stop-min-lr {options.stop_min_lr:g}"
-        return None
+        return reason_to_stop(
+            self.config.optimization,
+            self.trainer,
+            self.progress,
+            self.followed,
+            epoch=self.batches.epoch,
+            is_out_of_time=self.is_out_of_time,
+        )
 
     def _validate_and_save(self) -> None:
-        """Measure the validation set, note the value that decides which checkpoint is best, and save."""
+        """Measure the validation set, note the values of the metrics that are followed, and save."""
+        start, options = self.clock.seconds, self.config.optimization
         # Rank 0 decides for all: a difference in the last bit must not stop one rank and not another.
         results = self.world.broadcast(self.trainer.validate(self.valid_examples, self.valid_batches))
-        self.progress.note(self.trainer.update, results[self.metric], better=self.better)
-        if self.config.optimization.lr_scheduler == "plateau":
-            self.trainer.plateau.note(results[self.metric], self.config.optimization, better=self.better)
-        best = self.progress.values[self.progress.ranking(self.better)[0]]
+        self.followed.note(self.progress, self.trainer.update, results)
+        if options.lr_scheduler == "plateau":
+            metric = self.followed.plateau
+            self.trainer.plateau.note(results[metric], options, better=self.followed.better[metric])
         position = {"update": self.trainer.update, "epoch": self.epoch}
-        best_so_far = {f"best {self.metric}": best, "hours": self.clock.hours}
-        self.log.report("valid", {**position, **results, **best_so_far})
+        best_so_far = {**self.followed.best_values(self.progress), "hours": self.clock.hours}
+        self.reports.validation({**position, **results, **best_so_far})
+        self.reports.remarks(self.valid_examples, results)
         if self.config.tensorboard:
             self.log.illustrate(self.trainer.update, self.trainer.illustrate(self.valid_examples))
         self._save()
+        self.reports.pace.validation_seconds = self.clock.seconds - start
 
     def _save(self) -> None:
         """Write a checkpoint, point the links at it, and remove those that need not be kept."""
@@ -277,11 +302,13 @@ class Run:
                     model=self.trainer.model,
                     task=self.task,
                     config=self.config,
+                    measured=self.progress.measured.get(self.trainer.update),
                     optimizer=optimizer,
                     state={
                         "trainer": trainer_state,
                         "batches": self.batches.state_dict(),
                         "split_above": self.batches.split_above,
+                        "surroundings": asdict(self.surroundings),
                         "progress": asdict(self.progress),
                         "clock": asdict(replace(self.clock, seconds_before=self.clock.seconds)),
                         "records_size": self.log.records_size(),
@@ -293,29 +320,48 @@ class Run:
     def _end_early(self) -> TrainingResult:
         """Save where the run stands, after a request to stop."""
         update = self.trainer.update
-        if update and update not in self.world.broadcast(self.checkpoints.updates()):
-            self._save()
+        self._save_where_it_stands()
         reasons = self.world.gather(self.stop.reason)
         named = next((reason for reason in reasons if reason is not None), "a request")
+        self.world.note_stop()
         done = f"after update {update}, which is saved" if update else "before the first update"
         self.log.say(f"stopped: {named} {done}; the same command goes on from there")
-        return self._result(named)
+        return self._result(named, is_finished=False)
 
-    def _result(self, reason: str) -> TrainingResult:
-        path = self.checkpoints.path
+    def _save_where_it_stands(self) -> str:
+        """Save what has been trained, and say so."""
+        update = self.trainer.update
+        if update and update not in self.world.broadcast(self.checkpoints.updates()):
+            self._save()
+        return f"Update {update} is saved, and the same command goes on from there." if update else ""
+
+    def _raise_refusals(self) -> None:
+        """Raise `UnreadableExamplesError` on every rank if one of them could not read its batch."""
+        for refusal in self.world.gather(self.batches.refusal):
+            if refusal is not None:
+                raise refusal.error()
+
+    def _wants_stop(self) -> bool:
+        """Return what this rank alone knows of."""
+        return self.stop.reason is not None or self.batches.refusal is not None
+
+    def _result(self, reason: str, *, is_finished: bool) -> TrainingResult:
         history = read_records(self.config.save_dir)[0] if self.world.is_main else []
+        return TrainingResult(self._best_path(), self.world.broadcast(history), reason, is_finished)
+
+    def _best_path(self) -> Path:
+        path = self.checkpoints.path
         # A run that was ended before its first validation has no best one.
-        best = self.checkpoints.linked("best" if (path / "best").exists() else "last")
-        return TrainingResult(best, self.world.broadcast(history), reason)
+        return self.checkpoints.linked("best" if (path / "best").exists() else "last")
 
     def _note_stop(self) -> None:
         """Take in what the update has told about the ranks' wishes: all take in the same."""
         is_single = self.world.size == 1
-        self.is_stopping = self.stop.reason is not None if is_single else self.trainer.num_wanting_stop > 0
+        self.is_stopping = self._wants_stop() if is_single else self.trainer.num_wanting_stop > 0
 
     def _agree_to_stop(self) -> None:
         """Ask all ranks whether one of them wants to stop, and wait for their answers."""
-        wishes = torch.tensor([float(self.stop.reason is not None)], device=self.world.device)
+        wishes = torch.tensor([float(self._wants_stop())], device=self.world.device)
         self.is_stopping = self.world.sum_(wishes).item() > 0
 
     def _is_kept_for_good(self) -> bool:
@@ -326,19 +372,15 @@ class Run:
         return at_epoch or _is_due(update, options.keep_every_updates)
 
     def _link_best_and_prune(self) -> None:
-        """Point `best` at the best checkpoint that is there, and remove those that need not be kept."""
-        options = self.config.checkpoints
-        # Later ones are of a part that the run has gone back behind.
-        saved = [update for update in self.checkpoints.updates() if update <= self.trainer.update]
-        best = [update for update in self.progress.ranking(self.better) if update in saved]
-        if best:
-            self.checkpoints.link("best", best[0])
-        else:
-            (self.checkpoints.path / "best").unlink(missing_ok=True)
-        keep = {*saved[-options.keep_last :], *best[: options.keep_best], *self.progress.kept}
-        # While updates are bad the newest are of no use (`_go_back`), and must not displace those that are.
-        if not self.trainer.cancellations.known_in_a_row():
-            self.checkpoints.prune(keep)
+        """Point the links at the best checkpoints that are there, and remove those that need not be kept."""
+        self.followed.link_best_and_prune(
+            self.checkpoints,
+            self.progress,
+            self.config.checkpoints,
+            update=self.trainer.update,
+            # While updates are bad the newest are of no use (`_go_back`), and must not displace those that are.
+            may_prune=not self.trainer.cancellations.known_in_a_row(),
+        )
 
     def _resume_or_start(self) -> None:
         """Take the newest checkpoint up, or note the configuration of a new run."""
@@ -357,28 +399,35 @@ class Run:
         self._agree_to_stop()
 
     def _misses_validation(self) -> bool:
-        """Return whether the run was stopped right before a validation within an epoch."""
-        update = self.trainer.update
-        is_due = _is_due(update, self.config.checkpoints.validate_interval_updates)
-        return is_due and update not in self.progress.values
+        """Return whether the run was stopped right before a validation."""
+        options = self.config.checkpoints
+        is_due = _is_due(self.trainer.update, options.validate_interval_updates)
+        if self.batches.epoch > self.epoch:  # or the end of the epoch would bring it
+            is_due |= _is_due(self.epoch, options.validate_interval)
+        return is_due and self.trainer.update not in self.progress.values
 
     def _resume(self, update: int) -> None:
         folder = self.checkpoints.at(update)
-        refuse_other_run(self.task, self.config, folder)
-        self._load(update)
+        with self.checkpoints.offering_an_earlier(update):
+            refuse_other_run(self.task, self.config, folder)
+            optimizer, state = self.checkpoints.load_state(update)
+            resumption = compare(load_config(folder), self.config, state, self.surroundings)
+            self._load(update, optimizer, state, position=resumption.position)
         self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
+        resumption.report(self.log, update=update, epoch=self.batches.epoch)
 
-    def _load(self, update: int) -> None:
-        """Take the state of a checkpoint over."""
-        folder = self.checkpoints.at(update)
-        optimizer, state = self.checkpoints.load_state(update)
-        load_weights(self.trainer.model, folder)
+    def _load(
+        self, update: int, optimizer: Mapping[str, Tensor], state: Mapping[str, Any], *, position: Position
+    ) -> None:
+        """Take the state of a checkpoint over, and go on from a position in the data."""
+        load_weights(self.trainer.model, self.checkpoints.at(update))
         self.trainer.load_state_dict(optimizer, state["trainer"])
-        self.batches.load_state_dict(state["batches"])
+        self.batches.load_state_dict(position)
         self.batches.split_above = state["split_above"]
         self.progress = Progress.from_json(state["progress"])
         self.clock = Clock(**state["clock"])
-        self.epoch = self.batches.epoch
+        # That of the last update; a run may have been saved after an epoch whose validation could not be made.
+        self.epoch = self.batches.epoch - (state["batches"]["examples_consumed"] == 0)
         self.log.cut_records(state["records_size"], update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()
@@ -394,24 +443,12 @@ class Run:
             UserError: There is none, or this has been tried too often.
         """
         limit = self.config.optimization.max_bad_updates
-        fault = f"The gradient must be finite, but was not in {limit} updates in a row"
-        remedy = "Lower `lr`, set `clip-norm`, or look at the examples that train.log names."
         saved = self.world.broadcast(self.checkpoints.updates())
-        lr_scale = self.trainer.lr_scale / 2
-        if not saved:
-            raise UserError(f"{fault}, before the first checkpoint. {remedy}")
-        # The first of them may be bad by the weights that the update before it has made, at any learning rate.
-        last_good = self.trainer.update - self.trainer.cancellations.known_in_a_row() - 2
-        good = [update for update in saved if update <= last_good]
-        if not good:
-            raise UserError(
-                f"{fault}, and no checkpoint is of earlier weights. Lower `lr` or set `clip-norm`, and "
-                "begin a new run."
-            )
-        if lr_scale < _LOWEST_LR_SCALE:
-            raise UserError(f"{fault}, with {self.trainer.lr_scale:g} of the learning rate too. {remedy}")
+        good, lr_scale = checkpoint_to_go_back_to(saved, self.trainer, limit=limit)
         seconds = self.clock.seconds
-        self._load(good[-1])
+        optimizer, state = self.checkpoints.load_state(good)
+        position, _ = position_in_data(state, self.surroundings, accepts_changed=True)
+        self._load(good, optimizer, state, position=position)
         self.clock.seconds_before = seconds  # what was in vain was spent all the same
         self.trainer.lr_scale = lr_scale
         self.log.report(

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from nmt.cancellations import Cancellations
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World
-from nmt.errors import UserError
+from nmt.errors import DamagedError, shown
 from nmt.gradients import FlatGradients, Gradients, ReducedGradients
 from nmt.late import LateNumber
 from nmt.metrics import Metrics, merge_states
-from nmt.optim import build_optimizer, can_be_recorded, step
+from nmt.optim import build_optimizer, can_be_recorded, fits, step
 from nmt.options import OptimizationOptions
 from nmt.precision import Precision
 from nmt.recording import Recording
@@ -238,13 +238,16 @@ class Trainer:
             elif name in by_parameter:
                 by_parameter[name][key] = tensor
             else:
-                raise UserError(f"The optimizer's state must be of this model, but has `{name}`. {_RESTORE}")
+                raise DamagedError(
+                    f"The optimizer's state must be of this model, but has `{name}`. {_RESTORE}"
+                )
         num_tensors = len(tensors) - len(trained)
         if num_tensors != values["num_optimizer_tensors"]:
-            raise UserError(
+            raise DamagedError(
                 f"The optimizer's state must have {values['num_optimizer_tensors']} tensors, but has "
                 f"{num_tensors}. {_RESTORE}"
             )
+        self._check_fit(by_parameter, trained)
         # torch numbers the parameters in the order in which the optimizer was given them.
         names = {parameter: name for name, parameter in self._optimized_parameters()}
         given = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -259,10 +262,37 @@ class Trainer:
         self.cancellations = Cancellations(self.world, num_in_a_row=values["num_cancelled_in_a_row"])
         self.precision.load_state_dict(values["precision"])
         states = values["metrics"]
+        self._check_metrics(states)
         if len(states) == self.world.size:
             self.metrics.load_state_dict(states[self.world.rank])
         elif self.world.is_main:  # another number of ranks: the sums of all go on in one place
             self.metrics.load_state_dict(merge_states(states))
+
+    def _check_fit(
+        self, by_parameter: Mapping[str, Mapping[str, Tensor]], trained: Mapping[str, Tensor]
+    ) -> None:
+        """Raise `DamagedError` unless each tensor is of its parameter, since the optimizer does not look."""
+        for name, parameter in self._optimized_parameters():
+            if not fits(self.optimizer, parameter, by_parameter[name]):
+                raise DamagedError(f"The optimizer's state must fit `{name}`, but does not. {_RESTORE}")
+        if self.averaged is None:
+            return
+        shapes = {name: tensor.shape for name, tensor in weights(self.model).items()}
+        if shapes != {name: tensor.shape for name, tensor in trained.items()}:
+            raise DamagedError(f"The weights in training must be of this model, but are not. {_RESTORE}")
+
+    def _check_metrics(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Raise `DamagedError` unless the task can make ratios of the sums: only it knows what it needs."""
+        for scope in (scope for state in states for scope in state.values()):
+            sums = scope["sums"]
+            try:
+                if sums and sums["num_targets"]:
+                    self.task.summarize(sums)
+            except (KeyError, ArithmeticError, ValueError) as error:
+                raise DamagedError(
+                    f"The sums of the checkpoint's metrics must be those of the task, but are not: "
+                    f"{type(error).__name__} {shown(str(error))}. {_RESTORE}"
+                ) from error
 
     def _apply_gradient(self, epoch: int) -> Stepped:
         """Make the step; a gradient that is not finite cancels it on the device, unread by the host.

@@ -1,6 +1,6 @@
 """One pass over a split: what a task measures of a model, every example counted once over all ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmt.checkpoint import load_weights
+from nmt.checkpoint import build_model
 from nmt.data.batch_iterator import OrderedBatches
 from nmt.distributed import World, join_world
+from nmt.errors import UnreadableExamplesError
 from nmt.metrics import Metrics
 from nmt.options import TrainConfig
+from nmt.summary import summarize
 from nmt.task import Batch, Examples, Task, batch_sums
+from nmt.task_extras import notes_of
 
 
 @torch.no_grad()
@@ -21,6 +24,9 @@ def validate(
     task: Task[Any], model: nn.Module, examples: Examples[Any], batches: Iterable[Batch], *, world: World
 ) -> dict[str, float]:
     """Return the task's metrics of a split, the same on every rank; the model is put into evaluation mode.
+
+    Raises:
+        UnreadableExamplesError: A rank cannot read some examples; on every rank.
 
     Args:
         task: Computes the loss and what else is measured.
@@ -31,20 +37,30 @@ def validate(
     """
     model.eval()
     metrics = Metrics()
+    refusal = None
     with metrics.scope("valid"):
-        for batch in batches:
-            metrics.add(batch_sums(task.compute_loss(model, batch.to(world.device)), batch))
-    results = task.summarize(metrics.sums("valid", world))
+        try:
+            for batch in batches:
+                metrics.add(batch_sums(task.compute_loss(model, batch.to(world.device)), batch))
+        except UnreadableExamplesError as error:
+            refusal = str(error)
+    for text in world.gather(refusal):
+        if text is not None:
+            raise UnreadableExamplesError(text)
+    results = summarize(task, metrics.sums("valid", world))
     return {**results, **task.evaluate(model, examples, world)}
 
 
-def validate_model(folder: Path, config: TrainConfig[Any], *, split: str) -> dict[str, float] | None:
+def validate_model(
+    folder: Path, config: TrainConfig[Any], *, split: str, say: Callable[[str], object]
+) -> dict[str, float] | None:
     """Measure the model of a folder; under torchrun every rank calls this.
 
     Args:
         folder: The model folder.
         config: What it was trained with, perhaps with other data or batches.
         split: "train", "valid" or "test".
+        say: Called on rank 0 with each line about the examples that a user should know of.
 
     Returns:
         The task's metrics on rank 0, None on the others.
@@ -55,8 +71,10 @@ def validate_model(folder: Path, config: TrainConfig[Any], *, split: str) -> dic
     with join_world(config.device) as world:
         task: Task[Any] = config.task_options.build(folder)
         examples = task.open_split(split)
-        model = task.build_model()
-        load_weights(model, folder)
+        if world.is_main:
+            for note in notes_of(examples):
+                say(note)
+        model = build_model(task, folder)
         batches = OrderedBatches(examples, config.batching, rank=world.rank, world_size=world.size)
         with closing(batches):
             results = validate(task, model.to(world.device), examples, batches, world=world)

@@ -46,7 +46,7 @@ install_torch() {
 }
 
 # The same for torchvision, which the extras `vision` and `test` need: the default index has the build for CUDA. That
-# one works beside a torch for the CPU too, with a warning (nmt/vision/libraries.py), so that it may come from there
+# one works beside a torch for the CPU too (nmt/vision/libraries.py), so that it may come from there
 # where PyTorch's index is out of reach.
 install_torchvision() {
     local pin

@@ -19,6 +19,7 @@ say "2/5 text -> pieces -> ids -> $OUT/data"
     --destdir "$OUT/data" --overwrite
 
 say "3/5 training -> $OUT/run (the same command goes on from where it was stopped)"
+# With exit code 75, for "stopped, goes on with the same command", this ends here too (set -e).
 "$BIN/nmt-train" "$OUT/data" --config examples/quickstart/train.yaml --save-dir "$OUT/run"
 
 say "4/5 translating 500 sentences that are not in the training text -> $OUT/test.out.de"

@@ -182,7 +182,8 @@ def outcome(folder: Path, update: int) -> dict[str, Any]:
             found[path.name] = path.read_bytes()
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-    return {**found, "metrics.jsonl": records}
+    # What a resume has changed, such as the end of the run, is recorded where there was one.
+    return {**found, "metrics.jsonl": [record for record in records if record["kind"] != "resume"]}
 
 
 if __name__ == "__main__":

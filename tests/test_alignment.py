@@ -8,20 +8,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from tiny_translation_model import WORDS, write_tiny_model
 
 from nmt.cli.generate import main
-from nmt.data.segmenter import PieceSegmenter
+from nmt.data.segmenter import PieceSegmenter, Segmenter, read_vocabulary
 from nmt.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
 from nmt.models import attention as attention_module
 from nmt.models.cross_attention import cross_attention_weights
-from nmt.translation.alignment import align, attention, check_layer, link_words, to_pharaoh, word_numbers
+from nmt.translation.alignment import (
+    Membership,
+    align,
+    attention,
+    check_layer,
+    link_words,
+    to_pharaoh,
+    words_of_source,
+    words_of_text,
+)
 from nmt.translation.attention_plot import plot_attention
-from nmt.translation.translator import Translator
+from nmt.translation.long_sentences import join_texts
+from nmt.translation.translator import Translation, Translator
 
 LINES = ["the old dog", "a cat sees the red bird", "", "the big cat sees a dog. " * 4]
 
@@ -85,12 +96,12 @@ def test_each_part_of_a_split_sentence_looks_at_itself(translator: Translator) -
     assert weights[:1, 3:].sum() == weights[2:, :3].sum() == weights[1].sum() == 0
 
 
-def test_pieces_are_counted_as_words_of_their_line() -> None:
-    vocabulary = Vocabulary(["▁a", "b", "▁", "c"])  # ids 4 to 7
-    assert word_numbers([4, 5, 4, 6, 7], None, vocabulary) == [0, 0, 1, 2, 2]
-    assert word_numbers([5, 4], None, vocabulary) == [0, 1]
-    assert word_numbers([4, 5, EOS_ID, 5, 4], None, vocabulary) == [0, 0, -1, 1, 2]
-    assert word_numbers([4, 5, 7], PieceSegmenter(vocabulary), vocabulary) == [0, 1, 2]
+def members(words: list[list[int]], num_words: int) -> Membership:
+    """Turn the words of each piece into a table (W, N)."""
+    table = np.zeros((num_words, len(words)), dtype=np.bool_)
+    for place, own in enumerate(words):
+        table[own, place] = True
+    return table
 
 
 def test_a_word_is_linked_to_the_word_that_its_pieces_attend_to_most() -> None:
@@ -102,23 +113,95 @@ def test_a_word_is_linked_to_the_word_that_its_pieces_attend_to_most() -> None:
         ],
         dtype=np.float32,
     )
+    source = members([[0], [0], [1]], 2)
     # The first two pieces of the text are one word: 0.7 + 0.1 against 0.3 + 0.5, then 0.0 against 0.1.
-    assert link_words(weights + np.eye(3, 4, dtype=np.float32) * 0.01, [0, 0, 1], [0, 0, 1]) == [
-        (0, 0),
-        (1, 1),
-    ]
-    assert link_words(weights, [0, 0, 1], [0, 1, 2]) == [(0, 0), (1, 1), (1, 2)]
+    assert link_words(
+        weights + np.eye(3, 4, dtype=np.float32) * 0.01, source, members([[0], [0], [1]], 2)
+    ) == [(0, 0), (1, 1)]
+    assert link_words(weights, source, members([[0], [1], [2]], 3)) == [(0, 0), (1, 1), (1, 2)]
+    # A piece that spans two words is looked at by both.
+    assert link_words(weights, source, members([[0, 1], [2], [2]], 3)) == [(0, 0), (0, 1), (1, 2)]
     assert to_pharaoh([(0, 0), (1, 1), (1, 2)]) == "0-0 1-1 1-2"
 
 
+def test_given_pieces_are_words() -> None:
+    translation = Translation("a b", ["x"], [], np.array([4, 5, EOS_ID, 6]))
+    segmenter = PieceSegmenter(Vocabulary(["a", "b", "c"]))
+    expected = members([[0], [1], [], [2]], 3)
+    np.testing.assert_array_equal(words_of_source(translation, segmenter), expected)
+    np.testing.assert_array_equal(words_of_text("", [4, 5, EOS_ID, 6], segmenter, "de"), expected)
+
+
+SETTINGS = {
+    "default": {},
+    "suffix": {"treat_whitespace_as_suffix": True},
+    "across words": {"split_by_whitespace": False, "max_sentencepiece_length": 30},
+    "identity": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "bytes": {"byte_fallback": True, "vocab_size": 400, "model_type": "bpe"},
+}
+
+
+@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS, scope="module")
+def segmenter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
+    prefix = tmp_path_factory.mktemp("given") / "given"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 5),
+        model_prefix=str(prefix),
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{"vocab_size": 60, **request.param},
+    )
+    path = prefix.with_suffix(".model")
+    return Segmenter(path, read_vocabulary(path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "the old dog sees a house",
+        "  the   old dog ",
+        "the\u00a0old dog",  # a no-break space is white space
+        "the \u2026 dog\u2026 \u00bd a",  # three dots and four signs, when they are normalised
+        "old\u00b4s dog",  # which the default normalises to "old \u0301s dog"
+        "old\u200bdog sees",  # likewise
+        "\ufeffthe old dog\r",
+        "\u2603 dog \u2603\u2603",  # of several bytes each
+    ],
+)
+def test_words_are_numbered_by_the_blanks_of_the_given_text(segmenter: Segmenter, line: str) -> None:
+    (ids,) = segmenter.encode([line])
+    table = words_of_source(Translation(line, [], [], ids), segmenter)
+    words = line.strip("\ufeff").split()
+    assert table.shape == (len(words), len(ids))
+    assert table.any(axis=0).all()  # each piece has a word
+    spans = segmenter.spans(line)
+    for number, word in enumerate(words):
+        own = "".join(line[start:end] for place, (start, end) in enumerate(spans) if table[number, place])
+        assert word in own
+
+
+def test_words_of_a_translation_are_those_of_its_text(segmenter: Segmenter) -> None:
+    first, second = segmenter.encode(["the old dog", "a red bird sees"])
+    joined = [*first.tolist(), EOS_ID, *second.tolist()]
+    for language, num_words in (("de", 7), ("zho_Hans", 6)):
+        texts = segmenter.decode([first, second])
+        text = join_texts([x.strip() if language != "de" else x for x in texts], language=language)
+        table = words_of_text(text, joined, segmenter, language)
+        if not texts[0].endswith(" "):
+            assert len(table) == len(text.split()) == num_words
+        assert not table[:, len(first)].any()
+        assert table[:, : len(first)].any(axis=0).all()
+        assert table.any(axis=1).all()
+
+
 def test_every_word_of_every_hypothesis_has_a_link(translator: Translator) -> None:
-    lines = [" ".join(WORDS[i : i + 4]) for i in range(10)]
+    lines = [" ".join(WORDS[i : i + 4]) for i in range(10)] + LINES
     translations = list(translator.translate_lines(lines, DecodingOptions(beam=3, nbest=2)))
+    assert any(x.num_parts > 1 for x in translations)
     for x, alignments in zip(translations, align(translator, translations, layer=-1), strict=True):
         assert len(alignments) == len(x.hypotheses)
-        for hypothesis, links in zip(x.hypotheses, alignments, strict=True):
-            numbers = word_numbers(hypothesis.tokens, None, translator.task.target_vocabulary)
-            assert [target for _, target in links] == sorted(set(numbers))
+        for text, links in zip(x.texts, alignments, strict=True):
+            assert [target for _, target in links] == list(range(len(text.split())))
             assert all(0 <= source < len(x.source.split()) for source, _ in links)
 
 

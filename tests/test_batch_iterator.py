@@ -195,6 +195,17 @@ def test_every_example_comes_once_per_epoch_however_often_options_and_ranks_chan
     assert sorted(done) == list(range(count))
 
 
+@pytest.mark.parametrize(("batch_size", "lengths"), [(1, [1] * 9), (2, [2, 2, 2, 3]), (4, [4, 5]), (8, [9])])
+def test_the_last_batch_has_at_least_as_many_as_it_must_where_that_can_be(batch_size, lengths):
+    examples = Lengths(np.ones((9, 1), dtype=np.int32))
+    options = BatchingOptions(None, batch_size=batch_size, required_batch_size_multiple=1, min_batch_size=2)
+    iterator = BatchIterator(examples, options, seed=1)
+    batches = [batch.indices for (batch,) in iterator]
+    assert sorted(map(len, batches)) == lengths and sorted(n for batch in batches for n in batch) == list(
+        range(9)
+    )
+
+
 def test_only_another_cut_changes_the_sequence_of_a_resumed_run():
     examples = some_lengths(130)
     uninterrupted, _ = run_ranks(examples, OPTIONS, world_size=1)

@@ -126,6 +126,27 @@ def test_batches_hold_each_example_once_within_max_tokens_in_multiples(sizes, ma
     assert all(len(batch) < multiple or len(batch) % multiple == 0 for batch in batches[:-1])
 
 
+@given(count=st.integers(0, 60), most=st.integers(1, 8), least=st.integers(1, 4))
+def test_a_last_batch_of_too_few_goes_with_the_one_before_it(count, most, least):
+    sizes = np.ones((count, 1), dtype=np.int32)
+    batches = cut_batches(sizes, max_tokens=None, max_sentences=most, multiple=1, least=least)
+    expected = [min(most, count - start) for start in range(0, count, most)]
+    if len(expected) > 1 and expected[-1] < least <= most:
+        expected[-2:] = [sum(expected[-2:])]
+    assert list(map(len, batches)) == expected
+    assert np.concatenate([[], *batches]).tolist() == list(range(count))
+
+
+def test_one_that_is_left_of_an_epoch_makes_no_batch_where_two_must():
+    """As where the limits have changed within it."""
+    sizes, window = np.ones((9, 1), dtype=np.int32), Window(seed=1, epoch=1, number=0, size=100)
+    four, three = BatchLimits(None, 4, 1, least=2), BatchLimits(None, 3, 1, least=2)
+    assert sorted(map(len, plan_window(sizes, [(four, 0)], window=window))) == [4, 5]
+    left = plan_window(sizes, [(BatchLimits(None, 8, 1), 1), (three, 0)], window=window)
+    assert list(map(len, left)) == []  # 8 + 1
+    assert list(map(len, plan_window(sizes[:1], [(four, 0)], window=window))) == [1]  # there is nothing else
+
+
 def test_cut_batches_puts_an_overlong_example_into_a_batch_of_its_own():
     sizes = np.array([[3, 3], [9, 2], [2, 3]])
     batches = cut_batches(sizes, max_tokens=6, multiple=1)

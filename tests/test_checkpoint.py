@@ -14,6 +14,11 @@ from nmt.checkpoint import CheckpointFolder, average_models, load_config, load_m
 from nmt.errors import UserError
 from nmt.weights import weights
 
+# Of a whole run, which the folder of checkpoints does not look into.
+STATE = json.loads(
+    (Path(__file__).parent / "data/checkpoints-2/run/checkpoints/update-0000008/state.json").read_text()
+)
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
@@ -111,7 +116,7 @@ def test_only_what_is_complete_counts_and_the_rest_is_cleaned_away(folder: Path,
             task=task,
             config=load_config(folder),
             optimizer={"weight.step": torch.tensor(float(update))},
-            state={"update": update},
+            state={**STATE, "update": update},
         )
     # A process that was killed while it wrote leaves a folder with a temporary name.
     unfinished = checkpoints.path / ".update-0000020.tmp"
@@ -130,7 +135,7 @@ def test_only_what_is_complete_counts_and_the_rest_is_cleaned_away(folder: Path,
         "update-0000015",
     ]
     optimizer, state = checkpoints.load_state(10)
-    assert optimizer["weight.step"].item() == 10.0 and state == {"version": 2, "update": 10}
+    assert optimizer["weight.step"].item() == 10.0 and state == {**STATE, "version": 2, "update": 10}
     load_model(checkpoints.path / "best")
     state_path = checkpoints.at(10) / "state.json"
     state_path.write_text(json.dumps(state)[:-3])

@@ -11,8 +11,12 @@ import pytest
 import torch
 from tiny_translation_model import write_learned_model, write_tiny_model
 
+from nmt.checkpoint import load_config, write_model_folder
 from nmt.cli.convert import main
+from nmt.data.vocabulary import EOS_ID
+from nmt.errors import UserError
 from nmt.translation.translator import Translator
+from nmt.weights import weights
 
 ctranslate2 = pytest.importorskip("ctranslate2")
 from nmt.interop import ctranslate2 as exporter  # noqa: E402
@@ -144,13 +148,12 @@ def test_two_ties_in_a_thousand_are_let_pass(num_sentences: int, num_ties: int, 
 
 
 def test_random_sentences_do_where_there_is_no_sample(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = write_tiny_model(tmp_path / "model")
     main([str(model), "--to", "ctranslate2", str(tmp_path / "ct2"), "--sample-size", "30"])
     equal = re.search(r"float32: (\d+) of (\d+) translations equal", capsys.readouterr().out)
     assert equal is not None
-    assert equal[1] == equal[2]
+    assert 0 < int(equal[1]) == int(equal[2])
 
 
 @pytest.mark.slow
@@ -228,3 +231,72 @@ def test_a_token_that_has_two_ids_is_refused(model: Path) -> None:
 def test_models_that_vote_are_refused(model: Path) -> None:
     with pytest.raises(Exception, match="must be one for CTranslate2, but are 2 that vote"):
         exporter.make_spec(Translator.load([model, model]))
+
+
+@pytest.fixture(scope="module")
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model none of whose translations ends before the limit."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("endless") / "model")
+    translator = Translator.load(folder)
+    (model,) = translator.models
+    tensors = {name: tensor.clone() for name, tensor in weights(model).items()}
+    tensors["output_weight"][EOS_ID] = -tensors["output_weight"].mean(dim=0) * 50
+    endless = folder.with_name("endless")
+    write_model_folder(endless, tensors, config=load_config(folder), task=translator.task)
+    return endless
+
+
+def test_translations_that_are_cut_off_are_compared_by_their_scores(
+    endless_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(endless_model), "--to", "ctranslate2", str(tmp_path / "ct2"), "--sample-size", "10"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("CTranslate2 translates like the model")
+    assert re.match(
+        r"float32: no translation ended by itself; [1-9]\d* cut off at the limit, compared by", second
+    )
+
+
+def test_a_difference_shows_where_no_translation_ends(endless_model: Path, tmp_path: Path) -> None:
+    translator = Translator.load(endless_model)
+    spec = exporter.make_spec(translator)
+    spec.decoder.projection.weight *= 1.1
+    exporter._write(spec, tmp_path / "ct2", None)
+    agreement = exporter.compare(
+        translator, ctranslate2.Translator(str(tmp_path / "ct2")), ["the dog", "a cat"]
+    )
+    assert (agreement.num_sentences, agreement.num_cut) == (0, 2)
+    assert not agreement.is_exact()
+
+
+def test_a_quantised_model_that_translates_all_otherwise_does_not_pass(model: Path, tmp_path: Path) -> None:
+    """The mean difference is of all sentences, not of those alone that came out equal."""
+    translator = Translator.load(model)
+    spec = exporter.make_spec(translator)
+    spec.decoder.projection.weight = spec.decoder.projection.weight[::-1].copy()
+    exporter._write(spec, tmp_path / "ct2", "int8")
+    agreement = exporter.compare(translator, ctranslate2.Translator(str(tmp_path / "ct2")), list(PAIRS))
+    assert agreement.num_equal == 0
+    assert agreement.mean_difference > 1
+
+
+def test_a_sample_without_a_piece_to_translate_is_refused(
+    model: Path, tmp_path: Path, fails: Convert
+) -> None:
+    (tmp_path / "blank").write_text("\u00ad\n\u0085\n")
+    arguments = (model, "--to", "ctranslate2", tmp_path / "out", "--sample", tmp_path / "blank")
+    assert "`sample` must have lines to translate, but is blank." in fails(*arguments)
+    with pytest.raises(UserError, match="`sample` must have lines that the model can translate"):
+        exporter.compare(Translator.load(model), None, [""])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_part_that_ctranslate2_does_not_have_is_named(model: Path, stack: str) -> None:
+    translator = Translator.load(model)
+    layer = getattr(translator.models[0], stack).layers[0]
+    layer.around_feed_forward.norm = torch.nn.RMSNorm(16)
+    with pytest.raises(
+        UserError, match=rf"cannot hold `{stack}\.layers\.0\.around_feed_forward\.norm`, .*RMSNorm"
+    ):
+        exporter.make_spec(translator)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDatasetWriter
@@ -59,7 +60,9 @@ def test_a_task_takes_it_as_training_data(directory: Path, tmp_path: Path) -> No
     assert examples.sizes.tolist() == [[3, 4], [2, 2], [1, 3]]
     assert [ids.tolist() for ids in examples[0]] == [[5, 4, 2], [5, 6, 4, 2]]
     # Without raw text the references are the pieces.
-    scores = task.evaluate(task.build_model().eval(), examples, World(rank=0, size=1, device="cpu"))
+    scores = task.evaluate(
+        task.build_model().eval(), examples, World(rank=0, size=1, device=torch.device("cpu"))
+    )
     assert 0.0 <= scores["bleu"] <= 100.0
     saved = tmp_path / "saved"
     saved.mkdir()
@@ -85,3 +88,25 @@ def test_two_pairs_of_languages_are_refused(directory: Path) -> None:
     write_split(directory, "test", languages=("de", "en"))
     with pytest.raises(UserError, match="one pair of languages, but holds de-en, en-de"):
         DataDirectory(directory)
+
+
+@pytest.mark.parametrize("lang", ["en", "de"])
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_dictionary_that_is_too_short_for_the_data_is_refused(
+    directory: Path, lang: str, split: str
+) -> None:
+    dictionary = directory / f"dict.{lang}.txt"
+    dictionary.write_text(dictionary.read_text().split("\n")[0] + "\n")
+    task = TranslationOptions(data=directory).build(None)
+    with pytest.raises(
+        UserError, match=rf"{split}\.en-de\.{lang}\.bin .* since .*dict\.{lang}\.txt has 5 types"
+    ):
+        task.open_split(split)
+
+
+def test_a_split_without_pairs_is_refused(directory: Path) -> None:
+    for lang in ("en", "de"):
+        with IndexedDatasetWriter(directory / f"valid.en-de.{lang}", np.dtype("<u2")):
+            pass
+    with pytest.raises(UserError, match=r"`valid` of .* must hold pairs, but is empty"):
+        TranslationOptions(data=directory).build(None).open_split("valid")

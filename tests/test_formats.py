@@ -45,7 +45,9 @@ def test_a_kept_run_goes_on(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None
     train(["--config", "run/config.yaml", "--max-update", "12"])
     after = (kept / "run" / "metrics.jsonl").read_text()
     assert after.startswith(before)
-    updates = [json.loads(line)["update"] for line in after.removeprefix(before).splitlines()]
+    resume, *reports = map(json.loads, after.removeprefix(before).splitlines())
+    assert resume["changed"]["max-update"][1] == "12"
+    updates = [record["update"] for record in reports]
     assert updates[0] == 10 and updates[-1] == 12
     assert (
         "resume: from run/checkpoints/update-0000008, update 8, epoch 2"

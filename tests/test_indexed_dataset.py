@@ -166,3 +166,20 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_smallest_dtype_holds_every_id() -> None:
     assert smallest_dtype(65_535) == np.uint16
     assert smallest_dtype(65_536) == np.int32
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<i4", "<i8"])
+def test_an_id_beyond_the_dictionary_is_named(tmp_path: Path, dtype: str) -> None:
+    data = IndexedDataset(write(tmp_path / "a", [[7, 2], [2], [9, 8, 2]], np.dtype(dtype)))
+    data.check_ids(10, Path("dict.en.txt"))
+    with pytest.raises(
+        UserError, match=r"a\.bin .* from 0 to 8, since dict\.en\.txt .* sequence 2 .* has the id 9\."
+    ):
+        data.check_ids(9, Path("dict.en.txt"))
+
+
+def test_a_negative_id_is_named(tmp_path: Path) -> None:
+    data = IndexedDataset(write(tmp_path / "a", [[7, 2], [-1, 2]], np.dtype("<i4")))
+    with pytest.raises(UserError, match=r"sequence 1 \(from 0\) has the id -1"):
+        data.check_ids(10, Path("dict.en.txt"))
+    IndexedDataset(write(tmp_path / "empty", [])).check_ids(4, Path("dict.en.txt"))

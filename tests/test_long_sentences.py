@@ -24,6 +24,8 @@ def words(text: str) -> int:
         ("a b c d", 2, ["a b", "c d"]),
         ('"A b." C d', 2, ['"A b."', "C d"]),
         ("3.5 a 2.5 b", 2, ["3.5 a", "2.5 b"]),  # no cut within a number
+        ("क ख। ग घ", 2, ["क ख।", "ग घ"]),
+        ("ا ب؟ ج د، ه", 2, ["ا ب؟", "ج د،", "ه"]),
         ("  a  ", 1, ["a"]),
         ("   ", 1, []),
     ],
@@ -46,7 +48,10 @@ def test_no_part_is_too_long_and_nothing_is_lost(text: str, limit: int) -> None:
 
 def test_translations_are_joined_as_the_language_is_written() -> None:
     assert join_texts(["Eins.", "", "Zwei."], language="de") == "Eins. Zwei."
-    assert join_texts(["一。", "二。"], language="zh-Hans") == "一。二。"
+    for language in ("zh-Hans", "zho_Hant", "jpn", "tha_Thai"):
+        assert join_texts(["一。", "二。"], language=language) == "一。二。"
+    for language in ("kor_Hang", "deu_Latn", "zh_Latn"):
+        assert join_texts(["A.", "B."], language=language) == "A. B."
 
 
 def test_joined_hypotheses_keep_a_score_for_each_token() -> None:

@@ -110,7 +110,10 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(
     assert table["updates"] == "16 an epoch, of about 31 targets on 1 x cpu"
     # Multiply-adds count two: forward 2 * (16 + 16) an example; backward as much for the weights of both layers
     # and for the input of the second, but not of the first.
-    assert table["work"] == f"{2 * (16 + 16) * 2 + 2 * 16} FLOP a target in matrix products"
+    assert (
+        table["work"]
+        == f"{2 * (16 + 16) * 2 + 2 * 16} FLOP a target in matrix products, forward and backward"
+    )
     assert "s an update" in table["time"] and table["time"].endswith("for 100 updates")
     assert not (tmp_path / "run").exists()
 

@@ -1,6 +1,10 @@
 """Tests of pairs of sentences and their padded batches."""
 
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,3 +115,47 @@ def test_worker_processes_make_the_same_tensors():
         assert torch.equal(one.target, other.target)
         assert torch.equal(one.target_input, other.target_input)
         assert (one.num_examples, one.num_targets) == (other.num_examples, other.num_targets)
+
+
+def numbered_pairs():
+    lines = [[4 + i % 50] * (1 + i % 9) for i in range(60)]
+    return ParallelDataset(Side(lines), Side(lines[::-1]))
+
+
+def test_workers_end_with_the_iterator_whoever_still_holds_what_they_read():
+    batches = BatchIterator(numbered_pairs(), BatchingOptions(max_tokens=64), seed=1, num_workers=2)
+    iteration = iter(batches)
+    next(iteration)
+    assert batches._loader is not None
+    held = batches._loader._iterator  # as the frames of an exception may
+    workers = held._workers
+    assert all(worker.is_alive() for worker in workers)
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+PROGRAM = """
+from test_parallel_dataset import numbered_pairs
+
+from nmt.data.batch_iterator import BatchIterator
+from nmt.data.options import BatchingOptions
+
+if __name__ == "__main__":
+    batches = BatchIterator(numbered_pairs(), BatchingOptions(max_tokens=64), seed=1, num_workers=1)
+    iteration = iter(batches)
+    next(iteration)
+    held = batches._loader._iterator
+    raise SystemExit(7)
+"""
+
+
+def test_a_process_ends_whose_workers_nobody_has_ended(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 7

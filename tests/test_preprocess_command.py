@@ -4,10 +4,12 @@ import gzip
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +87,7 @@ def assert_fails(argv: list[str], *parts: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +237,30 @@ def test_long_pairs_are_dropped_and_above_one_percent_warned_of(tmp_path: Path) 
     assert max(int(side.max()) for side in sizes) == 20
 
 
+def test_pairs_to_be_measured_are_kept_whatever_their_length_and_counted(tmp_path: Path) -> None:
+    make_text(tmp_path)
+    texts = {}
+    for name in ("valid", "test"):
+        for lang in ("en", "de"):
+            path = tmp_path / f"{name}.{lang}"
+            lines = path.read_text().splitlines()
+            lines[3] = " ".join(lines * 3)  # far more than 20 pieces, as is nothing else that is short
+            path.write_text("".join(line + "\n" for line in lines))
+            texts[name, lang] = lines
+    result = run(arguments(tmp_path, max_length="20"))
+    assert result.returncode == 0, result.stderr
+    data = DataDirectory(tmp_path / "data")
+    for (name, lang), lines in texts.items():
+        assert data.raw_path(name, lang).read_text().splitlines() == lines
+        sizes = IndexedDataset(data.split_prefix(name, lang)).sizes
+        assert len(sizes) == len(lines) and sizes[3] > 3 * len(lines)
+        assert data.record["splits"][name]["dropped"]["too_long"] == 0
+    for name in ("valid", "test"):
+        sides = [IndexedDataset(data.split_prefix(name, lang)).sizes for lang in ("en", "de")]
+        num_long = sum(max(a, b) > 20 for a, b in zip(*sides, strict=True))
+        assert f"{name}: {num_long} pairs are longer than 20 pieces, and kept" in result.stderr
+
+
 def test_size_that_the_text_cannot_fill_is_lowered_and_said(tmp_path: Path) -> None:
     result = run(arguments(make_text(tmp_path), vocab_size="8000"))
     assert result.returncode == 0, result.stderr
@@ -269,6 +295,122 @@ def test_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "thesis.tex").read_text() == "precious"
 
 
+def _options(folder: Path, **changes: Any) -> PreprocessOptions:
+    options: dict[str, Any] = {
+        "source_lang": "en",
+        "target_lang": "de",
+        "trainpref": str(folder / "train"),
+        "destdir": folder / "data",
+        "vocab_size": 300,
+    }
+    return PreprocessOptions(**options | changes)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/last/model.safetensors", "notes.txt", "train.en", ".hidden"])
+def test_only_what_preprocessing_has_made_is_replaced(tmp_path: Path, name: str) -> None:
+    make_text(tmp_path, num_train=60)
+    preprocess(_options(tmp_path), log=print)
+    before = contents(tmp_path / "data")
+    other = tmp_path / "data" / name
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_text("precious")
+    with pytest.raises(
+        UserError, match=rf"data must hold nothing but .*, but holds {name.split('/')[0]} too"
+    ):
+        preprocess(_options(tmp_path, overwrite=True), log=print)
+    assert other.read_text() == "precious"
+    assert contents(tmp_path / "data").items() >= before.items()
+    other.unlink()
+    if other.parent != tmp_path / "data":
+        shutil.rmtree(tmp_path / "data" / "checkpoints")
+    preprocess(_options(tmp_path, overwrite=True, max_length=50), log=print)
+    assert contents(tmp_path / "data").keys() == before.keys()
+
+
+def test_what_comes_while_the_data_are_made_is_not_replaced(tmp_path: Path) -> None:
+    make_text(tmp_path, num_train=60)
+    preprocess(_options(tmp_path), log=print)
+    other = tmp_path / "data" / "train.log"
+    with pytest.raises(UserError, match=r"but holds train\.log too"):
+        preprocess(_options(tmp_path, overwrite=True), log=lambda _: other.write_text("precious"))
+    assert other.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["data"]
+
+
+def test_kept_text_of_the_data_that_are_replaced_is_not_read(tmp_path: Path) -> None:
+    """Pairs that were dropped would be lost for good."""
+    make_text(tmp_path, num_train=60)
+    preprocess(_options(tmp_path, validpref=str(tmp_path / "valid")), log=print)
+    before = contents(tmp_path / "data")
+    again = _options(tmp_path, validpref=str(tmp_path / "data" / "valid"), overwrite=True)
+    with pytest.raises(UserError, match=r"valid\.en must lie outside of .*data"):
+        preprocess(again, log=print)
+    assert contents(tmp_path / "data") == before
+
+
+def test_a_damaged_record_does_not_let_anything_be_replaced(tmp_path: Path) -> None:
+    make_text(tmp_path, num_train=60)
+    preprocess(_options(tmp_path), log=print)
+    (tmp_path / "data" / "preprocess.json").write_text("{")
+    with pytest.raises(UserError, match=r"preprocess\.json must tell which files"):
+        preprocess(_options(tmp_path, overwrite=True), log=print)
+
+
+def test_line_ends_change_nothing_but_the_hashes_of_the_input(tmp_path: Path) -> None:
+    found = []
+    for end in ("\n", "\r\n"):
+        folder = tmp_path / repr(end)
+        folder.mkdir()
+        for path in make_text(folder, num_train=60).iterdir():
+            path.write_bytes(path.read_bytes().replace(b"\n", end.encode()))
+        for normalization in ("nmt_nfkc", "identity"):
+            name = folder / normalization
+            options = _options(
+                folder, validpref=str(folder / "valid"), normalization=normalization, destdir=name
+            )
+            preprocess(options, log=print)
+            record = json.loads((name / "preprocess.json").read_bytes())
+            assert record["options"]["normalization"] == normalization
+        made = [contents(folder / normalization) for normalization in ("nmt_nfkc", "identity")]
+        found.append([{name: data for name, data in x.items() if name != "preprocess.json"} for x in made])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+
+
+def test_text_that_the_model_hardly_knows_is_warned_of(tmp_path: Path) -> None:
+    make_text(tmp_path, num_train=60)
+    preprocess(_options(tmp_path), log=print)
+    (tmp_path / "train.de").write_text("☃☃☃ ☃☃\n" * 60)
+    said: list[str] = []
+    options = PreprocessOptions(
+        source_lang="en",
+        target_lang="de",
+        trainpref=str(tmp_path / "train"),
+        destdir=tmp_path / "other",
+        sentencepiece_model=tmp_path / "data" / "sentencepiece.model",
+    )
+    preprocess(options, log=said.append)
+    (warning,) = [line for line in said if line.startswith("warning")]
+    assert "of the pieces of train.de are bytes" in warning
+
+
+def test_a_target_language_that_is_not_named_as_such_is_warned_of(tmp_path: Path) -> None:
+    make_text(tmp_path, num_train=60)
+    for lang in ("tgt", "cmn_Hans"):
+        (tmp_path / f"train.{lang}").write_text("我喜歡狗。\n" * 60)
+        said: list[str] = []
+        preprocess(_options(tmp_path, target_lang=lang, destdir=tmp_path / lang), log=said.append)
+        warned = [line for line in said if "looks like `zh`, but its language is named" in line]
+        assert len(warned) == (lang == "tgt")
+
+
+def test_blank_training_text_is_named(tmp_path: Path) -> None:
+    for lang in ("en", "de"):
+        (tmp_path / f"train.{lang}").write_text("\u00ad\n\u0085\n")
+    with pytest.raises(UserError, match=r"train\.en and .*train\.de must hold sentences"):
+        preprocess(_options(tmp_path), log=print)
+
+
 def _append(name: str, data: bytes) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         with (folder / name).open("ab") as file:
@@ -298,7 +440,14 @@ BAD_INPUT = {
         {},
         ["must hold sentences"],
     ),
-    "all too long": (None, {"max_length": "2"}, ["were dropped", "longer than 2 pieces", "`max-length`"]),
+    "all too long": (
+        lambda folder: [
+            path.write_bytes(path.read_bytes().replace(b"\n", b" more words\n"))
+            for path in folder.glob("train.*")
+        ],
+        {"max_length": "2"},
+        ["were dropped", "longer than 2 pieces", "`max-length`"],
+    ),
     "vocabulary too small": (None, {"vocab_size": "100"}, ["`vocab-size` must be at least 2", "is 100"]),
     "misspelt option": (None, {"vocabsize": "100"}, ["vocabsize", "vocab-size"]),
     "missing model": (None, {"sentencepiece_model": "/none.model", "vocab_size": None}, ["/none.model"]),

@@ -1,6 +1,10 @@
 """nmt-score: by a reference, against a baseline, and by a model."""
 
 import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -103,3 +107,85 @@ def test_what_does_not_go_together_is_said_in_one_line(
     assert (error.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
     assert captured.err.startswith("nmt-score: error: ")
     assert text in captured.err
+
+
+def test_a_bleu_below_1_is_said_to_tell_little(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "reference").write_text("the old dog runs\na small bird sings\n" * 10)
+    for name, text in (("bad", "xx yy zz\n" * 20), ("good", "the old dog runs\na small bird sings\n" * 10)):
+        (tmp_path / name).write_text(text)
+        main(["--hypothesis", str(tmp_path / name), "--reference", str(tmp_path / "reference")])
+        assert ("chrF is the number to look at" in capsys.readouterr().err) == (name == "bad")
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Callable[[str, list[str]], str]]:
+    """Write lines into pipes, which can be read but once, and have no length."""
+    threads = []
+
+    def open_pipe(name: str, lines: list[str]) -> str:
+        path = tmp_path / name
+        os.mkfifo(path)
+        data = "".join(line + "\n" for line in lines).encode()
+        threads.append(threading.Thread(target=path.write_bytes, args=(data,), daemon=True))
+        threads[-1].start()
+        return str(path)
+
+    yield open_pipe
+    for thread in threads:
+        thread.join(timeout=10)
+
+
+@pytest.mark.parametrize("lines", [["a", "the cat"], ["a", "the cat", "a dog", "a"], []])
+def test_pipes_of_other_lengths_are_refused_when_they_have_ended(
+    pipe: Callable[[str, list[str]], str],
+    lines: list[str],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fixed = write(tmp_path / "fixed", ["a", "the cat", "a dog"])
+    (tmp_path / "output").write_text("before")
+    calls = [
+        ["--hypothesis", pipe("h", lines), "--reference", fixed],
+        ["--hypothesis", fixed, "--reference", pipe("r", lines)],
+        ["--hypothesis", fixed, "--reference", fixed, "--baseline", pipe("b", lines)],
+        ["--hypothesis", pipe("h2", lines), "--input", fixed, "--model", str(model)],
+        ["--hypothesis", fixed, "--input", pipe("i", lines), "--model", str(model)],
+    ]
+    for arguments in calls:
+        rest = ["--output", str(tmp_path / "output"), "--device", "cpu"] if "--model" in arguments else []
+        with pytest.raises(SystemExit) as error:
+            main([*arguments, *rest])
+        message = capsys.readouterr().err
+        assert error.value.code == 2
+        assert re.search(r"must have the same number of lines, but have \d and \d\.", message), message
+    assert (tmp_path / "output").read_text() == "before"
+
+
+def test_pipes_of_one_length_are_scored(
+    pipe: Callable[[str, list[str]], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--hypothesis", pipe("h", LINES), "--reference", pipe("r", REFERENCES)])
+    assert capsys.readouterr().out.startswith("BLEU ")
+
+
+def test_empty_pipes_are_refused(
+    pipe: Callable[[str, list[str]], str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        ["--hypothesis", pipe("h", []), "--reference", pipe("r", [])],
+        ["--hypothesis", pipe("h2", []), "--input", pipe("i", []), "--model", str(model)],
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2
+        assert "must hold one sentence per line, but is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "is_warned"), [([], True), (["--target-lang", "zho_Hans"], False)])
+def test_a_reference_whose_language_must_be_named_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], is_warned: bool
+) -> None:
+    chinese = write(tmp_path / "chinese", ["我喜歡狗。", "我喜歡貓。"])
+    main(["--hypothesis", chinese, "--reference", chinese, *flags])
+    assert ("warning: the reference looks like `zh`" in capsys.readouterr().err) == is_warned

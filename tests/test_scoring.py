@@ -39,12 +39,42 @@ def test_signature_names_what_the_score_depends_on() -> None:
     assert chrf(["a"], ["a"]).signature.startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
 
 
-@pytest.mark.parametrize("language", ["zh", "zh-Hans", "zh_CN"])
+@pytest.mark.parametrize(
+    "language", ["zh", "zh-Hans", "zh_CN", "zho_Hans", "zho_Hant", "cmn", "yue_Hant", "chi"]
+)
 def test_the_target_language_chooses_the_tokenisation(language: str) -> None:
     score = bleu(["我喜歡狗。"], ["我喜歡貓。"], target_lang=language)
     # By characters 4 of 5 match, 3 - 1 of 4, 1 of 3, and 0 of 2 smoothed to 1/2; as one word nothing would.
     assert "tok:zh" in score.signature
     assert score.score > 20
+
+
+@pytest.mark.parametrize("language", ["th", "tha_Thai", "khm", "bod_Tibt", "mya"])
+def test_languages_without_blanks_are_scored_by_characters(language: str) -> None:
+    score = bleu(["กขคงจ"], ["กขคงฉ"], target_lang=language)
+    assert "tok:char" in score.signature
+    assert score.score > 20
+
+
+@pytest.mark.parametrize("language", ["de", "deu_Latn", "zh_Latn", "ja-Latn", "xx", ""])
+def test_words_between_blanks_are_scored_as_such(language: str) -> None:
+    assert "tok:13a" in bleu(["a"], ["a"], target_lang=language).signature
+
+
+@pytest.mark.parametrize("language", ["ja", "jpn", "jpn_Jpan", "ja_XX", "ko", "kor_Hang"])
+def test_japanese_and_korean_have_their_own_tokenisers(
+    language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def tokenizer(trg_lang: str) -> None:
+        asked.append(trg_lang)
+        raise ImportError
+
+    monkeypatch.setattr(scoring, "BLEU", tokenizer)
+    with pytest.raises(UserError, match="must have its tokeniser"):
+        bleu(["a"], ["a"], target_lang=language)
+    assert asked == ["ja" if language[0] == "j" else "ko"]
 
 
 def test_chrf_of_equal_texts_is_100() -> None:

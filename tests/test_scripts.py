@@ -46,3 +46,35 @@ def test_multi30k_with_a_folder_that_is_not_there_says_so(tmp_path: Path) -> Non
     result = subprocess.run([RUN_MULTI30K, tmp_path / "lost"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr == f"error: DATA_DIR must be a folder, but there is no {tmp_path / 'lost'}.\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "called"),
+    [
+        (0, ["nmt-preprocess", "nmt-train", "nmt-average", "nmt-generate"]),
+        (75, ["nmt-preprocess", "nmt-train"]),
+        (2, ["nmt-preprocess", "nmt-train"]),
+    ],
+)
+def test_multi30k_takes_no_half_model_for_a_whole_one(tmp_path: Path, code: int, called: list[str]) -> None:
+    """With commands that do nothing but say that they were called."""
+    script = tmp_path / "examples" / "multi30k" / "run.sh"
+    for folder in (script.parent, tmp_path / "scripts", tmp_path / "bin", tmp_path / "text"):
+        folder.mkdir(parents=True)
+    script.write_bytes(RUN_MULTI30K.read_bytes())
+    (tmp_path / "scripts" / "environment.sh").write_text(
+        f'BIN={tmp_path}/bin\nsay() {{ echo "== $*"; }}\nmake_environment() {{ :; }}\n'
+    )
+    for name in ("nmt-preprocess", "nmt-train", "nmt-average", "nmt-generate"):
+        command = tmp_path / "bin" / name
+        ends = code if name == "nmt-train" else 0
+        command.write_text(f"#!/bin/sh\necho {name} >>{tmp_path}/called\nexit {ends}\n")
+        command.chmod(0o755)
+    for lang in ("en", "de"):
+        (tmp_path / "text" / f"test_1.{lang}").write_text("a\n")
+    result = subprocess.run(
+        ["bash", script, tmp_path / "text", tmp_path / "out"], capture_output=True, text=True
+    )
+    assert result.returncode == code, result.stderr
+    assert (tmp_path / "called").read_text().split() == called
+    assert ("the same command goes on with the training" in result.stdout) == (code == 75)

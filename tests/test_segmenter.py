@@ -10,8 +10,15 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nmt.data.segmenter import Segmenter, read_vocabulary, train_segmenter
-from nmt.data.vocabulary import EOS_ID, SPECIALS, UNK_ID, Vocabulary
+from nmt.data.segmenter import (
+    PieceSegmenter,
+    Segmenter,
+    find_misnamed_pieces,
+    read_vocabulary,
+    train_segmenter,
+    training_lines,
+)
+from nmt.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, SPECIALS, UNK_ID, Vocabulary
 from nmt.errors import UserError
 
 
@@ -90,6 +97,8 @@ def test_decoding_undoes_encoding_up_to_normalisation(segmenter: Segmenter, text
 
 def test_decoding_shows_unknown_tokens_and_keeps_one_line(segmenter: Segmenter) -> None:
     newline = segmenter.vocabulary.id("<0x0A>")
+    carriage_return = segmenter.vocabulary.id("<0x0D>")
+    assert segmenter.decode([[carriage_return, newline]]) == ["  "]
     assert segmenter.decode([[], [EOS_ID], [UNK_ID], [newline]]) == ["", "", " \u2047 ", " "]
     assert segmenter.pieces([0, UNK_ID, newline, EOS_ID]) == ["<s>", "<unk>", "<0x0A>", "</s>"]
 
@@ -170,7 +179,7 @@ def test_size_too_small_names_the_least(tmp_path: Path, vocab_size: int) -> None
     assert train(tmp_path / "model", vocab_size=278) == 278  # 4 + 256 + 17 letters and signs + the word mark
 
 
-@pytest.mark.parametrize("text", [[], ["", " "], ["x" * 5000]])
+@pytest.mark.parametrize("text", [[], ["", " "], ["\u00ad", "\u0085\r"]])
 def test_text_without_a_usable_sentence_is_refused(tmp_path: Path, text: list[str]) -> None:
     with pytest.raises(UserError, match="must hold sentences"):
         train_segmenter(text, tmp_path / "model", vocab_size=300, model_type="bpe", character_coverage=1.0)
@@ -202,3 +211,119 @@ def test_file_that_is_no_model_is_named(tmp_path: Path, data: bytes) -> None:
 
 def test_ids_are_int32(segmenter: Segmenter) -> None:
     assert segmenter.encode(["bad"])[0].dtype == np.int32
+
+
+GIVEN_MODELS = {
+    "identity": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "extra blanks": {"remove_extra_whitespaces": False},
+    "no prefix": {"add_dummy_prefix": False, "normalization_rule_name": "identity"},
+    "suffix": {"treat_whitespace_as_suffix": True},
+    "across words": {"split_by_whitespace": False, "max_sentencepiece_length": 30},
+    "bytes": {"byte_fallback": True, "vocab_size": 400, "model_type": "bpe"},
+    "special symbols": {"user_defined_symbols": ["<pad>", "</s>", "<s>"]},
+}
+
+
+@pytest.fixture(params=GIVEN_MODELS.values(), ids=GIVEN_MODELS, scope="module")
+def given_segmenter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
+    """A model that somebody else has trained, with other settings than ours."""
+    prefix = tmp_path_factory.mktemp("given") / "given"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences()),
+        model_prefix=str(prefix),
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{"vocab_size": 150, **request.param},
+    )
+    path = prefix.with_suffix(".model")
+    return Segmenter(path, read_vocabulary(path))
+
+
+def test_blank_lines_and_line_ends_do_not_depend_on_the_model(given_segmenter: Segmenter) -> None:
+    lines = ["abd dig", *sentences(3)]
+    plain = [ids.tolist() for ids in given_segmenter.encode(lines)]
+    assert [x.tolist() for x in given_segmenter.encode([line + "\r" for line in lines])] == plain
+    assert [x.tolist() for x in given_segmenter.encode(["\ufeff" + line for line in lines])] == plain
+    blank = ["", " ", "\t", "\r", "\u00a0", "\u3000", "\u0085", "\u00ad", "\u200d\u2060", "\u202a\u202c"]
+    assert [len(x) for x in given_segmenter.encode(blank)] == [0] * len(blank)
+
+
+def test_every_character_of_a_line_belongs_to_a_piece(given_segmenter: Segmenter) -> None:
+    for line in [*sentences(5), "abd \u2026 dig\u00e4r", "\ufeffabd dig\r", "a\u0308b \u2603 b"]:
+        (ids,) = given_segmenter.encode([line])
+        spans = given_segmenter.spans(line)
+        assert len(spans) == len(ids)
+        assert "".join(line[start:end] for start, end in spans).split() == line.strip("\ufeff\r").split()
+        text = given_segmenter.decode([ids])[0]
+        spans = given_segmenter.decoded_spans([BOS_ID, *ids, EOS_ID])
+        assert spans[0] == spans[-1] == (0, 0)
+        assert "".join(text[start:end] for start, end in spans) == text
+    assert given_segmenter.spans("") == given_segmenter.decoded_spans([]) == []
+
+
+def test_words_of_a_text_that_are_spelled_like_special_symbols_do_not_end_or_pad_it(
+    given_segmenter: Segmenter,
+) -> None:
+    for name in SPECIALS:
+        (ids,) = given_segmenter.encode([f"abd {name} dig"])
+        assert not set(ids.tolist()) & {BOS_ID, PAD_ID, EOS_ID}
+        assert len(ids) > len(given_segmenter.encode(["abd dig"])[0])  # nothing is swallowed
+
+
+def test_pieces_that_text_cannot_have_are_named(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences()),
+        model_prefix=str(tmp_path / "given"),
+        vocab_size=100,
+        user_defined_symbols=["<pad>", "</s>"],
+        minloglevel=2,
+    )
+    assert sorted(find_misnamed_pieces(tmp_path / "given.model")) == ["</s>", "<pad>"]
+    train(tmp_path / "own")
+    assert find_misnamed_pieces(tmp_path / "own") == []
+
+
+def test_special_symbols_among_given_pieces_are_unknown() -> None:
+    pieces = PieceSegmenter(Vocabulary(["a", "b"]))
+    (ids,) = pieces.encode(["a <s> </s> <pad> <unk> b\r"])
+    assert ids.tolist() == [4, UNK_ID, UNK_ID, UNK_ID, UNK_ID, 5]
+    assert [len(x) for x in pieces.encode(["\u00ad", "\u0085", "\r"])] == [0, 0, 0]
+
+
+def test_a_token_that_takes_the_name_of_a_special_symbol_keeps_its_id() -> None:
+    pieces = PieceSegmenter(Vocabulary(["a", "<pad>"], overwriting=[5]))
+    assert pieces.encode(["<pad> a"])[0].tolist() == [5, 4]
+
+
+@given(
+    st.lists(st.text(st.sampled_from("ab \u0e01\U0001f600\0\u2585"), max_size=40), max_size=4), st.booleans()
+)
+def test_long_lines_are_cut_for_training_and_nothing_is_lost(lines: list[str], is_bytes: bool) -> None:
+    long = [line * 300 for line in lines]
+    given = [line.encode() for line in long] if is_bytes else long
+    cut = list(training_lines(given))
+    assert all(0 < len(line.encode()) <= 4192 for line in cut)
+    assert not any("\0" in line or "\u2585" in line for line in cut)
+    kept = [line for line in long if line.strip(" \0")]
+    assert "".join(cut) == "".join(kept).replace("\0", " ").replace("\u2585", " ")
+    if len(long) == len(kept) == 1 and " " in long[0]:
+        assert all(line.endswith(" ") for line in cut[:-1])  # words stay whole
+
+
+def test_a_vocabulary_knows_a_script_whose_lines_are_all_long(tmp_path: Path) -> None:
+    choose = random.Random(3)
+    thai = ["".join(choose.choices("\u0e01\u0e02\u0e04\u0e07", k=2000)) for _ in range(5)]
+    train_segmenter(thai, tmp_path / "model", vocab_size=280, model_type="bpe", character_coverage=1.0)
+    segmenter = Segmenter(tmp_path / "model", read_vocabulary(tmp_path / "model"))
+    assert not segmenter.is_byte[segmenter.encode(["\u0e01\u0e07"])[0]].any()
+
+
+def test_text_may_stay_as_it_is(tmp_path: Path) -> None:
+    lines = [f"{word} \u2026 \u00bd\u2026 x" for word in sentences(50)]
+    for name, expected in (("nmt_nfkc", "abd... 1\u20442"), ("identity", "abd\u2026 \u00bd")):
+        path = tmp_path / name
+        train_segmenter(
+            lines, path, vocab_size=350, model_type="bpe", character_coverage=1.0, normalization=name
+        )
+        segmenter = Segmenter(path, read_vocabulary(path))
+        assert segmenter.decode(segmenter.encode(["abd\u2026 \u00bd"])) == [expected]

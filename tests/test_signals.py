@@ -15,7 +15,10 @@ import pytest
 from crash_injection import content, install_plugin
 from toy_task import PointOptions, PointTask
 
+import nmt
+from nmt.cli.train import main
 from nmt.data.options import BatchingOptions
+from nmt.errors import EXIT_RESUMABLE
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
 from nmt.signals import StopRequest
 from nmt.train_loop import train
@@ -40,10 +43,11 @@ def config(folder: Path) -> TrainConfig[PointOptions]:
 
 
 def final(folder: Path, update: int) -> dict[str, Any]:
-    """What a run has come to, times apart; which earlier checkpoints are left may differ."""
+    """What a run has come to, but for times, earlier checkpoints that are left, and what resumes changed."""
     checkpoint = folder / "checkpoints" / f"update-{update:07d}"
     files = [checkpoint / name for name in ("model.safetensors", "optimizer.safetensors", "state.json")]
-    return {path.name: content(path) for path in [*files, folder / "metrics.jsonl"]}
+    records = [record for record in content(folder / "metrics.jsonl") if record["kind"] != "resume"]
+    return {**{path.name: content(path) for path in files}, "metrics.jsonl": records}
 
 
 @pytest.mark.usefixtures("points_plugin")
@@ -113,6 +117,32 @@ def test_a_request_before_the_first_update_makes_none(tmp_path: Path) -> None:
     assert final(tmp_path / "run", 14) == final(tmp_path / "whole", 14)
 
 
+@pytest.mark.usefixtures("points_plugin")
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_the_exit_code_tells_a_finished_run_from_one_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_asked: bool
+) -> None:
+    make_update = Trainer.train_step
+
+    def make_update_and_ask(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        make_update(self, *args, **kwargs)
+        if is_asked and self.update == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # until the thread that listens has heard it
+
+    monkeypatch.setattr(Trainer, "train_step", make_update_and_ask)
+    command = ["--task", "points", "--batch-size", "50", "--device", "cpu", "--max-update", "6"]
+    command += ["--save-dir", str(tmp_path / "run")]
+    if not is_asked:
+        main(command)
+        return
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == EXIT_RESUMABLE == 75
+    is_asked = False
+    main(command)
+
+
 class Started:
     """Processes of a test, all killed at its end."""
 
@@ -120,7 +150,7 @@ class Started:
         self.folder = folder
         self.environment = {
             **os.environ,
-            "PYTHONPATH": f"{folder / 'plugin'}:{TESTS}",
+            "PYTHONPATH": f"{folder / 'plugin'}:{TESTS}:{Path(nmt.__file__).parents[1]}",
             "OMP_NUM_THREADS": "1",
         }
         self.all: list[subprocess.Popen[str]] = []
@@ -186,6 +216,14 @@ def end(process: "subprocess.Popen[str]", code: int) -> str:
     return said
 
 
+def children_of(process: "subprocess.Popen[str]") -> list[int]:
+    """Return the ranks that torchrun has started."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    children = [int(line.split()[0]) for line in listed.splitlines() if int(line.split()[1]) == process.pid]
+    assert len(children) >= 2
+    return children
+
+
 def last_update(folder: Path) -> int:
     return int((folder / "run" / "checkpoints" / "last").readlink().name.removeprefix("update-"))
 
@@ -199,7 +237,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_and_ends_well(
     process = started.train(*ENDLESS, "--num-workers", 2)
     started.wait_for_records(3)
     os.killpg(process.pid, number)
-    said = end(process, 0)
+    said = end(process, EXIT_RESUMABLE)
     update = last_update(started.folder)
     assert said.endswith(
         f"stopped: {number.name} after update {update}, which is saved; the same command goes on from there\n"
@@ -229,12 +267,12 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_update(started: Started) -> 
     one, other = started.ranks(*ENDLESS)
     started.wait_for_records(3)
     other.send_signal(signal.SIGTERM)
-    assert "stopped: SIGTERM after update" in end(one, 0)
-    end(other, 0)
+    assert "stopped: SIGTERM after update" in end(one, EXIT_RESUMABLE)
+    end(other, EXIT_RESUMABLE)
     update = last_update(started.folder)
     ranks = started.ranks("--max-update", update + 20)
     said = [end(rank, 0) for rank in ranks]
-    assert said[0].endswith(f"finished: reached max-update {update + 20}\n")
+    assert f"finished: reached max-update {update + 20} | " in said[0]
     for rank in started.ranks("--max-update", update + 20, "--save-dir", "whole"):
         end(rank, 0)
     ends = [final(started.folder / name, update + 20) for name in ("run", "whole")]
@@ -269,9 +307,7 @@ def test_a_rank_that_no_longer_answers_is_named_after_the_timeout(started: Start
 def test_torchrun_takes_the_run_up_again_after_a_rank_was_killed(started: Started) -> None:
     process = started.torchrun("--max-update", "400", max_restarts=1)
     started.wait_for_records(5)
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
-    children = [int(line.split()[0]) for line in listed.splitlines() if int(line.split()[1]) == process.pid]
-    assert len(children) >= 2
+    children = children_of(process)
     os.kill(max(children), signal.SIGKILL)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
@@ -282,6 +318,32 @@ def test_torchrun_takes_the_run_up_again_after_a_rank_was_killed(started: Starte
         end(rank, 0)
     ends = [final(started.folder / name, 400) for name in ("run", "whole")]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_go_on_with_a_run_that_was_asked_to_stop(started: Started) -> None:
+    """One rank gets the signal, and torchrun takes its exit code for a failure, and starts all ranks again."""
+    process = started.torchrun(*ENDLESS, max_restarts=2)
+    started.wait_for_records(5)
+    children = children_of(process)
+    os.kill(max(children), signal.SIGTERM)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode not in (0, None), said
+    assert said.count("stopped: SIGTERM after update") == 1 and "resume: from" not in said, said
+    assert said.count("stopped before torchrun started the ranks again: no update is made") == 2, said
+    assert "finished: " not in said
+    update = last_update(started.folder)
+    assert f"after update {update}, which is saved" in said
+    process = started.torchrun("--max-update", update + 20)  # another torchrun goes on
+    assert f"finished: reached max-update {update + 20}" in end(process, 0)
+
+
+@pytest.mark.slow
+def test_ranks_say_nothing_but_what_rank_0_reports(started: Started) -> None:
+    said = end(started.torchrun("--max-update", 20), 0)
+    lines = [line for line in said.splitlines() if "OMP_NUM_THREADS" not in line]
+    assert "find_unused_parameters" not in said and "reducer.cpp" not in said and "Warning" not in said, said
+    assert sum("finished: " in line for line in lines) == 1
 
 
 @pytest.mark.slow

@@ -120,10 +120,10 @@ def test_a_plateau_lowers_the_rate_after_the_validations_that_were_no_better(tmp
 
 def test_it_stops_out_of_time_and_when_the_rate_has_fallen(tmp_path: Path) -> None:
     train(config(tmp_path / "time", optimization={"stop_time_hours": 1e-9}))
-    assert log(tmp_path / "time").rstrip().endswith("finished: reached stop-time-hours 1e-09")
+    assert "finished: reached stop-time-hours 1e-09 | " in log(tmp_path / "time").splitlines()[-1]
     # 0.02 * sqrt(5 / n) <= 0.01 from n = 20 on; during the warm-up it was lower, which does not count.
     train(config(tmp_path / "rate", optimization={"stop_min_lr": 0.01}))
-    assert log(tmp_path / "rate").rstrip().endswith("the learning rate has fallen to stop-min-lr 0.01")
+    assert "the learning rate has fallen to stop-min-lr 0.01 | " in log(tmp_path / "rate").splitlines()[-1]
     assert updates(tmp_path / "rate")[-1] == 20
 
 
@@ -143,7 +143,7 @@ def test_time_counts_on_from_where_the_run_was_stopped(tmp_path: Path) -> None:
     state["clock"]["seconds_before"] = 7200.0
     state_path.write_text(json.dumps(state))
     train(config(folder, optimization={"stop_time_hours": 2.0}))
-    assert log(folder).rstrip().endswith("finished: reached stop-time-hours 2")
+    assert "finished: reached stop-time-hours 2 | " in log(folder).splitlines()[-1]
     assert updates(folder)[-1] == 5
     train(config(folder, optimization={"stop_time_hours": 3.0, "max_update": 10}))
     assert updates(folder)[-1] == 10

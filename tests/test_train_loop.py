@@ -154,7 +154,17 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()}
     train(config(folder, optimization={"max_update": 20}))
     assert {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()} == before
-    assert log(folder).rstrip().endswith("finished: reached max-update 20")
+    losses = {record["update"]: record["loss"] for record in records(folder, "valid")}
+    best = min(losses, key=losses.__getitem__)
+    path = folder / "checkpoints" / "best"
+    assert (
+        log(folder)
+        .rstrip()
+        .endswith(
+            f"finished: reached max-update 20 | best loss {losses[best]:.4g} after update {best}: {path} | "
+            f"next: nmt-validate {path}"
+        )
+    )
 
 
 def test_it_stops_after_an_epoch_and_out_of_patience(tmp_path: Path) -> None:

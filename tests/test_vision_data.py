@@ -1,7 +1,6 @@
 """Images: what is read, what is refused and how, and what a model gets to see."""
 
 import gzip
-import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from nmt.errors import UserError
 from nmt.vision.dataset import ImageExamples
 from nmt.vision.options import AugmentationOptions
 from nmt.vision.preprocessing import ImageFormat
-from nmt.vision.sources import FolderImages, IdxImages, open_images, read_idx, read_image
+from nmt.vision.sources import FolderImages, StoredImages, open_images, read_idx
 
 RGB = ImageFormat(num_channels=3, image_size=8, crop_pct=1.0, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
 GREY = ImageFormat(num_channels=1, image_size=12, crop_pct=1.0, mean=(0.0,), std=(1.0,))
@@ -34,21 +33,6 @@ def refusal(path: Path, split: Any = "train") -> str:
     return text
 
 
-def test_a_folder_of_class_folders_is_listed_in_the_order_of_the_names(tmp_path: Path) -> None:
-    root = write_folders(tmp_path / "train", {"red": 2, "blue": 1})
-    (root / "red" / "deeper").mkdir()
-    Image.new("L", (5, 5)).save(root / "red" / "deeper" / "grey.JPG")
-    (root / "red" / "notes.txt").write_text("no image")
-    (root / ".cache").mkdir()
-    (root / "README.md").write_text("no class")
-    images = open_images(root, "train")
-    assert images.classes == ["blue", "red"]
-    assert isinstance(images, FolderImages)
-    assert images.files == ["blue/000.png", "red/000.png", "red/001.png", "red/deeper/grey.JPG"]
-    assert [images.label(index) for index in range(len(images))] == [0, 1, 1, 1]
-    assert [images.image(index).mode for index in range(len(images))] == ["RGB"] * 4
-
-
 def test_a_folder_pickles_as_its_path_and_notices_when_it_has_changed(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "train", {"red": 300, "blue": 1}, side=2)
     examples = ImageExamples(FolderImages(root), RGB, NONE)
@@ -57,87 +41,9 @@ def test_a_folder_pickles_as_its_path_and_notices_when_it_has_changed(tmp_path: 
     again = pickle.loads(pickled)
     assert len(again) == 301 and torch.equal(again[7][0], examples[7][0]) and again[7][1] == examples[7][1]
     (root / "red" / "007.png").rename(root / "red" / "seven.png")
+    changed = pickle.loads(pickled)  # an error here would end a process that reads, with a traceback
     with pytest.raises(UserError, match=r"must stay the same while they are in use, but have changed"):
-        pickle.loads(pickled)
-
-
-def test_what_is_no_folder_of_images_is_refused_by_name(tmp_path: Path) -> None:
-    assert f"`{tmp_path / 'lost'}` must be a folder that can be read" in refusal(tmp_path / "lost")
-    (tmp_path / "file").write_text("")
-    assert "Not a directory" in refusal(tmp_path / "file")
-    (tmp_path / "empty").mkdir()
-    assert f"`{tmp_path / 'empty'}` must hold a folder of images for each" in refusal(tmp_path / "empty")
-    one = write_folders(tmp_path / "one", {"red": 1})
-    assert "has: red" in refusal(one)
-    (one / "void").mkdir()
-    assert f"`{one / 'void'}` must hold images of its class" in refusal(one)
-    (one / "void").rmdir()
-    (one / "two\nlines").mkdir()
-    Image.new("L", (5, 5)).save(one / "two\nlines" / "a.png")
-    assert r"must be printable, but 'two\nlines'" in refusal(one)
-
-
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write_folders(tmp_path / "train", {"red": 1, "blue": 1})
-    scandir = os.scandir
-
-    def locked(path: Any) -> Any:
-        if Path(path).name == "red":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", locked)
-    assert f"`{root / 'red'}` must be a folder that can be read, but: Permission denied" in refusal(root)
-
-
-def _cut_short(path: Path) -> None:
-    Image.effect_noise((40, 40), 50).save(path)
-    path.write_bytes(path.read_bytes()[:300])
-
-
-DAMAGES = {
-    "cut.png": _cut_short,
-    "cut.jpg": _cut_short,
-    "empty.png": lambda path: path.write_bytes(b""),
-    "text.jpg": lambda path: path.write_text("no image at all"),
-    "deep.png": lambda path: Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(path),
-    "float.tiff": lambda path: Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(path),
-    "lost.png": lambda path: None,
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_or_foreign_file_is_named(tmp_path: Path, name: str) -> None:
-    DAMAGES[name](tmp_path / name)
-    with pytest.raises(UserError) as caught:
-        read_image(tmp_path / name)
-    assert str(caught.value).startswith(f"`{tmp_path / name}` must ") and "\n" not in str(caught.value)
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_any_bytes_are_an_image_or_are_refused(data: st.DataObject, tmp_path_factory: Any) -> None:
-    folder = tmp_path_factory.mktemp("damaged")
-    path = folder / f"a.{data.draw(st.sampled_from(['png', 'jpg', 'bmp', 'webp', 'tiff', 'ppm']))}"
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(path)
-    content = bytearray(path.read_bytes())
-    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=8)):
-        content[place] = data.draw(st.integers(0, 255))
-    path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
-    try:
-        assert read_image(path).mode == "RGB"
-    except UserError as error:
-        assert str(path) in str(error)
-
-
-def test_transparency_and_palettes_become_colours(tmp_path: Path) -> None:
-    image = Image.new("P", (3, 3))
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    image.putpixel((1, 1), 1)
-    image.save(tmp_path / "palette.png", transparency=bytes([0, 255]))
-    read = read_image(tmp_path / "palette.png")
-    assert read.getpixel((0, 0)) == (10, 20, 30) and read.getpixel((1, 1)) == (200, 100, 50)
+        changed[7]
 
 
 @pytest.mark.parametrize("below", ["", "raw", "MNIST/raw"])
@@ -156,9 +62,10 @@ def test_mnist_is_recognised_and_each_split_takes_its_part(tmp_path: Path, below
 
 def test_idx_images_pickle_as_their_path_and_know_their_statistics(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (50, 9, 9)).astype(np.uint8)
-    images = IdxImages(write_idx(tmp_path, "train", pixels, np.arange(50) % 3), "train")
+    images = open_images(write_idx(tmp_path, "train", pixels, np.arange(50) % 3), "train")
     assert len(pickle.dumps(images)) < 500
-    assert np.array_equal(pickle.loads(pickle.dumps(images)).images, pixels)
+    assert np.array_equal(pickle.loads(pickle.dumps(images)).images[:, 0], pixels)
+    assert isinstance(images, StoredImages)
     assert images.mean()[0] == pytest.approx((pixels / 255).mean(), abs=1e-4)
     assert images.std()[0] == pytest.approx((pixels / 255).std(), abs=1e-4)
 
@@ -216,6 +123,22 @@ def test_validation_resizes_the_shorter_side_and_cuts_at_the_centre() -> None:
     assert seen.unique().tolist() == [255]
     wide, _ = ImageExamples(Given([image], [1], ["a", "b"]), replace(RGB, image_size=8))[0]
     assert wide.shape == (3, 8, 8) and wide[0, 0].tolist() == [255] * 8
+
+
+@pytest.mark.parametrize("is_tensor", [False, True])
+def test_a_long_strip_is_cut_before_it_is_enlarged(is_tensor: bool) -> None:
+    """Its middle is all that is seen of it; enlarged as a whole it would take gigabytes."""
+    strip = torch.zeros(1, 2, 60_000, dtype=torch.uint8)
+    strip[:, :, 29_990:30_010] = 200
+    image = strip if is_tensor else Image.fromarray(strip[0].numpy()).convert("RGB")
+    format_ = replace(GREY if is_tensor else RGB, image_size=224)
+    for options in (None, AugmentationOptions(crop="none", hflip=0.0)):
+        for one in (
+            image,
+            image.transpose(1, 2) if is_tensor else image.transpose(Image.Transpose.ROTATE_90),
+        ):
+            seen, _ = ImageExamples(Given([one], [0], ["a", "b"]), format_, options)[0]
+            assert seen.shape[1:] == (224, 224) and seen.unique().tolist() == [200]
 
 
 def test_normalised_images_are_the_pixels_minus_the_mean_by_the_deviation() -> None:
@@ -294,6 +217,28 @@ def test_all_augmentation_together_makes_images_of_the_right_shape(num_channels:
         torch.manual_seed(seed)
         batch = examples.collate([examples[index] for index in range(4)])
         assert batch.images.shape == (4, num_channels, 8, 8) and batch.images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"trivial_augment": True}, *({"auto_augment": name} for name in ("imagenet", "cifar10", "svhn"))],
+)
+def test_found_policies_change_images_and_keep_their_shape(changes: dict[str, Any]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    plain = Image.fromarray(pixels)
+    options = replace(NONE, **changes)
+    options.check()
+    examples = ImageExamples(Given([plain], [0], ["a", "b"]), RGB, options)
+    seen = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        seen.append(examples[0][0])
+        assert seen[-1].shape == (3, 8, 8) and seen[-1].dtype == torch.uint8
+        torch.manual_seed(seed)
+        assert torch.equal(examples[0][0], seen[-1])  # all of its choices are torch's
+    assert len(torch.stack(seen).unique(dim=0)) > 5
+    grey = ImageExamples(Given([grid(12)], [0], ["a", "b"]), GREY, options)
+    assert all(grey[0][0].shape == (1, 12, 12) for _ in range(10))
 
 
 def test_a_mean_for_another_number_of_channels_is_refused() -> None:

@@ -2,25 +2,31 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from image_files import bars, write_folders, write_idx
 from safetensors.torch import load_file
 
 from nmt.checkpoint import load_model
-from nmt.config import list_options, parse_command
+from nmt.cli.train import main
+from nmt.config import parse_command
+from nmt.config_fields import list_options
+from nmt.data.batch_iterator import BatchIterator
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
 from nmt.train_loop import train
 from nmt.vision.models import build_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
+from nmt.vision.sources import FolderImages
 
 # This machine may have fewer cores than the tests have workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -68,6 +74,15 @@ def config(
 def last(save_dir: Path) -> dict[str, torch.Tensor]:
     folder = save_dir / "checkpoints" / "last"
     return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def damage_in_the_middle(path: Path) -> Path:
+    """Damage a file where a look at its head and its end does not see it."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 20] = b"x" * 20
+    path.write_bytes(content)
+    return path
 
 
 def records(save_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -236,20 +251,81 @@ def test_two_ranks_with_uneven_batches_do_what_one_rank_does(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_image_in_the_middle_of_training_is_named_in_a_line(
+def test_a_damaged_image_in_the_middle_of_training_is_named_in_a_line_and_nothing_is_lost(
     folders: dict[str, Path], tmp_path: Path, num_workers: int
 ) -> None:
-    damaged = folders["train_dir"] / "red" / "003.png"
-    damaged.write_bytes(damaged.read_bytes()[:200])
+    damaged = damage_in_the_middle(folders["val_dir"] / "red" / "001.png")
     settings = config(
         tmp_path / "run",
         folders,
-        batching={"num_workers": num_workers, "batch_size": 2},
+        batching={"num_workers": num_workers, "batch_size": 5},
         optimization={"max_epoch": 1},
     )
     with pytest.raises(UserError) as caught:
         train(settings)
-    assert str(caught.value).startswith(f"`{damaged}` must be an image") and "\n" not in str(caught.value)
+    text = str(caught.value)
+    assert text.startswith(f"`{damaged}` must be an image") and "\n" not in text
+    assert text.endswith("`max-bad-images` 1. Update 4 is saved, and the same command goes on from there.")
+    # What it advises works.
+    task = replace(settings.task_options, max_bad_images=1)
+    train(replace(settings, task_options=task))
+    (valid,) = records(tmp_path / "run", "valid")
+    assert valid["accuracy"] * 6 == pytest.approx(round(valid["accuracy"] * 6))  # of the six that can be read
+
+
+@pytest.mark.parametrize("split", ["train_dir", "val_dir"])
+def test_two_ranks_save_and_end_together_when_one_cannot_read_an_image(
+    folders: dict[str, Path], tmp_path: Path, split: str
+) -> None:
+    """Of five training batches of four rank 1 reads the fourth in update 2 of three; of two validation batches the
+    second. (The third training batch is tried out before the first update.)"""
+    batches = [np.arange(4), np.arange(4, 7)]
+    if split == "train_dir":
+        task = ImageClassificationOptions(**folders, **WITH_BATCH_NORM).build(None)
+        iterator = BatchIterator(
+            task.open_split("train"),
+            BatchingOptions(None, batch_size=4, required_batch_size_multiple=1),
+            seed=1,
+        )
+        batches = iterator.first_batches
+    files = FolderImages(folders[split]).files
+    damaged = damage_in_the_middle(folders[split] / files[batches[3 if split == "train_dir" else 1][0]])
+    arguments = [
+        *("--task", "image_classification"),
+        *("--train-dir", folders["train_dir"], "--val-dir", folders["val_dir"], "--batch-size", 4),
+        *("--model", "timm/test_byobnet", "--image-size", 32, "--max-epoch", 3, "--device", "cpu"),
+        *("--save-dir", tmp_path / "run"),
+    ]
+    launch = ["--standalone", "--nproc-per-node", 2, "-m", "nmt.cli.train"]
+    done = run(*launch, *arguments, command="torchrun")
+    update = 2 if split == "train_dir" else 3
+    lines = [line for line in done.stderr.splitlines() if line.startswith("nmt-train: error:")]
+    assert len(lines) == 2 and lines[0] == lines[1], done.stderr
+    assert f"`{damaged}` must be an image" in lines[0] and f"Update {update} is saved" in lines[0]
+    saved = tmp_path / "run" / "checkpoints" / f"update-{update:07d}"
+    assert (saved / "state.json").is_file() and not records(tmp_path / "run", "valid")
+
+
+def test_the_last_image_of_an_epoch_goes_with_the_batch_before_it(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At 32 pixels the last layers of a ResNet see one place, whose batch norm must have two images."""
+    extra = folders["train_dir"] / "red" / "more.png"
+    shutil.copy(folders["train_dir"] / "red" / "000.png", extra)  # 21 images
+    arguments = [
+        *("--task", "image_classification", "--model", "timm/resnet10t", "--image-size", "32"),
+        *("--model-args", "channels=[8,8,16,16]", "--device", "cpu", "--max-epoch", "1"),
+        *("--train-dir", str(folders["train_dir"]), "--val-dir", str(folders["val_dir"])),
+    ]
+    main([*arguments, "--batch-size", "4", "--save-dir", str(tmp_path / "four")])
+    (epoch,) = records(tmp_path / "four", "epoch")
+    assert epoch["update"] == 5 and (epoch["accuracy"] * 21) == pytest.approx(round(epoch["accuracy"] * 21))
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--batch-size", "1", "--save-dir", str(tmp_path / "one")])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("nmt-train: error: `batch-size` must be at least 2 for `timm/resnet10t`")
+    assert not (tmp_path / "one" / "checkpoints").exists()  # it is said before the first update
 
 
 def test_a_run_is_not_resumed_with_other_classes(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -93,3 +93,17 @@ def test_a_later_token_may_overwrite_an_earlier_one(tmp_path: Path) -> None:
     assert (vocabulary.id("a"), vocabulary.id("<unk>"), vocabulary.id("b")) == (7, 5, 6)
     vocabulary.save(tmp_path / "again.txt")
     assert (tmp_path / "again.txt").read_text() == content
+
+
+def test_byte_order_mark_and_carriage_returns_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "dict.en.txt"
+    path.write_bytes("\ufeffa 3\r\n<pad> 2 #fairseq:overwrite\r\nb\r 1\r\n".encode())
+    vocabulary = Vocabulary.load(path)
+    assert list(vocabulary.tokens[4:]) == ["a", "<pad>", "b\r"]  # a token's own stays
+    assert vocabulary.id("<pad>") == 5
+
+
+def test_a_token_that_begins_with_a_byte_order_mark_keeps_it(tmp_path: Path) -> None:
+    vocabulary = Vocabulary(["\ufeff", "\ufeffa"], [2, 1])
+    vocabulary.save(tmp_path / "dict.en.txt")
+    assert Vocabulary.load(tmp_path / "dict.en.txt") == vocabulary

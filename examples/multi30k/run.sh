@@ -46,6 +46,12 @@ download() { # FOLDER
     done <<<"$FILES"
 }
 
+# 75 is how nmt-train says that it was stopped and can go on: half a model is neither averaged nor translated with.
+stop_here() { # EXIT_CODE
+    [ "$1" != 75 ] || say "stopped before its end; the same command goes on with the training"
+    exit "$1"
+}
+
 # The path of a text, which may be compressed; nothing if there is none.
 find_text() { # PREFIX LANGUAGE
     local path
@@ -86,7 +92,7 @@ say "text -> pieces -> ids -> $FOLDER/data"
     --trainpref "$DATA_DIR/train" --validpref "$DATA_DIR/val" --destdir "$FOLDER/data" --overwrite
 
 say "training -> $FOLDER/run"
-"$BIN/nmt-train" "$FOLDER/data" --config examples/multi30k/train.yaml --save-dir "$FOLDER/run" "$@"
+"$BIN/nmt-train" "$FOLDER/data" --config examples/multi30k/train.yaml --save-dir "$FOLDER/run" "$@" || stop_here $?
 
 say "the mean of the last $NUM_AVERAGED checkpoints -> $FOLDER/average"
 rm -rf "$FOLDER/average"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nmt.errors import LostRankError, UserError
+from nmt.errors import LostRankError, UserError, one_line
 from nmt.model_folders import FoundModel
 
 # What the operating system says of a write without naming the file.
@@ -94,8 +94,7 @@ def announce_models(prog: str, models: Sequence[FoundModel]) -> list[Path]:
 
 
 def _fail(prog: str, text: str) -> None:
-    line = " ".join(text.split("\n"))
-    print(f"{prog}: error: {line}", file=sys.stderr)
+    print(f"{prog}: error: {one_line(text)}", file=sys.stderr)
     raise SystemExit(_EXIT_USER_ERROR) from None
 
 

@@ -9,7 +9,7 @@ from nmt.cli.options import ExportOptions, ImportOptions
 from nmt.cli.text_files import check_parallel, read_text
 from nmt.config import asks_for, parse_command, peek, print_version
 from nmt.config_fields import list_options
-from nmt.errors import UserError
+from nmt.errors import UserError, one_line
 from nmt.model_folders import find_model
 
 PROG = "nmt-convert"
@@ -44,8 +44,10 @@ def import_model(options: ImportOptions) -> None:
     )
     if done.is_guessed:
         print(
-            f"{PROG}: warning: nothing tells which language is the source; taken for it is {done.source_lang} "
-            "(say it with --source-lang)",
+            one_line(
+                f"{PROG}: warning: nothing tells which language is the source; taken for it is {done.source_lang} "
+                "(say it with --source-lang)"
+            ),
             file=sys.stderr,
         )
     print(f"{options.to}: {done.source_lang} to {done.target_lang}, {done.num_parameters:,} weights")

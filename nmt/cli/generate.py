@@ -19,7 +19,6 @@ from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config import parse_command
 from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError
-from nmt.generation.options import DecodingOptions
 from nmt.model_folders import FoundModel, find_model, find_models
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def generate(options: GenerateOptions) -> None:
         lines, again = itertools.tee(lines)  # they are read in step, so that it holds one buffer
         baseline = _translate_by_baseline(again, options, world.device, batching)
     references = References(options, translator, baseline)
-    report = _Report(models, options.decoding)
+    report = _Report(models, translator, options)
     prefix_lengths: deque[int] = deque()
     # The bar is for a terminal that shows nothing else.
     hide_bar = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
@@ -278,10 +277,18 @@ class _Lines:
 class _Report:
     """What a user should know of the translations besides their text, for stderr."""
 
-    def __init__(self, models: Sequence[FoundModel], decoding: DecodingOptions) -> None:
+    def __init__(
+        self, models: Sequence[FoundModel], translator: Translator, options: GenerateOptions
+    ) -> None:
+        from nmt.translation.unknown_pieces import UnknownPieces
+
         self.models = models
-        self.decoding = decoding
+        self.decoding = options.decoding
         self.started = time.perf_counter()
+        is_pieces = options.input_is_pieces
+        self.source = UnknownPieces(translator.source_segmenter, named="input", input_is_pieces=is_pieces)
+        self.target = UnknownPieces(translator.target_segmenter, named="reference", input_is_pieces=is_pieces)
+        self.has_references = options.score_reference
         self.num_lines = 0
         self.num_blank = 0
         self.split = _Lines()
@@ -294,6 +301,9 @@ class _Report:
         self.num_lines += 1
         if translation.hypotheses and len(translation.hypotheses[0].tokens) < prefix_length:
             self.cut_prefix.add(self.num_lines)
+        self.source.add(translation.source, translation.source_ids)
+        if self.has_references and translation.hypotheses:
+            self.target.add(translation.text, translation.hypotheses[0].tokens)
         if not translation.hypotheses:
             self.num_blank += 1
         elif translation.hypotheses[0].score == -math.inf:
@@ -317,6 +327,8 @@ class _Report:
             if lines.count:
                 counts = f"{lines.count:,} of {self.num_lines:,} lines"
                 print(f"{PROG}: warning: {counts}: {fault} ({lines})", file=sys.stderr)
+        for warning in (*self.source.warnings(), *self.target.warnings()):
+            print(f"{PROG}: warning: {warning}", file=sys.stderr)
         self._print_summary()
 
     def _why_without_score(self) -> str:

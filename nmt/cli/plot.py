@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from nmt.cli.command import run_command
 from nmt.cli.options import PlotOptions
 from nmt.config import parse_command
-from nmt.errors import UserError
+from nmt.errors import UserError, one_line
 
 PROG = "nmt-plot"
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         runs, left_out = open_runs(options.runs)
         for line in left_out:
-            print(f"{PROG}: left out: {line}", file=sys.stderr)
+            print(f"{PROG}: left out: {one_line(line)}", file=sys.stderr)
         with without_font_warnings():
             draw(runs, x=options.x, metrics=options.metrics).savefig(options.output)
         print(options.output)

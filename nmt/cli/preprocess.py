@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from nmt.cli.command import run_command
 from nmt.config import parse_command
 from nmt.data.options import PreprocessOptions
+from nmt.errors import one_line
 
 PROG = "nmt-preprocess"
 _DESCRIPTION = (
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Here, so that --help and a misspelt option are answered at once.
         from nmt.data.preprocess import preprocess
 
-        preprocess(options, log=lambda line: print(line, file=sys.stderr, flush=True))
+        preprocess(options, log=lambda line: print(one_line(line), file=sys.stderr, flush=True))
 
     run_command(PROG, body)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from nmt.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from nmt.translation.scoring import Comparison
+    from nmt.translation.scoring import Comparison, Score
     from nmt.translation.translator import Translation, Translator
 
 
@@ -97,8 +98,7 @@ class References:
         """Print what the translations are worth, and whether they differ from the baseline's."""
         if self._scores is None:
             return
-        for score in self._scores.scores():
-            print(score, file=file)
+        print_scores(self._scores.scores(), file=file)
         if self._options.baseline is not None:
             from nmt.translation.scoring import compare
 
@@ -124,6 +124,17 @@ class References:
             raise unequal_counts(source, num_lines, other, num_others)
         if num_lines == 0:
             raise UserError("The reference must have lines to score against, but is empty.")
+
+
+def print_scores(scores: Sequence[Score], *, file: TextIO) -> None:
+    """Print scores, BLEU and chrF2 among them, and to stderr where the first is too low to be looked at."""
+    from nmt.translation.scoring import low_bleu_note
+
+    for score in scores:
+        print(score, file=file)
+    by_name = {score.name: score.score for score in scores}
+    if (note := low_bleu_note(by_name["BLEU"], by_name["chrF2"])) is not None:
+        print(note, file=sys.stderr)
 
 
 def print_comparison(comparisons: Sequence[Comparison], baseline: Path, *, file: TextIO) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmt.cli.command import announce_models, run_command
 from nmt.cli.options import ScoreOptions
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config import parse_command
+from nmt.data.blocks import unequal_counts
+from nmt.errors import UserError
 from nmt.model_folders import find_models
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from nmt.translation.translator import Translator
 
 PROG = "nmt-score"
+_LINES_TO_GUESS_BY = 1000
 _DESCRIPTION = (
     "Score translations: against a reference by BLEU, chrF and TER, and against another system's; "
     "or by the log-probability that a model gives them."
@@ -43,18 +47,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def score_by_reference(options: ScoreOptions) -> None:
     """Print BLEU, chrF and TER, and compare with the baseline if there is one."""
-    from nmt.cli.references import print_comparison
+    from nmt.cli.references import print_comparison, print_scores
     from nmt.translation.scoring import RunningScores, compare
 
     assert options.reference is not None
+    from nmt.data.languages import guess_language
+
     language = options.target_lang or ""
     hypotheses, references = list(read_text(options.hypothesis)), list(read_text(options.reference))
+    _check_count(options.hypothesis, len(hypotheses), options.reference, len(references))
+    guess = guess_language("".join(references[:_LINES_TO_GUESS_BY]))
+    if options.target_lang is None and guess is not None:
+        print(
+            f"{PROG}: warning: the reference looks like `{guess}`, whose words BLEU must know. "
+            f"Say so with --target-lang {guess}.",
+            file=sys.stderr,
+        )
     running = RunningScores(target_lang=language)
     running.add(hypotheses, references)
-    for score in running.scores():
-        print(score)
+    print_scores(running.scores(), file=sys.stdout)
     if options.baseline is not None:
         baseline = list(read_text(options.baseline))
+        _check_count(options.hypothesis, len(hypotheses), options.baseline, len(baseline))
         comparisons = compare(hypotheses, baseline, references, target_lang=language)
         print_comparison(comparisons, options.baseline, file=sys.stdout)
 
@@ -67,6 +81,7 @@ def score_by_model(options: ScoreOptions) -> None:
     from nmt.distributed import join_world
     from nmt.translation.batches import Batching
     from nmt.translation.translator import Translator
+    from nmt.translation.unknown_pieces import UnknownPieces
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
@@ -74,15 +89,21 @@ def score_by_model(options: ScoreOptions) -> None:
         models = announce_models(PROG, find_models(options.model or ""))
         translator = Translator.load(models, world.device, input_is_pieces=options.input_is_pieces)
     total, num_tokens, num_lines, num_blank = 0.0, 0, 0, 0
+    hypotheses = _Counted(read_text(options.hypothesis))
+    is_pieces = options.input_is_pieces
+    source = UnknownPieces(translator.source_segmenter, named="input", input_is_pieces=is_pieces)
+    target = UnknownPieces(translator.target_segmenter, named="hypothesis", input_is_pieces=is_pieces)
     with open_output(options.output) as output:
         for scored in translator.score_lines(
             read_text(options.input),
-            _ids(translator, options),
+            _ids(translator, hypotheses),
             batching=Batching(max_tokens=options.max_tokens),
             too_long="error",
         ):
             num_lines += 1
+            source.add(scored.source, scored.source_ids)
             if scored.hypotheses:
+                target.add(scored.text, scored.hypotheses[0].tokens)
                 token_scores = scored.hypotheses[0].token_scores
                 total += sum(token_scores)
                 num_tokens += len(token_scores)
@@ -91,6 +112,10 @@ def score_by_model(options: ScoreOptions) -> None:
                 num_blank += 1
                 line = "nan\t0\n"
             output.write(line.encode())
+        # A pipe can be read but once, so that its length shows at the end.
+        _check_count(options.input, num_lines, options.hypothesis, hypotheses.count_all())
+    for warning in (*source.warnings(), *target.warnings()):
+        print(f"{PROG}: warning: {warning}", file=sys.stderr)
     perplexity = math.exp(-total / num_tokens) if num_tokens else math.nan
     print(
         f"{num_lines:,} lines | {num_blank:,} with a blank source, not scored | {num_tokens:,} tokens | "
@@ -99,9 +124,34 @@ def score_by_model(options: ScoreOptions) -> None:
     )
 
 
-def _ids(translator: Translator, options: ScoreOptions) -> Iterator[NDArray[Any]]:
-    for number, line in enumerate(read_text(options.hypothesis), start=1):
+class _Counted:
+    """Counts the lines that are read of a stream."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = enumerate(lines, start=1)
+        self._count = 0
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for number, line in self._lines:
+            self._count = number
+            yield number, line
+
+    def count_all(self) -> int:
+        """Return the number of all lines; those that are left are read."""
+        return max(self._count, *(number for number, _ in self._lines), 0)
+
+
+def _ids(translator: Translator, hypotheses: _Counted) -> Iterator[NDArray[Any]]:
+    for number, line in hypotheses:
         yield translator.encode_reference(line, number=number)
+
+
+def _check_count(first: Path, num_first: int, second: Path, num_second: int) -> None:
+    """Raise `UserError` unless two texts have as many lines, at least one."""
+    if num_first != num_second:
+        raise unequal_counts(first, num_first, second, num_second)
+    if num_first == 0:
+        raise UserError(f"{first} must hold one sentence per line, but is empty.")
 
 
 if __name__ == "__main__":

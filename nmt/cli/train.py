@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nmt.cli.command import run_command
 from nmt.config import CONFIG_FLAG, parse_command, peek, read_yaml
-from nmt.errors import UserError
+from nmt.errors import EXIT_RESUMABLE, UserError
 from nmt.options import TrainConfig
 from nmt.signals import StopRequest
 from nmt.task import load_task, task_names
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from nmt.train_loop import train
 
         with StopRequest(PROG) as stop:
-            train(config, stop=stop)
+            result = train(config, stop=stop)
+        if not result.is_finished:
+            raise SystemExit(EXIT_RESUMABLE)
 
     run_command(PROG, body, exit_code_of_closed_pipe=EXIT_CLOSED_PIPE)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nmt.cli.command import announce_models, run_command
-from nmt.config import asks_for, parse_command, peek, print_version, read_yaml
+from nmt.config import asks_for, parse_command, peek, print_version
 from nmt.config_command import is_flag
 from nmt.config_fields import list_options
 from nmt.errors import UserError
+from nmt.model_config import CONFIG_NAME, read_model_config
 from nmt.model_folders import find_model, moved_path
 from nmt.options import TrainConfig
 from nmt.task import load_task
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = _find_moved_data(_configure(folder, options), folder, options)
         from nmt.validation import validate_model
 
-        results = validate_model(folder, config, split=split)
+        results = validate_model(
+            folder, config, split=split, say=lambda line: print(f"{PROG}: {line}", file=sys.stderr)
+        )
         if results is not None:  # on rank 0
             print(json.dumps({"split": split, **results}))
 
@@ -60,15 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _configure(folder: Path, options: Sequence[str]) -> TrainConfig[Any]:
     """Return what the model was trained with, changed by what is given here."""
-    config_path = folder / "config.yaml"
-    if not config_path.is_file():
-        raise UserError(f"`{folder}` must be a model folder, but has no config.yaml. Name another one.")
-    task_options = load_task(read_yaml(config_path).get("task", "translation"))
+    mapping = read_model_config(folder)
+    task_options = load_task(mapping["task"])
     return parse_command(
         TrainConfig[task_options],  # type: ignore[valid-type]
-        ["--config", str(config_path), *options],
+        options,
         prog=PROG,
         description="",
+        known=(str(folder / CONFIG_NAME), {"save-dir": str(folder), **mapping}),
     )
 
 

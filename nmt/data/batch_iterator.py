@@ -28,9 +28,9 @@ from nmt.data.batching import (
     plan_ordered,
     plan_window,
 )
-from nmt.data.loading import Feed, PlannedBatch, make_loader, read_batches
+from nmt.data.loading import Feed, PlannedBatch, Refusal, end_workers, make_loader, read_batches
 from nmt.data.options import BatchingOptions
-from nmt.errors import UserError
+from nmt.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -138,6 +138,10 @@ class BatchIterator:
         self.split_above: int | None = None
         """Batches of a larger size are run in parts, as micro-batches; the update stays the same. The size is that
         with padding, or where batches are packed the sum of any column."""
+        self.refusal: Refusal | None = None
+        """Why a batch of this rank could not be read, where there are other ranks: they are in the update by then,
+        so a filler takes the batch's place, and all end after it."""
+        self._filler: Any = None  # a batch that could be read
 
     def collate_with(self, examples: "Examples[Any]") -> None:
         """Let the same examples, of another `collate`, make the batches; before the first iteration."""
@@ -162,6 +166,11 @@ class BatchIterator:
     def examples_consumed(self) -> int:
         """Number of examples of this epoch handed out so far, over all ranks."""
         return self._position.examples_consumed
+
+    @property
+    def limits(self) -> BatchLimits:
+        """What a batch may hold; longer examples are left out."""
+        return self._limits
 
     @property
     def num_examples(self) -> int:
@@ -201,6 +210,7 @@ class BatchIterator:
 
         Raises:
             UserError: no example is short enough.
+            UnreadableExamplesError: some cannot be read; the position stays before their update.
         """
         iteration = self._iterate()
         self._iteration = ref(iteration)
@@ -219,10 +229,30 @@ class BatchIterator:
             assert self._feed.plan is plan, "a newer iteration over this BatchIterator has taken over"
             update = planned.popleft()
             batches = [first] + [next(loaded) for _ in update.batches[1:]]
+            batches, weights = self._with_fillers(batches, update.weights)
             self._position = update.end
             indices = [batch.tolist() for batch in update.batches]
-            yield list(map(MicroBatch, batches, update.weights, indices))
+            yield list(map(MicroBatch, batches, weights, indices))
         self._position = self._epoch_start(self.epoch + 1)
+
+    def _with_fillers(self, batches: list[Any], weights: list[float]) -> tuple[list[Any], list[float]]:
+        """Return the batches and their weights, with a filler in the place of one that cannot be read.
+
+        Raises:
+            UnreadableExamplesError: It cannot be read, and no other rank waits.
+            UserError: The same at the first update, for which there is no filler.
+        """
+        for place, batch in enumerate(batches):
+            if not isinstance(batch, Refusal):
+                self._filler = batch
+            elif self._world_size == 1:
+                raise batch.error()
+            elif self._filler is None:
+                raise UserError(batch.text)  # the first update of this process: nothing is lost
+            else:
+                self.refusal = batch
+                batches[place], weights[place] = self._filler, 0.0
+        return batches, weights
 
     def close(self) -> None:
         """End the worker processes. A later iteration starts new ones."""
@@ -230,6 +260,8 @@ class BatchIterator:
         if iteration is not None:
             iteration.close()  # it would keep the loader alive
         self._feed.plan = iter(())
+        if self._loader is not None:
+            end_workers(self._loader)
         self._loader = None
 
     def __enter__(self) -> Self:
@@ -274,6 +306,17 @@ class BatchIterator:
         window = Window(
             seed=state["seed"], epoch=state["epoch"], number=state["window"], size=state["window_size"]
         )
+        num_columns = self._examples.sizes.shape[1]
+        positions = [limits.max_positions for limits, _ in cuts if limits.max_positions is not None]
+        if (
+            window.number >= num_windows(len(self._examples), window.size)
+            or state["examples_consumed"] > len(self._examples)
+            or any(len(limit) not in (1, num_columns) for limit in positions)
+        ):
+            raise DamagedError(
+                f"the place in the training data must lie within its {len(self._examples):,} examples, but does "
+                "not. Restore the checkpoint, or begin a new run."
+            )
         self._position = _Position(window, cuts, state["examples_consumed"])
 
     def _epoch_start(self, epoch: int) -> _Position:
@@ -379,23 +422,34 @@ class OrderedBatches:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield what `Examples.collate` makes of each batch."""
+        """Yield what `Examples.collate` makes of each batch.
+
+        Raises:
+            UnreadableExamplesError: Some examples cannot be read.
+        """
         assert self._loader is not None, "closed"
         self._feed.plan = iter(self._plan)
-        return read_batches(self._loader)
+        for batch in read_batches(self._loader):
+            if isinstance(batch, Refusal):
+                raise batch.error()
+            yield batch
 
     def close(self) -> None:
         """End the worker processes."""
+        if self._loader is not None:
+            end_workers(self._loader)
         self._loader = None
 
 
 def batch_limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None = None) -> BatchLimits:
     """Return what the options say that a batch may hold."""
     assert options.max_tokens != "auto", "find it first (nmt/memory.py)"
+    can_have_least = options.batch_size is None or options.batch_size >= options.min_batch_size
     return BatchLimits(
         max_tokens=options.max_tokens,
         max_sentences=options.batch_size,
         multiple=options.required_batch_size_multiple,
+        least=options.min_batch_size if can_have_least else 1,
         max_positions=(max_positions,) if isinstance(max_positions, int) else max_positions,
     )
 
@@ -432,6 +486,7 @@ def _limits_from_json(fields: Mapping[str, Any]) -> BatchLimits:
         max_tokens=fields["max_tokens"],
         max_sentences=fields["max_sentences"],
         multiple=fields["multiple"],
+        least=fields.get("least", 1),
         max_positions=None if max_positions is None else tuple(max_positions),
         is_packed=fields.get("is_packed", False),  # checkpoints before it had none
     )

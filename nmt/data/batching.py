@@ -35,6 +35,8 @@ class BatchLimits:
     max_tokens: int | None
     max_sentences: int | None = None
     multiple: int = 8
+    least: int = 1
+    """Smallest number of examples in a batch."""
     max_positions: tuple[int, ...] | None = None
     """Largest length per column, or one for all of them: what the model can take."""
     is_packed: bool = False
@@ -68,7 +70,8 @@ def plan_window(sizes: Sizes, cuts: Sequence[Cut], *, window: Window) -> list[In
         window: which one.
 
     Returns:
-        Index batches in the order of training. Examples beyond the current limits are in none of them.
+        Index batches in the order of training. Examples beyond the current limits are in none of them, nor are
+        fewer than `least` that alone are left of an epoch.
     """
     left = window_examples(window, num_examples=len(sizes))
     batches: list[Indices] = []
@@ -76,6 +79,8 @@ def plan_window(sizes: Sizes, cuts: Sequence[Cut], *, window: Window) -> list[In
         left_sizes = sizes[left]
         fitting = np.flatnonzero(~too_long(left_sizes, limits))
         cut = cut_by(left_sizes[fitting], limits)
+        if len(cut) == 1 and len(cut[0]) < limits.least and len(left) < len(sizes):
+            cut = []  # there is nothing that it could go with; other epochs have these examples
         key = (_SHUFFLE_KEY, window.seed, window.epoch, window.number, number)
         local_batches = [fitting[cut[i]] for i in _shuffled(len(cut), key)]
         batches = [left[batch] for batch in local_batches[num_consumed:]]
@@ -96,6 +101,7 @@ def cut_by(sizes: Sizes, limits: BatchLimits) -> list[Indices]:
         max_tokens=limits.max_tokens,
         max_sentences=limits.max_sentences,
         multiple=limits.multiple,
+        least=limits.least,
     )
 
 
@@ -112,7 +118,12 @@ def num_windows(num_examples: int, window_size: int) -> int:
 
 
 def cut_batches(
-    sizes: Sizes, *, max_tokens: int | None, max_sentences: int | None = None, multiple: int = 8
+    sizes: Sizes,
+    *,
+    max_tokens: int | None,
+    max_sentences: int | None = None,
+    multiple: int = 8,
+    least: int = 1,
 ) -> list[Indices]:
     """Sort examples by length and cut them greedily into batches.
 
@@ -127,6 +138,8 @@ def cut_batches(
         max_tokens: largest padded size of a batch; None: no limit.
         max_sentences: largest number of examples in a batch; None: no limit.
         multiple: which numbers of examples are preferred.
+        least: a last batch of fewer examples goes with the one before it, if that may have so many; both together
+            may be beyond the limits.
 
     Returns:
         Arrays of row numbers of `sizes`, shortest examples first; each row is in exactly one.
@@ -154,6 +167,8 @@ def cut_batches(
             fit -= fit % multiple
         batches.append(order[start : start + fit])
         start += fit
+    if len(batches) > 1 and len(batches[-1]) < least <= len(batches[-2]):
+        batches[-2:] = [np.concatenate(batches[-2:])]
     return batches
 
 

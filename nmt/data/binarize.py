@@ -58,11 +58,14 @@ class BlockEncoder:
     target_path: Path
     max_length: int  # tokens of the longer side, EOS included
     keep_text: bool = False
+    keep_long: bool = False  # count what is longer, and keep it
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Encode the pairs; drop one that has an empty side, and one whose longer side exceeds `max_length`.
 
-        A side is empty if it is blank, or if normalisation leaves nothing of it.
+        What is to be measured is kept whatever its length.
+
+        A side is empty if it is blank (see `nmt.data.text`), or if normalisation leaves nothing of it.
         """
         raw_sides = (block.source, block.target)
         paths = (self.source_path, self.target_path)
@@ -72,11 +75,11 @@ class BlockEncoder:
         for raw, path in zip(raw_sides, paths, strict=True):
             lines = decode_lines(raw, path, first_line=block.first_line)
             ids, sizes = self.segmenter.encode_flat(lines)
-            is_empty |= (sizes == 0) | np.fromiter((not line.strip() for line in lines), np.bool_, len(lines))
+            is_empty |= sizes == 0
             np.maximum(longest, sizes + 1, out=longest)
             encoded.append((ids, sizes))
         is_too_long = (longest > self.max_length) & ~is_empty
-        is_kept = ~(is_empty | is_too_long)
+        is_kept = ~is_empty if self.keep_long else ~(is_empty | is_too_long)
         source, target = (
             self._keep(ids, sizes, raw, is_kept) for (ids, sizes), raw in zip(encoded, raw_sides, strict=True)
         )
@@ -96,7 +99,7 @@ class BlockEncoder:
         text = b""
         if self.keep_text:
             lines = raw.split(b"\n")[:-1]
-            text = b"".join(line + b"\n" for line in itertools.compress(lines, is_kept))
+            text = b"".join(line.rstrip(b"\r") + b"\n" for line in itertools.compress(lines, is_kept))
         return EncodedSide(with_eos, kept_sizes, np.bincount(with_eos, minlength=vocabulary_size), text)
 
 
@@ -129,6 +132,7 @@ class SplitReport:
     source: SideReport
     target: SideReport
     num_read: int = 0
+    num_long: int = 0  # pairs above `max_length` that were kept
     dropped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "too_long": 0})  # pairs by reason
 
     @property
@@ -195,7 +199,10 @@ def binarize(
                 counted.num_bytes += int(side.counts[is_byte].sum())
             report.num_read += encoded.num_read
             report.dropped["empty"] += encoded.num_empty
-            report.dropped["too_long"] += encoded.num_too_long
+            if encoder.keep_long:
+                report.num_long += encoded.num_too_long
+            else:
+                report.dropped["too_long"] += encoded.num_too_long
             progress(encoded.num_read)
     return report
 

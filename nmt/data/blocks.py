@@ -1,8 +1,9 @@
 """Two parallel text files, read once from front to back, as blocks of pairs.
 
 A line ends with `\\n` and with nothing else: `\\r`, U+2028, U+0085 and form feeds stay inside their line, so
-that both sides are counted as `wc -l` counts them. The last line needs no newline. Files ending in `.gz` are
-inflated while reading; a UTF-8 byte order mark at the start of a file is skipped.
+that both sides are counted as `wc -l` counts them. Where lines are decoded, the `\\r` of CRLF is left out. The
+last line needs no newline. Files ending in `.gz` are inflated while reading; a UTF-8 byte order mark at the start
+of a file is skipped.
 """
 
 from __future__ import annotations
@@ -118,9 +119,12 @@ def read_blocks(source: Path, target: Path, *, block_bytes: int = BLOCK_BYTES) -
 
 
 def decode_lines(data: bytes, path: Path, *, first_line: int) -> list[str]:
-    """Decode one side of a block into lines; `first_line` (1-based) serves to name the line of an error."""
+    """Decode one side of a block into lines, without the carriage returns of CRLF.
+
+    `first_line` (1-based) serves to name the line of an error.
+    """
     try:
-        return data.decode("utf-8").split("\n")[:-1]
+        return [line.rstrip("\r") for line in data.decode("utf-8").split("\n")[:-1]]
     except UnicodeDecodeError as error:
         raise _not_utf8(path, first_line + data[: error.start].count(b"\n"), error) from None
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from nmt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
 from nmt.data.vocabulary import Vocabulary
-from nmt.errors import UserError
+from nmt.errors import DamagedError, UserError
+from nmt.records import LANGUAGE, NAME, MapOf, Record, Whole, read_record
 
 FORMAT_VERSION = 1
 RECORD_NAME = "preprocess.json"
@@ -17,6 +17,16 @@ MODEL_NAME = "sentencepiece.model"
 SPLITS = ("train", "valid", "test")
 
 _MAKE_AGAIN = "Make it again with nmt-preprocess."
+_VERSION = Record({"format_version": Whole()})
+_RECORD = Record(
+    {
+        "files": MapOf(Whole(), names=NAME),
+        "source_lang": LANGUAGE,
+        "target_lang": LANGUAGE,
+        "vocabulary_size": Whole(),
+        "splits": MapOf(Record({"pairs": Whole()})),
+    }
+)
 
 
 def split_name(split: str, source_lang: str, target_lang: str, lang: str) -> str:
@@ -154,31 +164,24 @@ def _read_record(directory: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise UserError(f"{directory} must be a data directory, but has no {RECORD_NAME}. {_MAKE_AGAIN}")
-    try:
-        record = json.loads(path.read_bytes())
-        version = record["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{path} must be of format version {FORMAT_VERSION}, but is of {version}. {_MAKE_AGAIN}"
-            )
-        for name, size in record["files"].items():
-            _check_size(directory / name, size)
-        for key in ("source_lang", "target_lang", "vocabulary_size", "splits"):
-            record[key]
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError):
+    version = read_record(path, _VERSION, what_to_do=_MAKE_AGAIN)["format_version"]
+    if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} must be as nmt-preprocess wrote it, but is cut short or changed. {_MAKE_AGAIN}"
-        ) from None
-    return dict(record)
+            f"{path} must be of format version {FORMAT_VERSION}, but is of {version}. {_MAKE_AGAIN}"
+        )
+    record: dict[str, Any] = read_record(path, _RECORD, what_to_do=_MAKE_AGAIN)
+    for name, size in record["files"].items():
+        _check_size(directory / name, size)
+    return record
 
 
 def _check_size(path: Path, size: int) -> None:
     try:
         actual = path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{path} must exist, as {RECORD_NAME} says, but is missing. {_MAKE_AGAIN}") from None
+        raise DamagedError(
+            f"{path} must exist, as {RECORD_NAME} says, but is missing. {_MAKE_AGAIN}"
+        ) from None
     if actual != size:
         what = "is cut short" if actual < size else "was changed"
-        raise UserError(f"{path} {what}: it must have {size:,} bytes, but has {actual:,}. {_MAKE_AGAIN}")
+        raise DamagedError(f"{path} {what}: it must have {size:,} bytes, but has {actual:,}. {_MAKE_AGAIN}")

@@ -6,6 +6,7 @@ of the ids' type, uint64 N, then N int32 sizes (in tokens) and N int64 offsets (
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import struct
@@ -15,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the type, number of sequences
@@ -66,10 +67,37 @@ class IndexedDataset:
         """The length of every sequence in tokens, EOS included: (N,) int32."""
         return self._open()[0]
 
+    def check_ids(self, num_types: int, dictionary: Path) -> None:
+        """Read the whole dataset once, at the speed of the disk.
+
+        Raises:
+            UserError: An id is none of the first `num_types`, those of a dictionary.
+        """
+        sizes, _, ids = self._open()
+        if not len(ids):
+            return
+        for extreme in (int(ids.max()), int(ids.min())):
+            if not 0 <= extreme < num_types:
+                place = int(np.flatnonzero(ids == extreme)[0])
+                number = int(np.searchsorted(np.cumsum(sizes, dtype=np.int64), place, side="right"))
+                raise UserError(
+                    f"{bin_path(self.path_prefix)} must hold ids from 0 to {num_types - 1:,}, since {dictionary} "
+                    f"has {num_types:,} types with the special ones, but sequence {number:,} (from 0) has the id "
+                    f"{extreme:,}. Take the dictionary that the data were made with, or make them again."
+                )
+
     @property
     def dtype(self) -> np.dtype[np.integer]:
         """The type of the stored ids."""
         return self._open()[2].dtype
+
+    def digest(self) -> bytes:
+        """Return a hash of all sequences in their order, whatever integer type they are of; it reads all."""
+        sizes, _, ids = self._open()
+        digest = hashlib.blake2b(sizes.data, digest_size=16)
+        for start in range(0, len(ids), _CHUNK):
+            digest.update(ids[start : start + _CHUNK].astype("<i4").data)
+        return digest.digest()
 
     def __getstate__(self) -> Path:
         return self.path_prefix
@@ -85,7 +113,7 @@ class IndexedDataset:
             sizes = index[: 4 * count].view("<i4")
             offsets = index[4 * count :].view("<i8")
             data = bin_path(self.path_prefix)
-            expected = int(offsets[-1]) + int(sizes[-1]) * dtype.itemsize if count else 0
+            expected = _check_index(sizes, offsets, dtype, idx_path(self.path_prefix))
             actual = data.stat().st_size
             if actual != expected:
                 what = "is cut short" if actual < expected else "does not belong to its index"
@@ -95,6 +123,30 @@ class IndexedDataset:
                 )
             self._arrays = (sizes, offsets, _map(data).view(dtype))
         return self._arrays
+
+
+def _check_index(
+    sizes: NDArray[np.int32], offsets: NDArray[np.int64], dtype: np.dtype[np.integer], path: Path
+) -> int:
+    """Check that the sequences lie one behind the other; return the number of bytes that they make.
+
+    Raises:
+        UserError: They do not, as in a damaged index: sizes would be wrong, or read beyond the file.
+    """
+    end = 0
+    for start in range(0, len(sizes), _CHUNK):
+        lengths = sizes[start : start + _CHUNK].astype(np.int64)
+        ends = end + np.cumsum(lengths) * dtype.itemsize
+        begins = offsets[start : start + _CHUNK]
+        is_wrong = (lengths < 0) | (begins != ends - lengths * dtype.itemsize)
+        if is_wrong.any():
+            number = start + int(is_wrong.argmax())
+            raise UserError(
+                f"{path} is damaged: sequence {number:,} cannot be of {int(sizes[number]):,} tokens from byte "
+                f"{int(offsets[number]):,} on. Make or copy the data directory again."
+            )
+        end = int(ends[-1])
+    return end
 
 
 def _map(path: Path) -> NDArray[np.uint8]:
@@ -115,7 +167,9 @@ def _read_header(path: Path) -> tuple[np.dtype[np.integer], int]:
             f"{path} is of fairseq's old `cached` or `lazy` kind, which cannot be read. Take `mmap`."
         )
     if not header.startswith(_MAGIC[: len(header)]) or not header:
-        raise UserError(f"{path} must be an index of token ids (MMIDIDX), but begins with {header[:9]!r}")
+        raise UserError(
+            f"{path} must be an index of token ids (MMIDIDX), but begins with {shown(header[:9])}"
+        )
     if len(header) < _HEADER.size:
         raise UserError(f"{path} is cut short: it must have at least {_HEADER.size} bytes, but has {actual}")
     _, version, code, count = _HEADER.unpack(header)

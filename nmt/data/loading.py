@@ -4,18 +4,20 @@ Whatever is random in reading, such as augmentation, is seeded batch by batch, s
 plan gives the same batches for any number of worker processes, interrupted or not.
 """
 
+import atexit
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from nmt.errors import UserError
+from nmt.errors import UnreadableExamplesError, UserError
 from nmt.signals import shielded_from_signals
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def make_loader(
         num_workers: Processes that read ahead; they live as long as the loader. 0: this process reads.
         pin_memory: Return the batches in page-locked memory.
     """
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Reader(examples),  # type: ignore[arg-type]  # any object with `__getitems__` will do
         batch_sampler=feed,  # type: ignore[arg-type]  # and whatever `__getitems__` takes for a batch
         collate_fn=_already_collated,
@@ -67,20 +69,33 @@ def make_loader(
         # Without it each iteration would draw a seed for the workers from this process's global generator.
         generator=torch.Generator().manual_seed(0),
     )
+    if num_workers > 0:
+        # Before multiprocessing's own: it asks workers to end by a signal that they are shielded from, and waits.
+        atexit.register(_end_workers_of, ref(loader))
+    return loader
+
+
+def end_workers(loader: "DataLoader[Any]") -> None:
+    """End the worker processes of a loader, and the thread that pins their batches.
+
+    They would end with the loader's iterator too, but an exception's frames, for one, may keep that alive.
+    """
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None:
+        iterator._shutdown_workers()  # type: ignore[attr-defined]  # only iterators with workers are kept
+
+
+def _end_workers_of(loader: "ref[DataLoader[Any]]") -> None:
+    found = loader()
+    if found is not None:
+        end_workers(found)
 
 
 def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """Yield the batches of a loader.
-
-    Raises:
-        UserError: An example cannot be read, as its task says; in a worker process or in this one.
-    """
+    """Yield the batches of a loader, or a `Refusal` for one that cannot be read."""
     with shielded_from_signals() if loader.num_workers else nullcontext():  # the first time it starts them
         batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, _Refusal):
-            raise UserError(batch.text)
-        yield batch
+    yield from batches
 
 
 @contextmanager
@@ -110,17 +125,21 @@ class _Reader:
             with seeded(planned.key):
                 return self.examples.collate([self.examples[index] for index in planned.indices])
         except UserError as error:
-            return _Refusal(str(error))
+            return Refusal(str(error))
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class Refusal:
     """Takes the place of a batch whose examples a user must see to, such as a damaged file.
 
     Raised in a worker, the error would arrive with a traceback for its text.
     """
 
     text: str
+
+    def error(self) -> UnreadableExamplesError:
+        """Return what to raise instead."""
+        return UnreadableExamplesError(self.text)
 
 
 def _already_collated(batch: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from nmt.config_ranges import check_ranges
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 MOST_PIECES = 10_000_000  # of a vocabulary; larger ones have not been heard of
 MOST_WORKERS = 256  # processes, of some 150 MB each
@@ -39,18 +39,24 @@ class PreprocessOptions:
     """Share of the text's characters to have their own piece; the others are spelled in bytes."""
     extra_symbols: tuple[str, ...] = ()
     """Strings that are always one piece, such as `<formal>`."""
+    normalization: Literal["nmt_nfkc", "nfkc", "identity"] = "nmt_nfkc"
+    """How text is changed before it is split, and so what translations look like. nmt_nfkc: compatible characters
+    become one (… becomes ..., ½ becomes 1⁄2), control characters go, every white space is a blank. nfkc: the first
+    of these alone. identity: characters stay as they are."""
     max_length: int = 1024
-    """Drop pairs with a longer side than this, in pieces, the end of sentence included."""
+    """Drop training pairs with a longer side than this, in pieces, the end of sentence included."""
     workers: int = 1
     """Number of processes; the result does not depend on it."""
     overwrite: bool = False
-    """Replace the data directory that is there."""
+    """Replace the data directory that is there. It must hold nothing else, a run or raw text for example."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense alone or together."""
         for name, language in (("source-lang", self.source_lang), ("target-lang", self.target_lang)):
             if not language or any(character in "/\\" or character.isspace() for character in language):
-                raise UserError(f"`{name}` must be a part of a file name, such as `en`, but is {language!r}.")
+                raise UserError(
+                    f"`{name}` must be a part of a file name, such as `en`, but is {shown(language)}."
+                )
         if self.source_lang == self.target_lang:
             raise UserError(
                 f"`source-lang` and `target-lang` must differ, but both are `{self.source_lang}`."
@@ -76,7 +82,7 @@ class PreprocessOptions:
             raise UserError(f"`character-coverage` must be from 0.98 to 1, but is {self.character_coverage}.")
         for symbol in self.extra_symbols:
             if not symbol or any(character.isspace() for character in symbol):
-                raise UserError(f"`extra-symbols` must be without white space, but one is {symbol!r}.")
+                raise UserError(f"`extra-symbols` must be without white space, but one is {shown(symbol)}.")
         if len(set(self.extra_symbols)) < len(self.extra_symbols):
             raise UserError(f"`extra-symbols` must differ, but are {' '.join(self.extra_symbols)}.")
         self._check_training_options_are_used()
@@ -86,7 +92,13 @@ class PreprocessOptions:
         if self.sentencepiece_model is None:
             return
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        for name in ("vocab_size", "model_type", "character_coverage", "extra_symbols"):
+        for name in (
+            "vocab_size",
+            "model_type",
+            "character_coverage",
+            "extra_symbols",
+            "normalization",
+        ):
             if getattr(self, name) != defaults[name]:
                 raise UserError(
                     f"`{_flag(name)}` must not be set with `sentencepiece-model`, which is trained already. "
@@ -111,6 +123,10 @@ class BatchingOptions:
 
     required_batch_size_multiple: int = 8
     """Where more than this many examples fit into a batch, their number is a multiple of it."""
+
+    min_batch_size: int = 1
+    """A batch of fewer examples, at the end of an epoch, goes with the one before it. Batch norm may need two.
+    Without effect where `batch-size` is smaller."""
 
     packing: Literal["auto", "on", "off"] = "auto"
     """Training batches without padding, all of one shape: sentences one after another in one row. auto: on a GPU,
@@ -139,6 +155,7 @@ class BatchingOptions:
             "batch-size": self.batch_size,
             "update-freq": self.update_freq,
             "required-batch-size-multiple": self.required_batch_size_multiple,
+            "min-batch-size": self.min_batch_size,
             "window-size": self.window_size,
         }
         for name, value in at_least_one.items():

@@ -6,6 +6,7 @@ Legend: B sentences, S source length, T target length, N pairs of the data set.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -30,6 +31,9 @@ class Sentences(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> NDArray[Any]: ...
+
+    def digest(self) -> bytes:
+        """Return what tells the sentences from others."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,27 @@ class TranslationBatch:
 class ParallelDataset:
     """The pairs of a split: sentence i of the source belongs to sentence i of the target.
 
-    Pickles as its two sides.
+    A model may have too few positions for some pairs. These are given whole, but have the lengths, and come into
+    batches with the tokens, that it has positions for.
+
+    Pickles as its two sides and their limits.
     """
 
-    def __init__(self, source: Sentences, target: Sentences, *, split: str | None = None) -> None:
+    def __init__(
+        self,
+        source: Sentences,
+        target: Sentences,
+        *,
+        split: str | None = None,
+        positions: tuple[int, int] | None = None,
+    ) -> None:
         """Pair two sides.
 
         Args:
             source: Sentences of ids.
             target: Their translations.
             split: The name of the split, where it has one.
+            positions: How many tokens of the source, and of the target, come into batches; None: all.
 
         Raises:
             UserError: they have different numbers of sentences.
@@ -91,6 +106,7 @@ class ParallelDataset:
         self._source = source
         self._target = target
         self.split = split
+        self.positions = positions
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -103,15 +119,59 @@ class ParallelDataset:
     @cached_property
     def sizes(self) -> NDArray[np.int32]:
         """Numbers of source and target tokens of each pair, eos included: (N, 2), 8 bytes per pair."""
-        return np.stack([self._source.sizes, self._target.sizes], axis=1).astype(np.int32, copy=False)
+        sizes = np.stack([self._source.sizes, self._target.sizes], axis=1).astype(np.int32, copy=False)
+        return (
+            sizes if self.positions is None else np.minimum(sizes, np.array(self.positions, dtype=np.int32))
+        )
+
+    @property
+    def num_cut(self) -> int:
+        """Number of pairs that do not come into batches as a whole."""
+        if self.positions is None:
+            return 0
+        sides = zip((self._source, self._target), self.positions, strict=True)
+        return int(np.logical_or.reduce([side.sizes > limit for side, limit in sides]).sum())
+
+    def notes(self) -> list[str]:
+        """Say how many pairs are cut for the loss."""
+        if not (num_cut := self.num_cut):
+            return []
+        assert self.positions is not None
+        source, target = self.positions
+        return [
+            f"{self.split}: {num_cut:,} of {len(self):,} pairs are longer than the positions of the model "
+            f"({source:,} and {target:,}): the loss is of as much as it takes; they are translated whole, in parts"
+        ]
+
+    def fingerprint(self) -> str:
+        """Return a hash of all pairs in their order; it reads them all, about a gigabyte a second."""
+        return blake2b(self._source.digest() + self._target.digest(), digest_size=16).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave out `sizes`, which the worker processes that this is pickled for never ask for."""
-        return type(self), (self._source, self._target)
+        return _restore, (self._source, self._target, self.positions)
 
     def collate(self, items: Sequence[Pair]) -> TranslationBatch:
         """Pad pairs to a batch."""
-        return collate_pairs(items)
+        if self.positions is None:
+            return collate_pairs(items)
+        return collate_pairs([cut_pair(pair, self.positions) for pair in items])
+
+
+def _restore(source: Sentences, target: Sentences, positions: tuple[int, int] | None) -> ParallelDataset:
+    return ParallelDataset(source, target, positions=positions)
+
+
+def cut_pair(pair: Pair, positions: tuple[int, int]) -> Pair:
+    """Cut a pair to what a model has positions for.
+
+    The source keeps its end of sentence. The target does not: what is left of it is no whole sentence, and its end
+    is not to be predicted.
+    """
+    (source, target), (longest_source, longest_target) = pair, positions
+    if len(source) > longest_source:
+        source = np.append(source[: longest_source - 1], source[-1:])
+    return source, target[:longest_target]
 
 
 def collate_pairs(pairs: Sequence[Pair]) -> TranslationBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,14 +26,19 @@ from nmt.data.blocks import (
 )
 from nmt.data.data_directory import FORMAT_VERSION, MODEL_NAME, RECORD_NAME, dictionary_name, split_name
 from nmt.data.indexed_dataset import smallest_dtype
+from nmt.data.languages import guess_language, is_named_otherwise
 from nmt.data.options import PreprocessOptions
-from nmt.data.segmenter import Segmenter, read_vocabulary, train_segmenter
+from nmt.data.overwriting import check_inputs_stay, check_replaceable
+from nmt.data.segmenter import Segmenter, find_misnamed_pieces, read_vocabulary, train_segmenter
+from nmt.data.segmenter_file import without_paths
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
 from nmt.new_folder import new_folder
 
 MAX_TRAINING_SENTENCES = 10_000_000  # of both sides together, for SentencePiece
 _LARGE_SHARE_TOO_LONG = 0.01
+_LINES_TO_GUESS_BY = 1000  # which language it is
+_LARGE_SHARE_UNKNOWN = 0.1  # of pieces that are unknown, or bytes
 
 Log = Callable[[str], object]
 
@@ -59,9 +65,15 @@ def preprocess(options: PreprocessOptions, *, log: Log, block_bytes: int = BLOCK
     Raises:
         UserError: Anything is wrong with the input, the options, or the place of the directory.
     """
-    _check_replaceable(options.destdir, overwrite=options.overwrite)
+    check_replaceable(options.destdir, overwrite=options.overwrite)
     splits = _check_splits(options)
-    with new_folder(options.destdir) as folder:
+    if options.overwrite:
+        check_inputs_stay(
+            options.destdir, [file.path for split in splits.values() for file in (split.source, split.target)]
+        )
+    for line in _look_at_language(options.target_lang, next(iter(splits.values())).target):
+        log(line)
+    with new_folder(options.destdir, replaces=True) as folder:
         vocabulary = _make_segmenter(options, splits, folder / MODEL_NAME, log)
         segmenter = Segmenter(folder / MODEL_NAME, vocabulary)
         reports = {
@@ -75,6 +87,7 @@ def preprocess(options: PreprocessOptions, *, log: Log, block_bytes: int = BLOCK
             vocabulary.save(folder / dictionary_name(lang))
         record = _make_record(options, splits, reports, vocabulary, folder)
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        check_replaceable(options.destdir, overwrite=options.overwrite)  # something may have come meanwhile
     log(f"{options.destdir}: complete")
 
 
@@ -95,18 +108,40 @@ def _check_splits(options: PreprocessOptions) -> dict[str, Split]:
     return splits
 
 
+def _look_at_language(lang: str, file: TextFile) -> Iterator[str]:
+    """Yield a line if a text looks like a language whose words BLEU must know, and its code says another one."""
+    lines = itertools.islice(read_lines(file.path), _LINES_TO_GUESS_BY)
+    guess = guess_language(b"".join(lines).decode("utf-8"))
+    if guess is not None and is_named_otherwise(lang, guess):
+        yield (
+            f"warning: {file.path} looks like `{guess}`, but its language is named `{lang}`: BLEU will take other "
+            f"words. Name it by a code of `{guess}`."
+        )
+
+
 def _make_segmenter(
     options: PreprocessOptions, splits: dict[str, Split], model_path: Path, log: Log
 ) -> Vocabulary:
     """Train a SentencePiece model, or take the one that was named, and return its vocabulary."""
     if options.sentencepiece_model is not None:
         check_plain_file(options.sentencepiece_model, "sentencepiece-model")
-        model_path.write_bytes(options.sentencepiece_model.read_bytes())
+        model_path.write_bytes(without_paths(options.sentencepiece_model.read_bytes()))
         vocabulary = read_vocabulary(options.sentencepiece_model)
         log(f"SentencePiece model: {options.sentencepiece_model}, {len(vocabulary):,} pieces")
+        if misnamed := find_misnamed_pieces(options.sentencepiece_model):
+            named = " ".join(misnamed)
+            log(
+                f"warning: pieces of it are named like special symbols, and unknown where text has them: {named}"
+            )
         return vocabulary
     start = time.monotonic()
     train = splits["train"]
+    num_lines = train.source.num_lines + train.target.num_lines
+    if num_lines > MAX_TRAINING_SENTENCES:
+        log(
+            f"SentencePiece model: trained on {MAX_TRAINING_SENTENCES:,} of {num_lines:,} lines, "
+            "evenly spread over both sides"
+        )
     size = train_segmenter(
         sample_lines([train.source, train.target], MAX_TRAINING_SENTENCES),
         model_path,
@@ -114,6 +149,8 @@ def _make_segmenter(
         model_type=options.model_type,
         character_coverage=options.character_coverage,
         extra_symbols=options.extra_symbols,
+        normalization=options.normalization,
+        named=f"{train.source.path} and {train.target.path}",
     )
     if size < options.vocab_size:
         log(f"warning: `vocab-size` lowered from {options.vocab_size:,} to {size:,}: the text yields no more")
@@ -159,7 +196,7 @@ def _make_split(
     with tqdm(desc=name, total=split.source.num_lines, unit=" pairs", unit_scale=True, disable=None) as bar:
         report = binarize(
             read_blocks(source, target, block_bytes=block_bytes),
-            BlockEncoder(segmenter, source, target, options.max_length, keep_text),
+            BlockEncoder(segmenter, source, target, options.max_length, keep_text, keep_long=keep_text),
             SplitFiles(*prefixes, *texts),
             num_workers=options.workers,
             progress=bar.update,
@@ -185,6 +222,14 @@ def _describe(name: str, report: SplitReport, options: PreprocessOptions, second
             f"{name}.{lang}: {side.num_tokens:,} tokens, unk {side.rate(side.num_unk):.4%}, "
             f"byte fallback {side.rate(side.num_bytes):.4%}"
         )
+    if report.num_long:
+        yield f"{name}: {report.num_long:,} pairs are longer than {options.max_length:,} pieces, and kept"
+        for what, count in (("unknown", side.num_unk), ("bytes", side.num_bytes)):
+            if side.rate(count) > _LARGE_SHARE_UNKNOWN:
+                yield (
+                    f"warning: {side.rate(count):.1%} of the pieces of {name}.{lang} are {what}: the model "
+                    "hardly knows this text. Is it the right model, and is the text of this language?"
+                )
     if report.dropped["too_long"] > _LARGE_SHARE_TOO_LONG * report.num_read:
         share = report.dropped["too_long"] / report.num_read
         yield (
@@ -223,6 +268,7 @@ def _make_record(
             "model_type": options.model_type if model is None else None,
             "character_coverage": options.character_coverage if model is None else None,
             "extra_symbols": list(options.extra_symbols) if model is None else None,
+            "normalization": options.normalization if model is None else None,
             "max_length": options.max_length,
         },
         "splits": {
@@ -257,18 +303,3 @@ def _describe_side(side: SideReport, text: TextFile) -> dict[str, Any]:
         "byte_fallback_rate": side.rate(side.num_bytes),
         "input": {"file": text.path.name, "lines": text.num_lines, "sha256": text.sha256},
     }
-
-
-def _check_replaceable(path: Path, *, overwrite: bool) -> None:
-    """Raise `UserError` if something is at `path` that may not be replaced."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / RECORD_NAME).is_file():
-        raise UserError(
-            f"{path} must be new or empty, but holds something else than data. Choose another name."
-        )
-    if not overwrite:
-        raise UserError(
-            f"{path} must be new or empty, but is a data directory already. "
-            "Choose another name, or replace it with `overwrite`."
-        )

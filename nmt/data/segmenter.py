@@ -13,14 +13,17 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from nmt.data.piece_spans import Span, read_spans
+from nmt.data.text import clean_line
 from nmt.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, SPECIALS, UNK_ID, Vocabulary
-from nmt.errors import UserError
+from nmt.errors import DamagedError, UserError
 
 # Fixed, because it enters into the model file, and into the rounding of a unigram model's scores.
 _NUM_TRAINING_THREADS = 8
 
 _NUM_BYTES = 256
 _LONGEST_TRAINING_LINE = 4192  # bytes; SentencePiece's own default
+_NOT_IN_TRAINING = ("\0", "\u2585")
 _ERRORS_ONLY = 2  # SentencePiece's log level
 
 
@@ -48,26 +51,53 @@ class Segmenter:
 
         Returns:
             The vocabulary ids of all lines one after the other, and the number of pieces of each line,
-            which is 0 for a line that normalisation leaves empty.
+            which is 0 for a blank line, and for one that normalisation leaves empty.
         """
         model = self._model()
-        pieces: list[list[int]] = model.processor.encode(list(lines), out_type=int, num_threads=1)
+        cleaned = [clean_line(line) for line in lines]
+        pieces: list[list[int]] = model.processor.encode(cleaned, out_type=int, num_threads=1)
         sizes = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
         flat = np.fromiter(itertools.chain.from_iterable(pieces), dtype=np.int32, count=int(sizes.sum()))
         return model.to_vocabulary[flat], sizes
 
+    def spans(self, line: str) -> list[Span]:
+        """Return for each piece of a line where in the line it stands: what it was made of, in characters.
+
+        A character that is spelled by several pieces belongs to the last one; the others are empty, and stand
+        before it.
+        """
+        cleaned = clean_line(line)
+        encoded = self._model().processor.encode(cleaned, out_type="serialized_proto")
+        offset = line.index(cleaned)
+        return [(start + offset, end + offset) for start, end in read_spans(encoded, cleaned)]
+
+    def decoded_spans(self, ids: Sequence[int] | NDArray[np.integer]) -> list[Span]:
+        """Return for each of a sequence of ids where it stands in what `decode` makes of them."""
+        model = self._model()
+        known = np.asarray(ids, dtype=np.int64)
+        shown = np.flatnonzero(known >= UNK_ID)
+        spans = [(0, 0)] * len(known)
+        if len(shown):
+            piece_ids = model.from_vocabulary[known[shown]].tolist()
+            decoded = model.processor.decode(piece_ids, out_type="serialized_proto")
+            text = model.processor.decode(piece_ids)
+            for place, span in zip(shown, read_spans(decoded, text), strict=True):
+                spans[place] = span
+        return spans
+
     def decode(self, sequences: Iterable[Sequence[int] | NDArray[np.integer]]) -> list[str]:
         """Join the pieces of each sequence of ids into a line of text.
 
-        BOS, PAD and EOS are skipped, an unknown token is shown as SentencePiece shows it. A newline, which
-        byte pieces can spell, becomes a space: one sequence is one line.
+        BOS, PAD and EOS are skipped, an unknown token is shown as SentencePiece shows it. A newline or a carriage
+        return, which byte pieces can spell, becomes a space: one sequence is one line, whoever reads it.
         """
         model = self._model()
         texts = []
         for sequence in sequences:
             ids = np.asarray(sequence, dtype=np.int64)
             piece_ids = model.from_vocabulary[ids[ids >= UNK_ID]].tolist()
-            texts.append(model.processor.decode(piece_ids).replace("\n", " ") if piece_ids else "")
+            text = model.processor.decode(piece_ids) if piece_ids else ""
+            texts.append(text.replace("\n", " ").replace("\r", " "))
         return texts
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
@@ -103,13 +133,19 @@ class PieceSegmenter:
 
     def encode(self, lines: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return the vocabulary ids of each line's pieces: (number of pieces,) int32, no EOS."""
-        ids = self.vocabulary.id
-        return [np.array([ids(piece) for piece in line.split()], dtype=np.int32) for line in lines]
+        return [
+            np.array([self._id(piece) for piece in clean_line(line).split()], dtype=np.int32)
+            for line in lines
+        ]
 
     def decode(self, sequences: Iterable[Sequence[int] | NDArray[np.integer]]) -> list[str]:
         """Join the pieces of each sequence by blanks; BOS, PAD and EOS are skipped."""
         tokens = self.vocabulary.tokens
         return [" ".join(tokens[index] for index in ids if index >= UNK_ID) for ids in sequences]
+
+    def _id(self, piece: str) -> int:
+        """Return the id of a piece of text; one that is spelled like a special symbol is unknown."""
+        return max(self.vocabulary.id(piece), UNK_ID)
 
 
 class _LoadedModel:
@@ -120,7 +156,10 @@ class _LoadedModel:
         num_pieces = self.processor.get_piece_size()
         names = [self.processor.id_to_piece(piece_id) for piece_id in range(num_pieces)]
         specials = _special_ids(self.processor)
-        to_vocabulary = [specials.get(piece_id, vocabulary.id(name)) for piece_id, name in enumerate(names)]
+        # A piece of text that is spelled like a special symbol is unknown: it neither ends nor pads a line.
+        to_vocabulary = [
+            specials.get(piece_id, max(vocabulary.id(name), UNK_ID)) for piece_id, name in enumerate(names)
+        ]
         self.to_vocabulary = np.array(to_vocabulary, dtype=np.int32)
         self.from_vocabulary = np.full(len(vocabulary), self.processor.unk_id(), dtype=np.int64)
         self.is_byte = np.zeros(len(vocabulary), dtype=np.bool_)
@@ -145,10 +184,18 @@ def read_vocabulary(model_path: Path) -> Vocabulary:
     Raises:
         UserError: The file is no SentencePiece model.
     """
+    return Vocabulary(name for name in _own_pieces(model_path) if name not in SPECIALS)
+
+
+def find_misnamed_pieces(model_path: Path) -> list[str]:
+    """Return a model's pieces of text that are spelled like special symbols of ours, so that they are unknown."""
+    return [name for name in _own_pieces(model_path) if name in SPECIALS]
+
+
+def _own_pieces(model_path: Path) -> list[str]:
     processor = _load_processor(model_path)
     specials = _special_ids(processor)
-    names = [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if i not in specials]
-    return Vocabulary(name for name in names if name not in SPECIALS)
+    return [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if i not in specials]
 
 
 def train_segmenter(
@@ -159,19 +206,23 @@ def train_segmenter(
     model_type: str,
     character_coverage: float,
     extra_symbols: Sequence[str] = (),
+    normalization: str = "nmt_nfkc",
+    named: str = "the training text",
 ) -> int:
     """Train a SentencePiece model with our special ids and byte fallback, and write it.
 
-    The text is normalised by SentencePiece's default, `nmt_nfkc`: NFKC, control characters dropped, every
-    white space a plain one. The same sentences in the same order give the same file.
+    The same sentences in the same order give the same file.
 
     Args:
-        sentences: The training text; blank lines and lines above 4,192 bytes are passed over.
+        sentences: The training text; blank lines are passed over, and lines above 4,192 bytes are cut.
         model_path: Where to write the model.
         vocab_size: Number of pieces wanted, the specials included.
         model_type: `bpe` or `unigram`.
         character_coverage: Share of the text's characters that get a piece of their own.
         extra_symbols: Strings that are always one piece.
+        normalization: How SentencePiece changes text before it splits it. `nmt_nfkc`, its default: NFKC, control
+            characters dropped, every white space a plain one. `identity`: runs of blanks become one, no more.
+        named: What the sentences are, for an error text.
 
     Returns:
         The number of pieces: `vocab_size`, or less where the text does not yield so many.
@@ -188,7 +239,7 @@ def train_segmenter(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_remember_failure(sentences, failures),
+            sentence_iterator=_remember_failure(training_lines(sentences), failures),
             model_writer=model,
             model_type=model_type,
             # Below this SentencePiece fails before it knows its alphabet, and so the size it needs.
@@ -196,6 +247,7 @@ def train_segmenter(
             hard_vocab_limit=False,  # a size out of reach is lowered
             character_coverage=character_coverage,
             user_defined_symbols=list(extra_symbols),
+            normalization_rule_name=normalization,
             bos_id=BOS_ID,
             pad_id=PAD_ID,
             eos_id=EOS_ID,
@@ -208,14 +260,43 @@ def train_segmenter(
     except RuntimeError as error:
         if failures:
             raise failures[0] from None
-        _explain(str(error), vocab_size)
+        _explain(str(error), vocab_size, named)
     model_path.write_bytes(model.getvalue())
     return len(read_vocabulary(model_path))
 
 
-def _remember_failure(
-    sentences: Iterable[bytes | str], failures: list[BaseException]
-) -> Iterator[bytes | str]:
+def training_lines(sentences: Iterable[bytes | str]) -> Iterator[str]:
+    """Yield text as SentencePiece's trainer takes it; what it cannot, it would leave out without a word.
+
+    That are lines above 4,192 bytes, which are cut, at blanks where there are some, and lines that hold the null
+    character or the sign that it uses itself, which become blanks. Blank lines are passed over.
+    """
+    for sentence in sentences:
+        line = clean_line(sentence if isinstance(sentence, str) else sentence.decode("utf-8"))
+        for character in _NOT_IN_TRAINING:
+            line = line.replace(character, " ")
+        # No character has more than four bytes.
+        if 4 * len(line) > _LONGEST_TRAINING_LINE:
+            yield from _cut(line)
+        elif line:
+            yield line
+
+
+def _cut(line: str) -> Iterator[str]:
+    """Cut a line into parts of at most the bytes that SentencePiece's trainer takes."""
+    data = line.encode("utf-8")
+    while len(data) > _LONGEST_TRAINING_LINE:
+        end = data.rfind(b" ", 1, _LONGEST_TRAINING_LINE) + 1
+        if not end:
+            end = _LONGEST_TRAINING_LINE
+            while data[end] & 0xC0 == 0x80:  # within a character
+                end -= 1
+        yield data[:end].decode("utf-8")
+        data = data[end:]
+    yield data.decode("utf-8")
+
+
+def _remember_failure(sentences: Iterable[str], failures: list[BaseException]) -> Iterator[str]:
     """Pass sentences on; SentencePiece turns what they raise into a RuntimeError, so keep the original."""
     try:
         yield from sentences
@@ -224,7 +305,7 @@ def _remember_failure(
         raise
 
 
-def _explain(message: str, vocab_size: int) -> NoReturn:
+def _explain(message: str, vocab_size: int, named: str) -> NoReturn:
     """Raise a UserError for what SentencePiece's trainer complains of."""
     if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         raise UserError(
@@ -233,8 +314,7 @@ def _explain(message: str, vocab_size: int) -> NoReturn:
         ) from None
     if "sentences_.empty()" in message or "all_chars_count" in message:
         raise UserError(
-            "the training text must hold sentences, but all its lines are blank "
-            f"or longer than {_LONGEST_TRAINING_LINE:,} bytes. Split long lines."
+            f"{named} must hold sentences to train a vocabulary on, but all lines are blank. Name another text."
         ) from None
     raise UserError(f"SentencePiece could not be trained: {' '.join(message.split())}") from None
 
@@ -244,8 +324,12 @@ def _load_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
-    except RuntimeError:
-        raise UserError(
+        for piece_id in range(processor.get_piece_size()):
+            processor.id_to_piece(piece_id)
+    except (RuntimeError, UnicodeDecodeError):  # the latter where a message or a piece is no UTF-8
+        raise DamagedError(
+            f"{path} must be a SentencePiece model, but is not, or is cut short. Name another."
+        ) from None
             f"{path} must be a SentencePiece model, but is not, or is cut short. Name another."
         ) from None
     return processor

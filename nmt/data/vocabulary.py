@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 BOS_ID = 0
 PAD_ID = 1
 EOS_ID = 2
 UNK_ID = 3
 _OVERWRITE = b" #fairseq:overwrite"
+_LARGEST_COUNT = 2**62
+_BYTE_ORDER_MARK = "\ufeff"
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # indexed by the four ids above
 
 
@@ -46,7 +48,8 @@ class Vocabulary:
                 raise UserError(f"token {index} of the vocabulary must not be empty. Take it out.")
             if token in self._ids and index not in self.overwriting:
                 raise UserError(
-                    f"`{token}` must come once in the vocabulary, but has ids {self._ids[token]} and {index}"
+                    f"`{shown(token)[1:-1]}` must come once in the vocabulary, but has ids "
+                    f"{self._ids[token]} and {index}"
                 )
             self._ids[token] = index
 
@@ -54,12 +57,15 @@ class Vocabulary:
     def load(cls, path: Path) -> Vocabulary:
         """Read a `dict.<lang>.txt`: `token count` per line, cut at the last space; the specials are implicit.
 
-        A line may end with `#fairseq:overwrite`: its token may have been there before.
+        A line may end with `#fairseq:overwrite`: its token may have been there before. A byte order mark at the
+        start of the file and carriage returns at the ends of lines are left out.
 
         Raises:
             UserError: A line is no such pair or not UTF-8, or a token comes twice; with file and line.
         """
-        lines = path.read_bytes().split(b"\n")  # "\n" alone ends a line: a piece may hold \r or U+2028
+        lines = (
+            path.read_bytes().removeprefix(_BYTE_ORDER_MARK.encode()).split(b"\n")
+        )  # "\n" alone ends a line: a piece may hold \r or U+2028
         if lines[-1] == b"":
             del lines[-1]
         first_line: dict[str, int] = dict.fromkeys(SPECIALS, 0)
@@ -67,20 +73,23 @@ class Vocabulary:
         counts: list[int] = []
         overwriting: set[int] = set()
         for number, line in enumerate(lines, start=1):
+            line = line.removesuffix(b"\r")
             entry = line.removesuffix(_OVERWRITE)
             if len(entry) < len(line):
                 overwriting.add(len(SPECIALS) + number - 1)
             try:
                 token, count = entry.decode("utf-8").rsplit(" ", 1)
                 counts.append(int(count))
+                if not 0 <= counts[-1] <= _LARGEST_COUNT:
+                    raise ValueError
             except ValueError:  # UnicodeDecodeError is one, too
                 raise UserError(
-                    f"{path}, line {number}: must be `token count` in UTF-8, but is {line[:80]!r}. "
+                    f"{path}, line {number}: must be `token count` in UTF-8, but is {shown(line)}. "
                     "Is this a dictionary made by nmt-preprocess or fairseq-preprocess?"
                 ) from None
             if not token or (token in first_line and len(entry) == len(line)):
                 where = f"line {first_line[token]}" if first_line.get(token) else "the special symbols"
-                problem = f"`{token}` is already in {where}" if token else "the token is empty"
+                problem = f"`{shown(token)[1:-1]}` is already in {where}" if token else "the token is empty"
                 raise UserError(f"{path}, line {number}: each token must come once, but {problem}")
             first_line.setdefault(token, number)
             tokens.append(token)
@@ -100,10 +109,12 @@ class Vocabulary:
             lines.append(f"{token} {self.counts[index]}{flag}")
             if "\n" in token:
                 raise UserError(
-                    f"the piece {token!r} holds a newline, which a dictionary cannot. "
+                    f"the piece {shown(token)} holds a newline, which a dictionary cannot. "
                     "Take a SentencePiece model without it."
                 )
-        path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8"))
+        # A mark that is a token's own needs one before it, which `load` takes away.
+        mark = _BYTE_ORDER_MARK if lines and lines[0].startswith(_BYTE_ORDER_MARK) else ""
+        path.write_bytes((mark + "".join(line + "\n" for line in lines)).encode("utf-8"))
 
     def with_counts(self, counts: Sequence[int]) -> Vocabulary:
         """Return the same tokens with other counts: one per id, those of the specials ignored."""

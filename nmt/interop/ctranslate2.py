@@ -18,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nmt.data.text import is_blank
 from nmt.data.vocabulary import EOS_ID, UNK_ID, Vocabulary
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
+from nmt.models.known_parts import find_stranger
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 from nmt.new_folder import new_folder
 from nmt.translation.translator import Translation, Translator
@@ -47,12 +49,13 @@ class DisagreementError(Exception):
 class Agreement:
     """What came out when both translated a sample."""
 
-    num_sentences: int
+    num_sentences: int  # whose translations ended by themselves
     num_equal: int
     num_ties: int  # other translations, but of scores within the tolerance by our model
-    largest_difference: float  # of the scores of equal translations that ended by themselves
+    largest_difference: float  # of the scores that the two give to the same translation
     mean_difference: float
     faults: list[str]  # sentences that differ beyond a tie
+    num_cut: int = 0  # translations of ours that were cut off at the limit: their scores alone are compared
 
     def is_exact(self) -> bool:
         """Whether the two models are the same, rounding aside."""
@@ -60,9 +63,17 @@ class Agreement:
         return not self.faults and self.num_ties <= most_ties and self.largest_difference <= _TOLERANCE
 
     def __str__(self) -> str:
+        found = "no translation ended by itself"
+        if self.num_sentences:
+            found = (
+                f"{self.num_equal:,} of {self.num_sentences:,} translations equal, {self.num_ties:,} ties, "
+                f"{len(self.faults):,} others"
+            )
+        cut = (
+            f"; {self.num_cut:,} cut off at the limit, compared by their scores alone" if self.num_cut else ""
+        )
         return (
-            f"{self.num_equal:,} of {self.num_sentences:,} translations equal, {self.num_ties:,} ties, "
-            f"{len(self.faults):,} others; scores differ by {self.largest_difference:.1e} at most, "
+            f"{found}{cut}; scores differ by {self.largest_difference:.1e} at most, "
             f"{self.mean_difference:.1e} on average"
         )
 
@@ -87,7 +98,7 @@ def export(
     """
     if output.exists():
         raise UserError(f"{output} must not exist, but does. Name another folder, or remove it.")
-    if not any(line.strip() for line in sample):
+    if all(map(is_blank, sample)):
         raise UserError("`sample` must have lines to translate, but is blank. Name other text.")
     engine = _import()
     spec = make_spec(translator)
@@ -117,29 +128,42 @@ def compare(translator: Translator, other: Any, sample: Sequence[str]) -> Agreem
     Args:
         translator: Ours.
         other: A `ctranslate2.Translator` of the same vocabularies.
-        sample: Lines; those that are blank or too long for the model are passed over.
+        sample: Lines; those that are blank are passed over, and the ends of those that are too long.
+
+    Raises:
+        UserError: There is nothing to compare.
     """
     # No shortest length: CTranslate2 takes the forbidden end out before the softmax, we (and fairseq) after it.
     options = DecodingOptions(beam=_BEAM, min_len=0, max_len_a=0.0, max_len_b=_longest_target(translator))
     ours = [x for x in translator.translate_lines(sample, options, too_long="truncate") if x.hypotheses]
+    if not ours:
+        raise UserError(
+            "`sample` must have lines that the model can translate, but it has no pieces for any of them. "
+            "Name other text in the source language."
+        )
     source, target = translator.task.source_vocabulary.tokens, translator.task.target_vocabulary.tokens
+    sources = [[_name(source[i]) for i in x.source_ids] for x in ours]
+    own_tokens = [[_name(target[i]) for i in x.hypotheses[0].tokens] for x in ours]
     theirs = other.translate_batch(
-        [[_name(source[i]) for i in x.source_ids] for x in ours],
+        sources,
         beam_size=_BEAM,
         min_decoding_length=0,
         max_decoding_length=_longest_target(translator),
         max_batch_size=16,
         return_scores=True,
     )
+    scored = other.score_batch(sources, own_tokens, max_batch_size=16, max_input_length=0)
     ids = {_name(token): index for index, token in enumerate(target)}
-    differences, faults, num_ties = [], [], 0
-    for x, result in zip(ours, theirs, strict=True):
+    differences, faults, num_ties, num_cut = [], [], 0, 0
+    for x, result, own in zip(ours, theirs, scored, strict=True):
         best = x.hypotheses[0]
         found = [ids[token] for token in result.hypotheses[0]]
+        # Whatever the search has made of it: what the two think of the same translation.
+        differences.append(abs(_score(translator, x, best.tokens) - float(np.mean(own.log_probs))))
         if len(best.tokens) >= _longest_target(translator):
-            continue  # cut off at the limit, where the two count the end differently
-        if found == best.tokens:
-            differences.append(abs(best.score - result.scores[0]))
+            num_cut += 1  # at the limit, where the two count the end differently
+        elif found == best.tokens:
+            differences[-1] = max(differences[-1], abs(best.score - result.scores[0]))
         elif abs(_score(translator, x, found) - best.score) <= _TOLERANCE:
             num_ties += 1
         else:
@@ -148,13 +172,15 @@ def compare(translator: Translator, other: Any, sample: Sequence[str]) -> Agreem
                 f"{x.source!r}: ours {x.text!r} ({best.score:.4f}), CTranslate2's {other_text!r} "
                 f"({result.scores[0]:.4f})"
             )
+    num_sentences = len(ours) - num_cut
     return Agreement(
-        num_sentences=len(differences) + num_ties + len(faults),
-        num_equal=len(differences),
+        num_sentences=num_sentences,
+        num_equal=num_sentences - num_ties - len(faults),
         num_ties=num_ties,
-        largest_difference=max(differences, default=0.0),
-        mean_difference=float(np.mean(differences)) if differences else 0.0,
+        largest_difference=max(differences),
+        mean_difference=float(np.mean(differences)),
         faults=faults,
+        num_cut=num_cut,
     )
 
 
@@ -185,6 +211,10 @@ def make_spec(translator: Translator) -> Any:
     if len(translator.models) > 1:
         raise UserError(f"The model must be one for CTranslate2, but are {len(translator.models)} that vote.")
     model, task = translator.models[0], translator.task
+    if (stranger := find_stranger(model, within_encoder=True)) is not None:
+        raise UserError(
+            f"The model must be made of parts that CTranslate2 has, but it cannot hold {stranger[:-1]}."
+        )
     encoder = _fill_encoder(model.encoder)
     spec = transformer_spec.TransformerSpec(encoder, _fill_decoder(model))
     spec.register_source_vocabulary(_names(task.source_vocabulary, task.source_lang))

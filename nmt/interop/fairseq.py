@@ -8,21 +8,21 @@ not needed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nmt.checkpoint import write_model_folder
 from nmt.data.data_directory import dictionary_name, find_language_pair
 from nmt.data.vocabulary import Vocabulary
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
+from nmt.interop.fairseq_settings import outside, read_options, read_settings
 from nmt.interop.safe_unpickle import StoredTensor, read_torch_file
 from nmt.models.options import TransformerOptions
-from nmt.models.transformer import Transformer
 from nmt.options import TrainConfig
 from nmt.task import Task
 from nmt.translation.assets import TranslationAssets
@@ -30,28 +30,10 @@ from nmt.translation.options import TranslationOptions
 from nmt.translation.task import TranslationTask
 from nmt.weights import weights
 
-# Sizes that a checkpoint need not name: fairseq's base architecture.
-_DEFAULT_SIZES = {"embed_dim": 512, "ffn_embed_dim": 2048, "layers": 6, "attention_heads": 8}
-_FLAGS = ("share_all_embeddings", "layernorm_embedding", "no_scale_embedding")
-
-# Variants that compute something else: each must be as in the plain Transformer.
-_OUTSIDE = (
-    "adaptive_input",
-    "adaptive_softmax_cutoff",
-    "cross_self_attention",
-    "decoder_layers_to_keep",
-    "encoder_layers_to_keep",
-    "merge_src_tgt_embed",
-    "moe_freq",
-    "no_cross_attention",
-    "no_decoder_final_norm",
-    "no_token_positional_embeddings",
-    "quant_noise_pq",
-    "quant_noise_scalar",
-    "scale_attn",
-    "scale_fc",
-    "scale_heads",
-    "scale_resids",
+_EMBEDDINGS = (  # one matrix may be stored under several of these names
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "decoder.output_projection.weight",
 )
 # Written into checkpoints, but no weights: versions, and sinusoids of old releases.
 _NO_WEIGHTS = re.compile(r"(encoder|decoder)\.(version|embed_positions\.(_float_tensor|weights))")
@@ -90,88 +72,35 @@ def convert_checkpoint(
     content = read_torch_file(checkpoint)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"`{checkpoint}` must be a checkpoint of fairseq, but has no `model` in it.")
-    settings, task_settings = _read_settings(content, checkpoint)
+    settings, task_settings = read_settings(content, checkpoint)
     options = read_options(settings, checkpoint)
-    tensors = _load_tensors(content["model"], checkpoint)
+    stored = _stored_tensors(content["model"], checkpoint)
+    sizes = (_vocabulary_size(stored, "encoder", checkpoint), _vocabulary_size(stored, "decoder", checkpoint))
     source, target, is_guessed = _languages(
         dict_dir,
-        source_lang or _text(task_settings.get("source_lang")),
-        target_lang or _text(task_settings.get("target_lang")),
-        sizes=(
-            len(_take(tensors, "encoder.embed_tokens.weight", checkpoint)),
-            _target_size(tensors, checkpoint),
-        ),
+        source_lang or task_settings.get("source_lang") or None,
+        target_lang or task_settings.get("target_lang") or None,
+        sizes=sizes,
     )
     assets = TranslationAssets(source, target, folder=dict_dir, segmenter=None)
     task = TranslationTask(TranslationOptions(data=dict_dir, model=options, eval_bleu=False), assets)
-    for lang, vocabulary, size in (
-        (source, task.source_vocabulary, len(tensors["encoder.embed_tokens.weight"])),
-        (target, task.target_vocabulary, _target_size(tensors, checkpoint)),
+    for lang, vocabulary, size in zip(
+        (source, target), (task.source_vocabulary, task.target_vocabulary), sizes, strict=True
     ):
         if len(vocabulary) != size:
             raise UserError(
                 f"`{dict_dir / dictionary_name(lang)}` must have {size:,} types (special ones included) for "
                 f"`{checkpoint}`, but has {len(vocabulary):,}. Name the folder of the model's own dictionaries."
             )
-    model = task.build_model()
-    assert isinstance(model, Transformer)
-    available = convert_tensors(tensors, options, checkpoint=checkpoint)
+    _check_layers(stored, options, checkpoint)
+    with torch.device("meta"):
+        model = task.build_model()
+    _check_sizes(stored, model, options, checkpoint)
+    available = convert_tensors(_load_tensors(stored), options, checkpoint=checkpoint)
     converted = {name: available[name] for name in weights(model)}  # tied ones once
-    for name, tensor in weights(model).items():
-        if converted[name].shape != tensor.shape:
-            raise UserError(
-                f"`{checkpoint}` must have the sizes that its settings say, but `{name}` would be of shape "
-                f"{tuple(tensor.shape)} and is {tuple(converted[name].shape)}."
-            )
     config = TrainConfig(task_options=task.options, save_dir=output)
     write_model_folder(output, converted, config=config, task=cast(Task[Any], task))
     return Conversion(options, source, target, sum(x.numel() for x in converted.values()), is_guessed)
-
-
-def read_options(settings: Mapping[str, Any], checkpoint: Path) -> TransformerOptions:
-    """Return the options of the model that fairseq's settings describe.
-
-    Raises:
-        UserError: They describe something that this Transformer is not.
-    """
-    for name in _OUTSIDE:
-        if settings.get(name):
-            raise _outside(checkpoint, f"`{name}` is {settings[name]!r}")
-    sizes: dict[str, Any] = {}
-    flags: dict[str, Any] = {name: bool(settings.get(name, False)) for name in _FLAGS}
-    for side in ("encoder", "decoder"):
-        for name, default in _DEFAULT_SIZES.items():
-            # fairseq lets the decoder be as wide as the encoder where nothing else is said.
-            if side == "decoder" and name in ("embed_dim", "ffn_embed_dim"):
-                default = sizes[f"encoder_{name}"]
-            sizes[f"{side}_{name}"] = int(settings.get(f"{side}_{name}") or default)
-        for name in ("normalize_before", "learned_pos"):
-            flags[f"{side}_{name}"] = bool(settings.get(f"{side}_{name}", False))
-    for name in ("decoder_input_dim", "decoder_output_dim"):
-        if (settings.get(name) or sizes["decoder_embed_dim"]) != sizes["decoder_embed_dim"]:
-            raise _outside(checkpoint, f"`{name}` is {settings[name]} and not the decoder's width")
-    activation: Any = settings.get("activation_fn") or "relu"
-    if activation not in ("relu", "gelu"):
-        raise _outside(checkpoint, f"`activation_fn` is {activation!r}, neither relu nor gelu")
-    shared = (
-        bool(settings.get("share_decoder_input_output_embed", False)) and not flags["share_all_embeddings"]
-    )
-    options = TransformerOptions(
-        **sizes,
-        **flags,
-        share_decoder_input_output_embed=shared,
-        activation_fn=activation,
-        dropout=float(settings.get("dropout", 0.1)),
-        attention_dropout=float(settings.get("attention_dropout", 0.0)),
-        activation_dropout=float(settings.get("activation_dropout") or settings.get("relu_dropout") or 0.0),
-        max_source_positions=int(settings.get("max_source_positions") or 1024),
-        max_target_positions=int(settings.get("max_target_positions") or 1024),
-    )
-    try:
-        options.check()
-    except UserError as error:
-        raise UserError(f"`{checkpoint}`: {error}") from None
-    return options
 
 
 def convert_tensors(
@@ -183,7 +112,7 @@ def convert_tensors(
         UserError: One is missing, there are others besides, or what must be shared is not.
     """
     _check_versions(tensors, options, checkpoint)
-    left = _modernise(tensors)
+    left = _modernise(tensors, checkpoint)
     result = {}
     for ours, theirs in _names(options):
         parts = [_take(left, name, checkpoint) for name in theirs]
@@ -196,16 +125,20 @@ def convert_tensors(
     if output is None:
         raise _missing(checkpoint, "decoder.output_projection.weight")
     if options.share_all_embeddings and not torch.equal(*embeddings):
-        raise _outside(checkpoint, "`share_all_embeddings` is True, but its embeddings differ")
+        raise outside(checkpoint, "`share_all_embeddings` is True, but its embeddings differ")
     if shares_output and not torch.equal(embeddings[1], output.float()):
-        raise _outside(checkpoint, "its output projection is said to be the embedding, but differs from it")
+        raise outside(checkpoint, "its output projection is said to be the embedding, but differs from it")
     if left:
-        raise _outside(checkpoint, f"it has the weights `{min(left)}`")
+        raise outside(checkpoint, f"it has the weights `{min(left)}`")
     return {**result, "output_weight": output.float()}
 
 
-def _modernise(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under the names of fairseq's releases since 2019."""
+def _modernise(tensors: Mapping[str, Tensor], checkpoint: Path) -> dict[str, Tensor]:
+    """Return the weights under the names of fairseq's releases since 2019.
+
+    Raises:
+        UserError: A matrix of query, key and value is not of three parts.
+    """
     modern = {}
     for name, tensor in tensors.items():
         if _NO_WEIGHTS.fullmatch(name):
@@ -215,6 +148,8 @@ def _modernise(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             norms = _OLD_NORMS[side]
             name = f"{side}{layer}.{norms[min(int(number), len(norms) - 1)]}.{kind}"
         if match := re.fullmatch(r"(.*_attn\.)in_proj_(weight|bias)", name):
+            if tensor.dim() == 0 or tensor.size(0) == 0 or tensor.size(0) % 3:
+                raise _other_shape(checkpoint, name, "three parts of one size", tensor.shape)
             for which, part in zip("qkv", tensor.chunk(3), strict=True):
                 modern[f"{match[1]}{which}_proj.{match[2]}"] = part
         else:
@@ -266,36 +201,7 @@ def _check_versions(tensors: Mapping[str, Tensor], options: TransformerOptions, 
         version = tensors.get(f"{side}.version")
         number = 1.0 if version is None or version.numel() != 1 else float(version)
         if number < first:
-            raise _outside(checkpoint, f"its {side} is pre-norm of version {number:g}, without a final norm")
-
-
-def _read_settings(
-    content: Mapping[str, Any], checkpoint: Path
-) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Return the settings of the model and of the task, from old `args` or new `cfg`.
-
-    Raises:
-        UserError: There are none, or the task is another than translation.
-    """
-    config, arguments = content.get("cfg"), content.get("args")
-    if isinstance(config, dict) and isinstance(config.get("model"), dict):
-        model = dict(config["model"])
-        task = config["task"] if isinstance(config.get("task"), dict) else model
-        task_name = task.get("_name") or model.get("task")
-    elif isinstance(arguments, dict):
-        model = task = dict(arguments)
-        task_name = arguments.get("task")
-    else:
-        raise UserError(
-            f"`{checkpoint}` must be a checkpoint of fairseq, but has neither `cfg` nor `args` in it."
-        )
-    if task_name not in (None, "translation"):
-        raise _outside(checkpoint, f"its task is `{task_name}`, not translation")
-    # Settings of the newest releases may be nested: encoder.embed_dim for encoder_embed_dim.
-    for side in ("encoder", "decoder"):
-        if isinstance(model.get(side), dict):
-            model |= {f"{side}_{name}": value for name, value in model[side].items()}
-    return model, task
+            raise outside(checkpoint, f"its {side} is pre-norm of version {number:g}, without a final norm")
 
 
 def _languages(
@@ -336,17 +242,78 @@ def _languages(
     return (first, second, False) if lengths == sizes else (second, first, False)
 
 
-def _load_tensors(state: Mapping[Any, Any], checkpoint: Path) -> dict[str, Tensor]:
+def _stored_tensors(state: Mapping[Any, Any], checkpoint: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of the model, still unread.
+
+    Raises:
+        UserError: Something else is among them.
+    """
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, StoredTensor):
             raise UserError(
                 f"`{checkpoint}` must hold named tensors as its model, but holds {type(value).__name__}."
             )
-    return {name: stored.load() for name, stored in state.items()}
+    return dict(state)
 
 
-def _target_size(tensors: Mapping[str, Tensor], checkpoint: Path) -> int:
-    return len(_take(tensors, "decoder.embed_tokens.weight", checkpoint))
+def _vocabulary_size(tensors: Mapping[str, StoredTensor], side: str, checkpoint: Path) -> int:
+    name = f"{side}.embed_tokens.weight"
+    if name not in tensors:
+        raise _missing(checkpoint, name)
+    if len(tensors[name].shape) != 2:
+        raise _other_shape(checkpoint, name, "two dimensions", tensors[name].shape)
+    return tensors[name].shape[0]
+
+
+def _check_layers(stored: Mapping[str, StoredTensor], options: TransformerOptions, checkpoint: Path) -> None:
+    """Raise `UserError` if the settings call for more layers than there are: making them would take its time."""
+    for side in ("encoder", "decoder"):
+        found = {match[1] for name in stored if (match := re.match(rf"{side}\.layers\.(\d+)\.", name))}
+        for number in range(getattr(options, f"{side}_layers")):
+            if str(number) not in found:
+                raise _missing(checkpoint, f"{side}.layers.{number}.self_attn.q_proj.weight")
+
+
+def _check_sizes(
+    stored: Mapping[str, StoredTensor],
+    model: nn.Module,
+    options: TransformerOptions,
+    checkpoint: Path,
+) -> None:
+    """Raise `UserError` unless the file holds the tensors that the settings call for; none of them is read."""
+    found = {name: torch.empty(x.shape, dtype=x.storage.dtype, device="meta") for name, x in stored.items()}
+    modern = _modernise(found, checkpoint)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    names = [*_names(options)]
+    if "decoder.output_projection.weight" in modern:
+        names.append(("output_weight", ["decoder.output_projection.weight"]))
+    for ours, theirs in names:
+        rows, *columns = shapes[ours]
+        for name in theirs:
+            part = (rows // len(theirs), *columns)
+            if tuple(_take(modern, name, checkpoint).shape) != part:
+                raise _other_shape(checkpoint, name, f"the shape {part}, by its settings", modern[name].shape)
+    used = {
+        id(stored[name].storage): stored[name].storage for name in stored if not _NO_WEIGHTS.fullmatch(name)
+    }
+    kept = [name for name in modern if name not in _EMBEDDINGS]
+    num_stored = sum(storage.num_elements for storage in used.values())
+    if sum(modern[name].numel() for name in kept) > num_stored:
+        raise outside(checkpoint, "many of its weights are views of the same numbers")
+
+
+def _load_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Read the tensors; those that are stored once are read once."""
+    loaded: dict[tuple[object, ...], Tensor] = {}
+    tensors = {}
+    for name, x in stored.items():
+        if _NO_WEIGHTS.fullmatch(name) and not name.endswith(".version"):
+            continue
+        key = (id(x.storage), x.offset, x.shape, x.stride)
+        if key not in loaded:
+            loaded[key] = x.load()
+        tensors[name] = loaded[key]
+    return tensors
 
 
 def _take(tensors: Mapping[str, Tensor], name: str, checkpoint: Path) -> Tensor:
@@ -355,13 +322,9 @@ def _take(tensors: Mapping[str, Tensor], name: str, checkpoint: Path) -> Tensor:
     return tensors[name]
 
 
+def _other_shape(checkpoint: Path, name: str, rule: str, shape: Sequence[int]) -> UserError:
+    return UserError(f"`{checkpoint}`: `{name}` must have {rule}, but is {shown(tuple(shape))}.")
+
+
 def _missing(checkpoint: Path, name: str) -> UserError:
     return UserError(f"`{checkpoint}` must hold an encoder-decoder Transformer, but has no weights `{name}`.")
-
-
-def _outside(checkpoint: Path, why: str) -> UserError:
-    return UserError(f"`{checkpoint}` must hold a plain Transformer for translation, but {why}.")
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None

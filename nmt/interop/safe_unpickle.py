@@ -15,12 +15,11 @@ import errno
 import io
 import math
 import pickle
-import pickletools
 import re
 import struct
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,12 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
+from nmt.interop.pickle_check import end_of_pickle
+from nmt.interop.stored_zip import StoredZip
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MOST_DIMENSIONS = 16
-_LONGEST_NAME = 100
+_COPIES_A_BYTE = 4  # values of a pickle that may be copied while it is read
+_LARGEST_SIZE = 2**62  # elements of a tensor, a dimension of 0 left aside
 _NUMBER = re.compile(r"[iuf][248]|[iub]1")  # numpy's names of the types of numbers
 
 _STORAGES = {
@@ -59,8 +61,12 @@ def read_torch_file(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
-        return _read_zip(path) if is_zip else _read_legacy(path)
+            first = file.read(4)
+        if first == b"PK\x03\x04":
+            return _read_zip(path)
+        if not first.startswith(pickle.PROTO):
+            raise pickle.UnpicklingError("it begins as none")
+        return _read_legacy(path)
     except UserError:
         raise
     except OSError as error:
@@ -73,7 +79,7 @@ def read_torch_file(path: Path) -> Any:
     except Exception as error:
         raise UserError(
             f"`{path}` must be a checkpoint that torch.save wrote, but is another file, cut short or damaged "
-            f"({type(error).__name__}: {_printable(str(error))})."
+            f"({type(error).__name__}: {shown(str(error))[1:-1]})."
         ) from None
 
 
@@ -105,7 +111,7 @@ class StoredTensor:
             UserError: Its bytes are missing or damaged.
         """
         data = self.storage.read()
-        size = torch.empty(0, dtype=self.storage.dtype).element_size()
+        size = self.storage.dtype.itemsize
         if len(data) != size * self.storage.num_elements:
             raise UserError(
                 f"a tensor of the checkpoint must have {size * self.storage.num_elements:,} bytes, "
@@ -122,36 +128,70 @@ class StoredTensor:
         raise pickle.UnpicklingError("a tensor has no state to be set")
 
 
-class _Record(dict[Any, Any]):
-    """Stands for a class whose objects are named values: they become the items of a dict."""
+class _Budget:
+    """How many values may be copied: a pickle can ask for the same ones to be copied over and over."""
 
-    def __new__(cls, *_: object, **__: object) -> _Record:
-        return super().__new__(cls)
+    def __init__(self, num_values: int) -> None:
+        self._left = num_values
 
-    def __init__(self, *_: object) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: object) -> None:
-        if not isinstance(state, dict):
-            raise pickle.UnpicklingError("the state of an object must be a dict")
-        self.update(state)
+    def spend(self, values: Sized) -> None:
+        """Take the cost of a copy away; raise `UnpicklingError` if there is no more."""
+        self._left -= len(values)
+        if self._left < 0:
+            raise pickle.UnpicklingError("it copies the same values over and over")
 
 
-class _Mapping(dict[Any, Any]):
-    """Stands for `collections.OrderedDict`; attributes of such an object (torch's `_metadata`) are left out."""
+def _record_type(budget: _Budget) -> type[dict[Any, Any]]:
+    """Make what stands for a class whose objects are named values: they become the items of a dict."""
 
-    def __setstate__(self, _: object) -> None:
-        pass
+    class Record(dict[Any, Any]):
+        def __new__(cls, *_: object, **__: object) -> Record:
+            return super().__new__(cls)
+
+        def __init__(self, *_: object) -> None:
+            super().__init__()
+
+        def __setstate__(self, state: object) -> None:
+            if not isinstance(state, dict):
+                raise pickle.UnpicklingError("the state of an object must be a dict")
+            budget.spend(state)
+            self.update(state)
+
+    return Record
+
+
+def _mapping_type(budget: _Budget) -> type[dict[Any, Any]]:
+    """Make what stands for `collections.OrderedDict`; attributes (torch's `_metadata`) are left out."""
+
+    class Mapping(dict[Any, Any]):
+        def __init__(self, items: object = ()) -> None:
+            if not isinstance(items, (list, tuple)):
+                raise pickle.UnpicklingError("a dict must be made of a list")
+            budget.spend(items)
+            if not all(isinstance(item, (list, tuple)) and len(item) == 2 for item in items):
+                raise pickle.UnpicklingError("a dict must be made of pairs")
+            super().__init__((_plain_key(key), value) for key, value in items)
+
+        def __setstate__(self, _: object) -> None:
+            pass
+
+    return Mapping
+
+
+def _plain_key(key: object) -> object:
+    if not isinstance(key, (str, bytes, int, float)):  # a tuple can take for ever to be hashed
+        raise pickle.UnpicklingError("a key must be text or a number")
+    return key
 
 
 class _Dtype:
     """Stands for `numpy.dtype`."""
 
     def __init__(self, name: object = "", *_: object) -> None:
-        self.name = str(name)
+        self.name = name if isinstance(name, str) else ""
 
     def __setstate__(self, state: object) -> None:
-        if not isinstance(state, tuple) or state[1] not in ("<", "|"):
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", "|"):
             raise pickle.UnpicklingError("numbers must be little endian")
 
 
@@ -188,8 +228,10 @@ def _rebuild_tensor(
         raise pickle.UnpicklingError("a tensor must have a storage")
     sizes, steps = _natural_numbers(shape), _natural_numbers(stride)
     (start,) = _natural_numbers((offset,))
-    if len(sizes) != len(steps) or len(sizes) > _MOST_DIMENSIONS:
+    if len(sizes) != len(steps):
         raise pickle.UnpicklingError("a tensor must have a stride for each dimension")
+    if math.prod(max(size, 1) for size in sizes) > _LARGEST_SIZE:
+        raise pickle.UnpicklingError("a tensor must have fewer elements")
     last = start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     if 0 not in sizes and max(last + 1, math.prod(sizes)) > storage.num_elements:
         raise pickle.UnpicklingError("a tensor must lie within its storage")
@@ -203,56 +245,68 @@ def _rebuild_parameter(data: object, *_: object) -> StoredTensor:
 
 
 def _natural_numbers(values: object) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)) or not all(type(x) is int and 0 <= x < 2**48 for x in values):
+    if (
+        not isinstance(values, (tuple, list))
+        or len(values) > _MOST_DIMENSIONS
+        or not all(type(x) is int and 0 <= x < 2**48 for x in values)
+    ):
         raise pickle.UnpicklingError("sizes must be whole numbers")
     return tuple(values)
 
 
 def _numpy_scalar(dtype: object, data: object) -> int | float | bool:
-    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes) or not _NUMBER.fullmatch(dtype.name):
+    if (
+        not isinstance(dtype, _Dtype)
+        or not isinstance(data, bytes)
+        or not _NUMBER.fullmatch(dtype.name)
+        or len(data) != np.dtype(dtype.name).itemsize
+    ):
         raise pickle.UnpicklingError("a numpy scalar must be a number")
     (number,) = np.frombuffer(data, dtype=np.dtype(dtype.name)).tolist()
     return number
 
 
-def _encode(text: object, encoding: object = "latin1") -> bytes:
+def _encode(budget: _Budget, text: object, encoding: object = "latin1") -> bytes:
     """Protocol 2 has no bytes: they are text that is encoded back."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("bytes must be encoded as latin1")
+    budget.spend(text)
     return text.encode("latin1")
 
 
-def _as_set(items: object = ()) -> set[Any]:
+def _as_set(budget: _Budget, items: object = ()) -> set[Any]:
     if not isinstance(items, (list, tuple)):
         raise pickle.UnpicklingError("a set must be made of a list")
-    return set(items)
+    budget.spend(items)
+    return set(map(_plain_key, items))
 
 
 def _as_tuple(items: object = ()) -> tuple[int, ...]:
     return _natural_numbers(items)
 
 
-def _stand_ins() -> dict[tuple[str, str], Any]:
+def _stand_ins(budget: _Budget) -> dict[tuple[str, str], Any]:
     """Return what the names in a pickle stand for: fresh for each file, so that none can change another's."""
+    record = _record_type(budget)
     # Only what is created by NEWOBJ has to be a class; a class is safe from BUILD by its unbound __setstate__.
     table: dict[tuple[str, str], Any] = {
-        ("argparse", "Namespace"): _Record,
-        ("collections", "OrderedDict"): _Mapping,
+        ("argparse", "Namespace"): record,
+        ("collections", "OrderedDict"): _mapping_type(budget),
         ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
         ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
         ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
         ("torch", "Size"): _Function(_as_tuple),
-        ("_codecs", "encode"): _Function(_encode),
+        ("_codecs", "encode"): _Function(partial(_encode, budget)),
         ("numpy", "dtype"): _Dtype,
     }
     for module in ("builtins", "__builtin__"):
-        table[module, "set"] = _Function(_as_set)
+        table[module, "set"] = _Function(partial(_as_set, budget))
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         table[module, "scalar"] = _Function(_numpy_scalar)
     # fairseq of 2018 and 2019 pickled its meters, which are records of numbers.
     for module in ("fairseq.meters", "fairseq.logging.meters"):
         for name in ("AverageMeter", "TimeMeter", "StopwatchMeter"):
-            table[module, name] = _Record
+            table[module, name] = record
     for name, dtype in _STORAGES.items():
         table["torch", name] = _StorageType(dtype)
     return table
@@ -262,12 +316,12 @@ class _Unpickler(pickle.Unpickler):
     """Build what a pickle describes, of stand-ins alone."""
 
     def __init__(
-        self, data: bytes, *, path: Path, find_storage: Callable[[str], Callable[[], bytes]]
+        self, data: bytes, *, path: Path, find_storage: Callable[[str, int], Callable[[], bytes]]
     ) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._path = path
         self._find_storage = find_storage
-        self._table = _stand_ins()
+        self._table = _stand_ins(_Budget(_COPIES_A_BYTE * len(data)))
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -277,7 +331,7 @@ class _Unpickler(pickle.Unpickler):
         except KeyError:
             raise UserError(
                 f"`{self._path}` must hold tensors, numbers, text and plain containers, but asks for "
-                f"`{_printable(f'{module}.{name}')}`. Nothing of it was run."
+                f"`{shown(f'{module}.{name}')[1:-1]}`. Nothing of it was run."
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -292,109 +346,78 @@ class _Unpickler(pickle.Unpickler):
         ):
             raise pickle.UnpicklingError("a persistent id must name a storage, its type and its key")
         (count,) = _natural_numbers((num_elements,))
-        storage = self.storages.setdefault(key, _Storage(kind.dtype, count, self._find_storage(key)))
+        if key not in self.storages:
+            read = self._find_storage(key, count * kind.dtype.itemsize)
+            self.storages[key] = _Storage(kind.dtype, count, read)
+        storage = self.storages[key]
         if (storage.dtype, storage.num_elements) != (kind.dtype, count):
             raise pickle.UnpicklingError("a storage must have one type and one size")
         return storage
 
 
-def _end_of_pickle(file: io.BytesIO) -> int:
-    """Walk through a pickle without building anything; return where it ends.
-
-    Raises:
-        UnpicklingError: It uses the registry of extensions, which is shared by the process, or asks the
-            interpreter for more memory than a pickle of its size can need.
-    """
-    start = file.tell()
-    largest = len(file.getbuffer())
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"):
-            raise pickle.UnpicklingError(f"the opcode {opcode.name} is not used by torch.save")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= largest:
-            raise pickle.UnpicklingError("the memo is larger than the file")
-    assert file.tell() > start
-    return file.tell()
-
-
 def _read_zip(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        names = {info.filename: info for info in archive.infolist()}
-        roots = [name.removesuffix("data.pkl") for name in names if name.split("/")[1:] == ["data.pkl"]]
-        if len(roots) != 1:
-            raise UserError(
-                f"`{path}` must be a checkpoint that torch.save wrote, but is another zip archive."
-            )
-        (root,) = roots
-        if any(info.compress_type != zipfile.ZIP_STORED for info in names.values()):
-            raise UserError(
-                f"`{path}` must be a checkpoint that torch.save wrote, but is a compressed archive."
-            )
-        if root + "byteorder" in names and archive.read(root + "byteorder").strip() != b"little":
-            raise UserError(f"`{path}` must be little endian, but is not. Save it again on such a machine.")
-        data = archive.read(root + "data.pkl")
+    archive = StoredZip(path)
+    names = archive.entries
+    roots = [name.removesuffix("data.pkl") for name in names if name.split("/")[1:] == ["data.pkl"]]
+    if len(roots) != 1:
+        raise UserError(f"`{path}` must be a checkpoint that torch.save wrote, but is another zip archive.")
+    (root,) = roots
+    if root + "byteorder" in names and archive.read(root + "byteorder").strip() != b"little":
+        raise UserError(f"`{path}` must be little endian, but is not. Save it again on such a machine.")
+    data = archive.read(root + "data.pkl")
 
-    def find_storage(key: str) -> Callable[[], bytes]:
+    def find_storage(key: str, num_bytes: int) -> Callable[[], bytes]:
         name = f"{root}data/{key}"
         if name not in names:
-            raise pickle.UnpicklingError(f"the storage {_printable(key)} is missing")
-        return lambda: _read_entry(path, name)
+            raise pickle.UnpicklingError(f"the storage {shown(key)} is missing")
+        if names[name].size != num_bytes:
+            raise pickle.UnpicklingError(
+                f"the storage {shown(key)} must have {num_bytes:,} bytes, but has {names[name].size:,}"
+            )
+        return lambda: archive.read(name)
 
-    _end_of_pickle(io.BytesIO(data))
+    end_of_pickle(io.BytesIO(data))
     return _Unpickler(data, path=path, find_storage=find_storage).load()
-
-
-def _read_entry(path: Path, name: str) -> bytes:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(name)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise UserError(f"`{path}` must be a complete checkpoint, but is damaged: {error}.") from None
 
 
 def _read_legacy(path: Path) -> Any:
     file = io.BytesIO(path.read_bytes())
     places: dict[str, tuple[int, int]] = {}  # of the bytes of each storage
 
-    def no_storage(key: str) -> NoReturn:
+    def no_storage(key: str, num_bytes: int) -> NoReturn:
         raise pickle.UnpicklingError("there must be no tensor here")
 
-    def find_storage(key: str) -> Callable[[], bytes]:
+    def find_storage(key: str, num_bytes: int) -> Callable[[], bytes]:
         def read() -> bytes:
             start, end = places[key]
             return bytes(file.getbuffer()[start:end])
 
         return read
 
-    def load_next(find: Callable[[str], Callable[[], bytes]]) -> tuple[Any, Mapping[str, _Storage]]:
+    def load_next(find: Callable[[str, int], Callable[[], bytes]]) -> tuple[Any, Mapping[str, _Storage]]:
         start = file.tell()
-        end = _end_of_pickle(file)
+        end = end_of_pickle(file)
         unpickler = _Unpickler(bytes(file.getbuffer()[start:end]), path=path, find_storage=find)
         return unpickler.load(), unpickler.storages
 
     if load_next(no_storage)[0] != _LEGACY_MAGIC or load_next(no_storage)[0] != _LEGACY_PROTOCOL:
         raise UserError(f"`{path}` must be a checkpoint that torch.save wrote, but is another pickle.")
     machine, _ = load_next(no_storage)
-    if machine.get("little_endian") is not True:
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise UserError(f"`{path}` must be little endian, but is not. Save it again on such a machine.")
     content, storages = load_next(find_storage)
     keys, _ = load_next(no_storage)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise pickle.UnpicklingError("the keys of the storages must be text")
     if sorted(keys) != sorted(storages):
         raise pickle.UnpicklingError("the storages are not those of the tensors")
     for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         storage = storages[key]
         start = file.tell()
-        end = start + count * torch.empty(0, dtype=storage.dtype).element_size()
+        end = start + count * storage.dtype.itemsize
         if count != storage.num_elements or end > len(file.getbuffer()):
-            raise pickle.UnpicklingError(f"the storage {_printable(key)} is cut short")
+            raise pickle.UnpicklingError(f"the storage {shown(key)} is cut short")
         places[key] = (start, end)
         file.seek(end)
     return content
-
-
-def _printable(text: str) -> str:
-    """Return text for an error: on one line, in ASCII, not too long."""
-    shown = ascii(text)[1:-1]
-    return shown if len(shown) <= _LONGEST_NAME else shown[:_LONGEST_NAME] + "..."

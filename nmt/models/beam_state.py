@@ -114,11 +114,12 @@ class BeamState:
         if self.length == 0:
             num_layers, *sizes, source_length, head_size = memory.parts.shape
             self._is_used_whole = multiplied_by_onednn(memory.parts.dtype, memory.parts.device)
-            capacity = LEAST_WIDTH if self._is_used_whole else _first_capacity(source_length, later)
+            filled = max(LEAST_WIDTH, _round_up(beam_size))
+            capacity = filled if self._is_used_whole else max(filled, _first_capacity(source_length, later))
             self._tables = [memory.parts.new_empty((*sizes, capacity, head_size)) for _ in range(num_layers)]
             for table in self._tables:
                 # What is read before it is filled is masked, but 0 times infinity is not a number.
-                table[:, :, :, :LEAST_WIDTH] = 0.0
+                table[:, :, :, :filled] = 0.0
             self._mask = memory.padding.new_full((sizes[1], beam_size, capacity), -torch.inf)
         elif self.num_columns + beam_size > self._mask.size(2):
             self._make_room(beam_size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ from nmt.models.attention import LEAST_WIDTH
 from nmt.models.beam_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
 from nmt.models.blocks import FeedForward, Residual
 from nmt.models.int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
+from nmt.models.known_parts import CONTAINERS, LINEAR, is_as_its_class, is_known
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
@@ -35,13 +37,14 @@ class InferenceTransformer:
 
     training = False
 
-    def __init__(self, model: Transformer, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: Transformer, dtype: torch.dtype | None = None, *, packs: bool = True) -> None:
         """Take over the weights of a model in evaluation mode, which is not changed.
 
         Args:
-            model: The model.
+            model: The model, whose parts are known (`search_form`).
             dtype: Of weights and hidden states; the model's own if it is left out. With `torch.int8` most of
                 the decoder's products are of 8-bit integers, all others of bfloat16; hidden states are float32.
+            packs: Whether to pack weights for faster products. Without it few are copied.
         """
         assert not model.training
         in_integers = dtype == torch.int8
@@ -54,7 +57,7 @@ class InferenceTransformer:
         self.encoder = copy.deepcopy(
             model.encoder, memo={id(weight): weight for weight in model.parameters()}
         )
-        _replace_products_(self.encoder, self.product_dtype)
+        _replace_products_(self.encoder, self.product_dtype, packs=packs)
         self.embedding = model.decoder.embedding
         layers = [cast(DecoderLayer, layer) for layer in model.decoder.layers]
         self.num_heads = layers[0].cross_attention.num_heads
@@ -63,6 +66,7 @@ class InferenceTransformer:
             torch.cat([x.weight for x in memory_maps]),
             torch.cat([x.bias for x in memory_maps]),
             self.product_dtype,
+            packs=packs,
         )
         inputs: Sequence[Inputs | None] = [None] * len(layers)
         last_ranges = None
@@ -70,7 +74,8 @@ class InferenceTransformer:
             inputs, last_input = decoder_inputs(model.decoder)
             last_ranges = ranges(last_input)
         self.layers = [
-            _Layer(layer, self.product_dtype, self.dtype, x) for layer, x in zip(layers, inputs, strict=True)
+            _Layer(layer, self.product_dtype, self.dtype, x, packs=packs)
+            for layer, x in zip(layers, inputs, strict=True)
         ]
         self.final_norm = _norm(model.decoder.final_norm, self.dtype)
         offset = None
@@ -81,7 +86,9 @@ class InferenceTransformer:
         self.logit_offset = 0.0 if offset is None else offset.item()
         bias = None if offset is None else (-offset).repeat(model.output_weight.size(0))
         # (..., D) -> (..., V)
-        self.project = linear_map(model.output_weight, bias, self.dtype, input_ranges=last_ranges)
+        self.project = linear_map(
+            model.output_weight, bias, self.dtype, input_ranges=last_ranges, packs=packs
+        )
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the weights of the model."""
@@ -114,21 +121,27 @@ class InferenceTransformer:
         return BeamState()
 
     def features(self, target_input: Tensor, memory: InferenceMemory, state: BeamState) -> Tensor:
-        """Take one new token a row into the state.
+        """Take new tokens into the state, one after the other.
 
         Args:
-            target_input: (R, 1) int64; the K rows of a sentence lie side by side, and are alike at first.
+            target_input: (R, T) int64; the K rows of a sentence lie side by side.
             memory: The encoded sources of B sentences.
             state: What has been decoded before.
 
         Returns:
-            (R, 1, D), the last hidden states.
+            (R, T, D), the last hidden states.
         """
         beam_size = target_input.size(0) // memory.padding.size(0)
+        columns = target_input.split(1, dim=1)
+        if len(columns) > 1:
+            return torch.cat([self.features(column, memory, state) for column in columns], dim=1)
         if state.length > 0 or beam_size == 1:
             return self._step(target_input, memory, state, beam_size, later=beam_size)
-        # At the first position all rows of a sentence are alike: one is computed.
-        features = self._step(target_input[::beam_size], memory, state, 1, later=beam_size)
+        first = target_input[::beam_size]
+        if not torch.equal(target_input, first.repeat_interleave(beam_size, dim=0)):
+            return self._step(target_input, memory, state, beam_size, later=beam_size)
+        # All rows of a sentence are alike, as a search begins: one is computed.
+        features = self._step(first, memory, state, 1, later=beam_size)
         state.branch(beam_size)
         return features.repeat_interleave(beam_size, dim=0)
 
@@ -167,7 +180,13 @@ class _Layer:
     """A decoder layer for one new position a row."""
 
     def __init__(
-        self, layer: DecoderLayer, dtype: torch.dtype, hidden_dtype: torch.dtype, inputs: Inputs | None
+        self,
+        layer: DecoderLayer,
+        dtype: torch.dtype,
+        hidden_dtype: torch.dtype,
+        inputs: Inputs | None,
+        *,
+        packs: bool = True,
     ) -> None:
         """Take over a layer's weights.
 
@@ -176,7 +195,9 @@ class _Layer:
             dtype: Of products.
             hidden_dtype: Of hidden states.
             inputs: Where inputs come from whose products shall be of 8-bit integers, which takes float32.
+            packs: Whether to pack weights.
         """
+        make = partial(linear_map, dtype=dtype, packs=packs)
         qkv_ranges = None if inputs is None else ranges(inputs.self_attention)
         query_ranges = None if inputs is None else ranges(inputs.cross_attention)
         qkv, query = layer.self_attention.qkv_proj, layer.cross_attention.q_proj
@@ -184,16 +205,12 @@ class _Layer:
         # Queries are divided by sqrt(E) beforehand, by their weights.
         scale = (dim // num_heads) ** -0.5
         scales = torch.cat([qkv.weight.new_full((dim,), scale), qkv.weight.new_ones(2 * dim)])
-        self.qkv = linear_map(qkv.weight * scales[:, None], qkv.bias * scales, dtype, input_ranges=qkv_ranges)
-        self.query = linear_map(query.weight * scale, query.bias * scale, dtype, input_ranges=query_ranges)
-        self.past_out = linear_map(
-            layer.self_attention.out_proj.weight, layer.self_attention.out_proj.bias, dtype
-        )
-        self.source_out = linear_map(
-            layer.cross_attention.out_proj.weight, layer.cross_attention.out_proj.bias, dtype
-        )
+        self.qkv = make(qkv.weight * scales[:, None], qkv.bias * scales, input_ranges=qkv_ranges)
+        self.query = make(query.weight * scale, query.bias * scale, input_ranges=query_ranges)
+        self.past_out = make(layer.self_attention.out_proj.weight, layer.self_attention.out_proj.bias)
+        self.source_out = make(layer.cross_attention.out_proj.weight, layer.cross_attention.out_proj.bias)
         input_norm = None if inputs is None else inputs.feed_forward
-        self.transform = _feed_forward(layer.feed_forward, dtype, input_norm=input_norm)
+        self.transform = _feed_forward(layer.feed_forward, dtype, input_norm=input_norm, packs=packs)
         self.around_past = _residual(layer.around_self_attention, hidden_dtype)
         self.around_source = _residual(layer.around_cross_attention, hidden_dtype)
         self.around_feed_forward = _residual(layer.around_feed_forward, hidden_dtype)
@@ -264,14 +281,17 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
     return rows.reshape(-1, rows.size(2) * rows.size(3))
 
 
-def _feed_forward(feed_forward: FeedForward, dtype: torch.dtype, *, input_norm: nn.LayerNorm | None) -> _Map:
+def _feed_forward(
+    feed_forward: FeedForward, dtype: torch.dtype, *, input_norm: nn.LayerNorm | None, packs: bool
+) -> _Map:
     """Return the map of a feed-forward block; of 8-bit integers if the normalisation of its inputs is given."""
     expand, contract, activation = feed_forward.expand, feed_forward.contract, feed_forward.activation
     if input_norm is not None and activation is F.relu:
         return int8_feed_forward(feed_forward, input_norm)
     input_ranges = None if input_norm is None else ranges(input_norm)
-    first = linear_map(expand.weight, expand.bias, dtype, activation=activation, input_ranges=input_ranges)
-    second = linear_map(contract.weight, contract.bias, dtype)
+    make = partial(linear_map, dtype=dtype, packs=packs)
+    first = make(expand.weight, expand.bias, activation=activation, input_ranges=input_ranges)
+    second = make(contract.weight, contract.bias)
     return lambda x: second(first(x))
 
 
@@ -282,6 +302,7 @@ def linear_map(
     *,
     activation: _Map | None = None,
     input_ranges: Tensor | None = None,
+    packs: bool = True,
 ) -> _Map:
     """Return the map x -> activation(x W^T + b) for weights (out, in) and inputs of a type.
 
@@ -296,7 +317,8 @@ def linear_map(
         return linear if activation is None else lambda x: activation(linear(x))
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
     can_pack = (
-        weight.device.type == "cpu"
+        packs
+        and weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
@@ -325,15 +347,16 @@ class _Product(nn.Module):
         return self.function(x.to(self.dtype)).to(x.dtype)
 
 
-def _replace_products_(module: nn.Module, dtype: torch.dtype) -> None:
-    """Put `_Product`s in the places of a module's linear maps and feed-forward blocks."""
+def _replace_products_(module: nn.Module, dtype: torch.dtype, *, packs: bool) -> None:
+    """Put `_Product`s in the places of an encoder's linear maps and feed-forward blocks, where these are known."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, _Product(linear_map(child.weight, child.bias, dtype), dtype))
-        elif isinstance(child, FeedForward):
-            setattr(module, name, _Product(_feed_forward(child, dtype, input_norm=None), dtype))
-        else:
-            _replace_products_(child, dtype)
+        if isinstance(child, nn.Linear) and is_known(child, LINEAR):
+            setattr(module, name, _Product(linear_map(child.weight, child.bias, dtype, packs=packs), dtype))
+        elif isinstance(child, FeedForward) and is_known(child, (FeedForward,)):
+            transform = _feed_forward(child, dtype, input_norm=None, packs=packs)
+            setattr(module, name, _Product(transform, dtype))
+        elif is_as_its_class(child, CONTAINERS):
+            _replace_products_(child, dtype, packs=packs)
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype) -> _Map:

@@ -8,6 +8,16 @@ from nmt.models.architectures import ARCHITECTURES
 
 FIXED = {"fixed": True}  # may not change when a run is resumed
 
+# Beyond any model that has been trained; a file that says more would cost memory and time before it is refused.
+LARGEST = {
+    "layers": 1000,
+    "embed_dim": 2**16,
+    "ffn_embed_dim": 2**18,
+    "attention_heads": 2**12,
+    "positions": 2**17,
+}
+_LARGEST_TABLE = 2**27  # numbers in a table of positions
+
 
 @dataclass(frozen=True)
 class TransformerOptions:
@@ -72,6 +82,10 @@ class TransformerOptions:
                 value = getattr(self, f"{side}_{name}")
                 if value < 1:
                     raise UserError(f"`{side}-{name.replace('_', '-')}` must be at least 1, but is {value}.")
+                if value > LARGEST[name]:
+                    raise UserError(
+                        f"`{side}-{name.replace('_', '-')}` must be at most {LARGEST[name]:,}, but is {value:,}."
+                    )
             if dim % heads:
                 raise UserError(
                     f"`{side}-embed-dim` must be a multiple of `{side}-attention-heads` ({heads}), but is {dim}."
@@ -86,10 +100,17 @@ class TransformerOptions:
                 raise UserError(
                     f"`{name.replace('_', '-')}` must be at least 0 and below 1, but is {getattr(self, name)}."
                 )
-        for name in ("max_source_positions", "max_target_positions"):
-            if getattr(self, name) < 2:
+        for name, dim in (
+            ("max_source_positions", self.encoder_embed_dim),
+            ("max_target_positions", self.decoder_embed_dim),
+        ):
+            value, flag = getattr(self, name), name.replace("_", "-")
+            if value < 2:
+                raise UserError(f"`{flag}` must be at least 2, but is {value}.")
+            largest = min(LARGEST["positions"], _LARGEST_TABLE // dim)
+            if value > largest:
                 raise UserError(
-                    f"`{name.replace('_', '-')}` must be at least 2, but is {getattr(self, name)}."
+                    f"`{flag}` must be at most {largest:,} at a width of {dim:,}, but is {value:,}."
                 )
         if self.share_all_embeddings and self.encoder_embed_dim != self.decoder_embed_dim:
             raise UserError(

@@ -58,7 +58,7 @@ def attend_to_self(projected: Tensor, spans: Spans, *, num_heads: int, dropout: 
         (1, N, D): the heads side by side.
     """
     if spans.by_kernels:
-        return _by_kernels(projected[0], None, spans, num_heads=num_heads, dropout=dropout)
+        return _by_kernels(projected.flatten(0, 1), None, spans, num_heads=num_heads, dropout=dropout)
     query, keys, values = projected.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     return _attend(query, keys, values, spans, dropout=dropout)
 
@@ -79,7 +79,8 @@ def attend_to_other(
         (1, N, D).
     """
     if spans.by_kernels:
-        return _by_kernels(query[0], projected[0], spans, num_heads=num_heads, dropout=dropout)
+        rows = query.flatten(0, 1), projected.flatten(0, 1)
+        return _by_kernels(*rows, spans, num_heads=num_heads, dropout=dropout)
     (heads,) = query.unflatten(-1, (1, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     keys, values = projected.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     return _attend(heads, keys, values, spans, dropout=dropout)
@@ -116,7 +117,10 @@ def _kernels() -> ModuleType:
 def _by_kernels(
     query: Tensor, projected: Tensor | None, spans: Spans, *, num_heads: int, dropout: float
 ) -> Tensor:
-    """(N, 3*D), or (N, D) and (M, 2*D) -> (1, N, D)."""
+    """(N, 3*D), or (N, D) and (M, 2*D) -> (1, N, D).
+
+    Rows come by `flatten`, whose gradient is a view; that of an index is filled with zeros and copied into.
+    """
     kernels = _kernels()
     queries, keys = spans.queries, spans.keys
     device = query.device

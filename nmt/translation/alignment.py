@@ -3,27 +3,31 @@
 It is the attention of one decoder layer, the last unless another is chosen, when the model predicts the token.
 docs/decoding.md says how well that agrees with statistical word alignment, and what the other layers give.
 
-Shapes: S source length, T target length, both without the end of sentence.
+Shapes: S source length, T target length, both without the end of sentence; W words.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nmt.data.parallel_dataset import collate_pairs
-from nmt.data.segmenter import PieceSegmenter
-from nmt.data.vocabulary import EOS_ID, Vocabulary
+from nmt.data.piece_spans import Span
+from nmt.data.segmenter import PieceSegmenter, Segmenter
+from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError
 from nmt.models.cross_attention import cross_attention_weights
 from nmt.translation.batches import Batching, BatchRunner
-from nmt.translation.long_sentences import split_ids
+from nmt.translation.long_sentences import joiner, split_ids
 from nmt.translation.translator import Translation, Translator
 
-_WORD_START = "▁"
+_WORD = re.compile(r"\S+")
 Links = list[tuple[int, int]]
 Weights = NDArray[np.float32]
+Membership = NDArray[np.bool_]
+"""(W, N): whether a word has a part in a piece. A piece may have parts of several words."""
 
 
 def check_layer(translator: Translator, layer: int) -> None:
@@ -36,8 +40,9 @@ def check_layer(translator: Translator, layer: int) -> None:
 def align(translator: Translator, translations: Sequence[Translation], *, layer: int) -> list[list[Links]]:
     """Align each hypothesis of each translation with its source.
 
-    Words are what blanks separate in the source line and in the text; where the input is in pieces, they are
-    pieces. Each word of the text is linked to the word of the source that it attends to most.
+    Words are what white space separates in the source line and in the text, as they are given and not as they are
+    normalised; where the input is in pieces, they are pieces. Each word of the text is linked to the word of the
+    source that it attends to most.
 
     Args:
         translator: Its models are asked, the mean of them.
@@ -49,19 +54,22 @@ def align(translator: Translator, translations: Sequence[Translation], *, layer:
     """
     pairs = [(x.source_ids, hypothesis.tokens) for x in translations for hypothesis in x.hypotheses]
     weights = iter(attention(translator, pairs, layer=layer))
-    return [
-        [
-            link_words(
-                next(weights),
-                word_numbers(x.source_ids, translator.source_segmenter, translator.task.source_vocabulary),
-                word_numbers(
-                    hypothesis.tokens, translator.target_segmenter, translator.task.target_vocabulary
-                ),
-            )
-            for hypothesis in x.hypotheses
-        ]
-        for x in translations
-    ]
+    aligned = []
+    for x in translations:
+        source_words = words_of_source(x, translator.source_segmenter)
+        aligned.append(
+            [
+                link_words(
+                    next(weights),
+                    source_words,
+                    words_of_text(
+                        text, hypothesis.tokens, translator.target_segmenter, translator.task.target_lang
+                    ),
+                )
+                for text, hypothesis in zip(x.texts, x.hypotheses, strict=True)
+            ]
+        )
+    return aligned
 
 
 def attention(
@@ -120,42 +128,78 @@ def _block_diagonal(blocks: Sequence[Weights]) -> Weights:
     return whole
 
 
-def word_numbers(ids: Iterable[int], segmenter: object, vocabulary: Vocabulary) -> list[int]:
-    """Return for each piece the number of its word, from 0; -1 for eos between parts.
+def words_of_source(translation: Translation, segmenter: Segmenter | PieceSegmenter) -> Membership:
+    """Return which words of the source line its pieces belong to; those of eos between parts to none."""
+    if isinstance(segmenter, PieceSegmenter):
+        return _pieces_as_words(translation.source_ids)
+    spans: list[Span | None] = []
+    end = 0
+    for number, (part, ids) in enumerate(
+        zip(
+            translation.parts or [translation.source], split_ids(translation.source_ids.tolist()), strict=True
+        )
+    ):
+        spans += [None] * (number > 0)
+        start = translation.source.index(part, end)
+        end = start + len(part)
+        spans += [(start + a, start + b) for a, b in segmenter.spans(part)[: len(ids)]]
+    return _membership(translation.source, spans)
 
-    A word begins with a piece that begins with SentencePiece's mark of a blank, or follows one that is nothing but
-    the mark. Without SentencePiece each piece is a word.
+
+def words_of_text(
+    text: str, tokens: Sequence[int], segmenter: Segmenter | PieceSegmenter, language: str
+) -> Membership:
+    """Return which words of a translation its tokens belong to; those of eos between parts to none."""
+    if isinstance(segmenter, PieceSegmenter):
+        return _pieces_as_words(tokens)
+    spans: list[Span | None] = []
+    start = 0
+    for number, ids in enumerate(split_ids(tokens)):
+        spans += [None] * (number > 0)
+        (part,) = segmenter.decode([ids])
+        # Parts without text are not joined to the others.
+        start += len(joiner(language)) if part and start else 0
+        spans += [(start + a, start + b) for a, b in segmenter.decoded_spans(ids)]
+        start += len(part)
+    return _membership(text, spans)
+
+
+def _pieces_as_words(ids: Sequence[int] | NDArray[Any]) -> Membership:
+    is_piece = np.array(ids, dtype=np.int64) != EOS_ID
+    return np.eye(len(is_piece), dtype=np.bool_)[is_piece]
+
+
+def _membership(text: str, spans: Sequence[Span | None]) -> Membership:
+    """Return which words of a text stand where.
+
+    Args:
+        text: A line, whose words are separated by white space.
+        spans: Of the pieces. One of white space alone, or of nothing, belongs to the next word, or the last.
     """
-    numbers: list[int] = []
-    current, begins = -1, True
-    for index in ids:
-        token = vocabulary.tokens[index]
-        if index == EOS_ID:
-            numbers.append(-1)
-            begins = True
+    words = [match.span() for match in _WORD.finditer(text)]
+    membership = np.zeros((len(words), len(spans)), dtype=np.bool_)
+    for place, span in enumerate(spans):
+        if span is None or not words:
             continue
-        if isinstance(segmenter, PieceSegmenter) or begins or token.startswith(_WORD_START):
-            current += 1
-        numbers.append(current)
-        begins = False
-    return numbers
+        start, end = span
+        own = [number for number, (a, b) in enumerate(words) if a < end and start < b]
+        if not own:
+            own = [next((number for number, (_, b) in enumerate(words) if b > start), len(words) - 1)]
+        membership[own, place] = True
+    return membership
 
 
-def link_words(weights: Weights, source_words: Sequence[int], target_words: Sequence[int]) -> Links:
+def link_words(weights: Weights, source_words: Membership, target_words: Membership) -> Links:
     """Link each word of a text to the word of the source that its pieces attend to most.
 
     Args:
         weights: (T, S+1), as `attention` gives them.
-        source_words: (S,) the word of each piece, -1 for none.
-        target_words: (T,) likewise.
+        source_words: (W, S), which of the source's words each piece belongs to.
+        target_words: (W', T), likewise.
     """
-    num_source, num_target = (max(words, default=-1) + 1 for words in (source_words, target_words))
-    if num_source == 0:
+    if not len(source_words):
         return []
-    by_word = np.zeros((num_target, num_source))
-    rows, columns = np.array(target_words, dtype=np.int64), np.array(source_words, dtype=np.int64)
-    is_word = np.ix_(rows >= 0, columns >= 0)
-    np.add.at(by_word, np.ix_(rows[rows >= 0], columns[columns >= 0]), weights[:, :-1][is_word])
+    by_word = target_words.astype(np.float64) @ weights[:, :-1] @ source_words.T  # (W', W)
     return [(source, target) for target, source in enumerate(by_word.argmax(axis=1).tolist())]
 
 

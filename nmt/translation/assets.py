@@ -10,9 +10,11 @@ from pathlib import Path
 from nmt.data.data_directory import MODEL_NAME, DataDirectory, dictionary_name
 from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import Vocabulary
-from nmt.errors import UserError
+from nmt.errors import DamagedError
+from nmt.records import LANGUAGE, Flag, Record, read_record
 
 _LANGUAGES = "languages.json"
+_RECORD = Record({"source_lang": LANGUAGE, "target_lang": LANGUAGE}, optional={"segmenter": Flag()})
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,13 @@ class TranslationAssets:
         """
         path = folder / _LANGUAGES
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            source_lang, target_lang = record["source_lang"], record["target_lang"]
-            has_segmenter = record.get("segmenter", True)
+            record = read_record(path, _RECORD, what_to_do="Take the whole model folder again.")
         except FileNotFoundError:
-            raise UserError(f"`{path}` must be a file of the model folder, but is missing.") from None
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"`{path}` must name source_lang and target_lang, but is cut short or damaged."
-            ) from error
-        segmenter = folder / MODEL_NAME if has_segmenter else None
+            raise DamagedError(f"`{path}` must be a file of the model folder, but is missing.") from None
+        segmenter = folder / MODEL_NAME if record.get("segmenter", True) else None
         if segmenter is not None and not segmenter.is_file():
-            raise UserError(f"`{segmenter}` must exist, but is missing.")
-        return cls(source_lang, target_lang, folder=folder, segmenter=segmenter)
+            raise DamagedError(f"`{segmenter}` must exist, but is missing.")
+        return cls(record["source_lang"], record["target_lang"], folder=folder, segmenter=segmenter)
 
     @classmethod
     def of_data(cls, directory: DataDirectory) -> TranslationAssets:
@@ -77,3 +73,14 @@ class TranslationAssets:
         if self.segmenter is None:
             record["segmenter"] = False
         (folder / _LANGUAGES).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def is_same_file(before: Path, now: Path) -> bool:
+    """Return whether a file of assets means the same to a model as another one of its name.
+
+    The counts in a dictionary say how often a token stood in some text; a model knows tokens and their order.
+    """
+    if before.read_bytes() == now.read_bytes():
+        return True
+    is_dictionary = now.name.startswith("dict.") and now.suffix == ".txt"
+    return is_dictionary and Vocabulary.load(before) == Vocabulary.load(now)

@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from nmt.data.languages import is_written_without_blanks
 from nmt.data.vocabulary import EOS_ID
 from nmt.generation.beam_search import Hypothesis
 
-# Where to cut, best first: after the end of a sentence, of a clause, of a phrase; at white space. Marks of Chinese
-# and Japanese need no blank after them.
+# Where to cut, best first: after the end of a sentence, of a clause, of a phrase; at white space. Marks of
+# Chinese, Japanese, Khmer, Burmese and Tibetan need no blank after them.
 _CUTS = (
-    re.compile(r"(?<=[.!?…])[\"'”’»)\]]*\s+|(?<=[。！？])"),
-    re.compile(r"(?<=[;:])\s+|\s+[–—]\s*|(?<=[；：])"),
-    re.compile(r"(?<=,)\s+|(?<=[，、])"),
+    re.compile(r"(?<=[.!?…।॥؟۔።])[\"'”’»)\]]*\s+|(?<=[。！？｡．។။།])"),
+    re.compile(r"(?<=[;:؛፤])\s+|\s+[–—]\s*|(?<=[；：])"),
+    re.compile(r"(?<=[,،፣])\s+|(?<=[，、､၊])"),
     re.compile(r"\s+"),
 )
-_WRITTEN_WITHOUT_BLANKS = ("zh", "ja", "th", "lo", "km", "my", "bo")
 
 
 def split_text(text: str, *, limit: int, count_pieces: Callable[[str], int]) -> list[str]:
@@ -56,8 +56,12 @@ def _halves(text: str) -> tuple[str, str]:
 
 def join_texts(texts: Sequence[str], *, language: str) -> str:
     """Join the translations of the parts, by blanks where the language has them."""
-    code = language.replace("_", "-").partition("-")[0].lower()
-    return ("" if code in _WRITTEN_WITHOUT_BLANKS else " ").join(text for text in texts if text)
+    return joiner(language).join(text for text in texts if text)
+
+
+def joiner(language: str) -> str:
+    """Return what stands between two sentences of a language."""
+    return "" if is_written_without_blanks(language) else " "
 
 
 def join_hypotheses(parts: Sequence[Sequence[Hypothesis]], *, lenpen: float) -> list[Hypothesis]:

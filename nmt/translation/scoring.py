@@ -11,12 +11,15 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
 from sacrebleu.significance import PairedTest, Result
 
+from nmt.data.languages import has_own_writing, is_written_without_blanks, language_of
 from nmt.errors import UserError
 
 _SIGNIFICANT = 0.05
 # In words of the longer side. What TER takes grows with the third power: at this length a line takes up to four
 # seconds where all words are in another order, and at 900 words half a minute.
 LONGEST_TER_LINE = 150
+_LOW_BLEU = 1.0
+_OWN_TOKENIZERS = ("zh", "ja", "ko")  # of sacreBLEU
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,21 @@ class RunningScores:
         return results
 
 
+def low_bleu_note(bleu: float, chrf: float) -> str | None:
+    """Return a line if BLEU, which counts four words in a row, is too low to tell one system from another."""
+    if bleu >= _LOW_BLEU:
+        return None
+    return f"BLEU is below 1 and tells little: chrF is the number to look at, {chrf:.1f} here"
+
+
 def bleu(translations: Sequence[str], references: Sequence[str], *, target_lang: str) -> Score:
     """Return corpus BLEU (Papineni et al., 2002) of raw, detokenised text.
 
     Args:
         translations: One a line.
         references: As many.
-        target_lang: Chooses the tokenisation: sacreBLEU's own for zh, ja and ko, else 13a. What follows the
-            language itself is ignored (`zh-Hans`, `zh_CN`).
+        target_lang: Chooses the tokenisation: sacreBLEU's own for Chinese, Japanese and Korean, characters for
+            others that are written without blanks, else 13a. Any code will do (`zh-Hans`, `zho_Hans`, `cmn`).
 
     Raises:
         UserError: The numbers differ, or the tokenisation needs a package that is not installed.
@@ -266,16 +276,16 @@ def _metrics(target_lang: str) -> dict[str, Metric]:
 
 
 def _ter_metric(target_lang: str) -> TER:
-    has_no_blanks = _language(target_lang) in ("zh", "ja")
+    has_no_blanks = language_of(target_lang) in ("zh", "ja") and has_own_writing(target_lang)
     return TER(normalized=has_no_blanks, asian_support=has_no_blanks)
 
 
-def _language(code: str) -> str:
-    return code.replace("_", "-").partition("-")[0].lower()
-
-
 def _bleu_metric(target_lang: str) -> BLEU:
-    language = _language(target_lang)
+    language = language_of(target_lang)
+    if not has_own_writing(target_lang):
+        return BLEU()
+    if language not in _OWN_TOKENIZERS and is_written_without_blanks(target_lang):
+        return BLEU(tokenize="char")
     try:
         return BLEU(trg_lang=language)
     except (ImportError, RuntimeError) as error:

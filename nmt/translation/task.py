@@ -1,17 +1,17 @@
 """The translation task: vocabularies, data, model, loss, and BLEU on the validation set."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
-from nmt.data.batching import cut_batches
-from nmt.data.data_directory import DataDirectory
+from nmt.data.blocks import decode_lines, read_lines
+from nmt.data.data_directory import DataDirectory, dictionary_name
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
 from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
@@ -22,9 +22,12 @@ from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
+from nmt.models.search_form import search_form
 from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
-from nmt.translation.assets import TranslationAssets
+from nmt.task_extras import Words
+from nmt.translation.assets import TranslationAssets, is_same_file
+from nmt.translation.held_out import sample_lines, translate_held_out
 from nmt.translation.loss import TranslationLoss, packed_translation_loss, translation_loss
 from nmt.translation.options import TranslationOptions
 from nmt.translation.r_drop import r_drop_loss
@@ -32,15 +35,15 @@ from nmt.translation.table import Row, markdown_table
 from nmt.translation.word_dropout import drop_words
 
 _BEAM = 5
-_TOKENS_AT_ONCE = {"cpu": 2048}  # to translate
-_TOKENS_AT_ONCE_ELSEWHERE = 8192
 _NUM_SHOWN = 8
+_NUM_SAMPLES = 3  # in the log
 
 
 class TranslationTask:
     """Translation from `source_lang` to `target_lang`."""
 
     metrics: Mapping[str, Literal["min", "max"]]
+    words = Words(target="target token", examples="pairs")
 
     def __init__(
         self, options: TranslationOptions, assets: TranslationAssets, *, loss: TranslationLoss | None = None
@@ -53,8 +56,9 @@ class TranslationTask:
             self.packed_loss = partial(packed_translation_loss, label_smoothing=options.label_smoothing)
         self.metrics = {"loss": "min", "nll": "min", "ppl": "min"}
         if options.eval_bleu:
-            self.metrics = {**self.metrics, "bleu": "max"}
+            self.metrics = {**self.metrics, "bleu": "max", "chrf": "max"}
         self.assets = assets
+        self._said: str | None = None
         self.source_lang, self.target_lang = assets.source_lang, assets.target_lang
         self.source_vocabulary = assets.vocabulary(self.source_lang)
         self.target_vocabulary = assets.vocabulary(self.target_lang)
@@ -80,9 +84,12 @@ class TranslationTask:
     def open_split(self, split: str) -> ParallelDataset:
         """Open "train", "valid" or "test" of the data directory.
 
+        A validation or test set is measured as it is: what is longer than the model has positions for is cut for
+        the loss alone.
+
         Raises:
             UserError: The split is missing or damaged, was made with another vocabulary than the model's, or
-                is longer than the model has positions for.
+                is for training and longer than the model has positions for.
         """
         directory = self._data_directory()
         if (directory.source_lang, directory.target_lang) != (self.source_lang, self.target_lang):
@@ -95,15 +102,29 @@ class TranslationTask:
             (directory.target_lang, self.target_vocabulary),
         ):
             _check_same_vocabulary(vocabulary, directory, lang)
-        dataset = ParallelDataset(
-            IndexedDataset(directory.split_prefix(split, directory.source_lang)),
-            IndexedDataset(directory.split_prefix(split, directory.target_lang)),
-            split=split,
-        )
-        if split == "valid" and self.options.eval_bleu:
-            self._bleu(["a"], ["a"])  # a tokeniser that is missing is found out here
-        longest = dataset.sizes.max(axis=0).tolist()
         model = self.options.model
+        source, target = (
+            _open_side(directory, split, lang, vocabulary)
+            for lang, vocabulary in (
+                (directory.source_lang, self.source_vocabulary),
+                (directory.target_lang, self.target_vocabulary),
+            )
+        )
+        dataset = ParallelDataset(
+            source,
+            target,
+            split=split,
+            positions=None if split == "train" else (model.max_source_positions, model.max_target_positions),
+        )
+        if len(dataset) == 0:
+            raise UserError(f"`{split}` of `{directory.path}` must hold pairs, but is empty. Make it again.")
+        if split == "valid" and self.options.eval_bleu:
+            self._scores(["a"], ["a"])  # a tokeniser that is missing is found out here
+            # So is a SentencePiece model that is not the dictionary's, and raw text that cannot be read.
+            self.target_segmenter.decode([[UNK_ID]])
+            if directory.has_raw_text:
+                self._references(dataset)
+        longest = dataset.sizes.max(axis=0).tolist()
         for side, length, limit in zip(
             ("source", "target"),
             longest,
@@ -142,68 +163,130 @@ class TranslationTask:
         return {**means, "ppl": math.exp(min(means["nll"], 700.0))}  # float64 ends at exp(709)
 
     def evaluate(self, model: nn.Module, examples: ParallelDataset, world: World) -> dict[str, float]:
-        """Translate the examples and return their BLEU, or nothing if `eval_bleu` is off."""
+        """Translate the examples and return their BLEU and chrF2, or nothing if `eval_bleu` is off."""
         if not self.options.eval_bleu:
             return {}
         assert isinstance(model, Transformer)
-        at_once = _TOKENS_AT_ONCE.get(world.device.type, _TOKENS_AT_ONCE_ELSEWHERE)
-        batches = cut_batches(examples.sizes[:, :1], max_tokens=at_once)
-        translations = self._translate(model, examples, batches[world.rank :: world.size], world)
-        everywhere = {index: tokens for part in world.gather(translations) for index, tokens in part.items()}
-        texts = self.target_segmenter.decode([everywhere[index] for index in range(len(examples))])
-        return {"bleu": self._bleu(texts, self._references(examples))}
+        by_length = np.argsort(examples.sizes[:, 0], kind="stable").tolist()
+        translations = self._translate(model, examples, by_length[world.rank :: world.size], world)
+        everywhere = {index: text for part in world.gather(translations) for index, text in part.items()}
+        texts = [everywhere[index] for index in range(len(examples))]
+        return self._scores(texts, self._references(examples))
 
     def illustrate(self, model: nn.Module, examples: ParallelDataset, world: World) -> Illustrations:
         """Show some sentences, evenly spread over the split, as the model reads and translates them."""
         if not world.is_main or len(examples) == 0:
             return Illustrations()
         assert isinstance(model, Transformer)
-        shown = np.unique(np.linspace(0, len(examples) - 1, _NUM_SHOWN).astype(np.int64))
-        tokens = self._translate(model, examples, [shown], world)
-        sources, references = zip(*map(examples.__getitem__, shown.tolist()), strict=True)
-        rows = map(
-            Row,
-            self.source_segmenter.decode(sources),
-            self.target_segmenter.decode(references),
-            self.target_segmenter.decode(tokens[i] for i in shown.tolist()),
-        )
+        shown = _spread(len(examples), _NUM_SHOWN)
+        translations = self._translate(model, examples, shown, world)
+        sources, references = self._texts(examples, shown)
+        rows = map(Row, sources, references, (translations[i] for i in shown))
         return Illustrations(texts={"translations": markdown_table(rows)})
+
+    def remarks(
+        self, model: nn.Module, examples: ParallelDataset, results: Mapping[str, float], world: World
+    ) -> list[str]:
+        """Show some translations, the same sentences each time; say so where BLEU is too low to mean anything."""
+        if not world.is_main or len(examples) == 0 or not self.options.eval_bleu:
+            return []
+        assert isinstance(model, Transformer)
+        shown = _spread(len(examples), _NUM_SAMPLES)
+        translations = self._translate(model, examples, shown, world)
+        lines = sample_lines(*self._texts(examples, shown), translations, shown)
+        from nmt.translation.scoring import low_bleu_note
+
+        note = low_bleu_note(results["bleu"], results["chrf"])
+        return lines if note is None else [*lines, note]
+
+    def next_command(self, model: Path) -> str:
+        """Return how to translate with a model of this task."""
+        return f"nmt-generate --model {model} --input FILE.{self.source_lang}"
+
+    def is_same_asset(self, before: Path, now: Path) -> bool:
+        """Return whether two files of assets mean the same; the counts of a dictionary mean nothing."""
+        return is_same_file(before, now)
 
     def save_assets(self, folder: Path) -> None:
         """Copy what translating needs besides the weights: vocabularies, segmenter, languages."""
         self.assets.save(folder)
 
     def _translate(
-        self, model: Transformer, examples: ParallelDataset, batches: Iterable[NDArray[Any]], world: World
-    ) -> dict[int, list[int]]:
-        """Return the tokens of the best translation of each example in the batches of indices."""
+        self, model: Transformer, examples: ParallelDataset, indices: Iterable[int], world: World
+    ) -> dict[int, str]:
+        """Return the best translation of each of some examples, by its index."""
         decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
-        fast = InferenceTransformer(model)  # made each time: it holds the weights as they are now
+        fast = self._search_form(model, world)  # made each time: it holds the weights as they are now
         # Training goes on in the memory of what is recorded: that is made anew too.
-        static_search = StaticSearch([fast]) if world.device.type == "cuda" else None
-        generator = Generator(
-            [fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, static_search=static_search
+        static_search = None
+        if world.device.type == "cuda" and isinstance(fast, InferenceTransformer):
+            static_search = StaticSearch([fast])
+        return translate_held_out(
+            Generator(
+                [fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, static_search=static_search
+            ),
+            examples,
+            indices,
+            source=self.source_segmenter,
+            target=self.target_segmenter,
+            source_text=self._source_text(examples),
+            language=self.target_lang,
+            positions=model.max_source_positions,
+            device=world.device,
         )
-        translations: dict[int, list[int]] = {}
-        for indices in batches:
-            source = examples.collate([examples[i] for i in indices]).source.to(world.device)
-            for index, hypotheses in zip(indices.tolist(), generator.generate(source), strict=True):
-                translations[index] = hypotheses[0].tokens
-        return translations
 
-    def _bleu(self, texts: Sequence[str], references: Sequence[str]) -> float:
-        from nmt.translation.scoring import bleu  # sacreBLEU is not loaded to translate alone
+    def check_model(self, model: nn.Module, world: World) -> None:
+        """Say so on rank 0 if validations cannot search by the fast form of the model."""
+        assert isinstance(model, Transformer)
+        if self.options.eval_bleu:
+            self._search_form(model, world)
 
-        return bleu(texts, references, target_lang=self.target_lang).score
+    def _search_form(self, model: Transformer, world: World) -> InferenceTransformer | Transformer:
+        form, remark = search_form(model)
+        if remark is not None and remark != self._said:
+            self._said = remark  # once, and not at each validation
+            if world.is_main:
+                print(f"warning: {remark}", file=sys.stderr)
+        return form
+
+    def _scores(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        from nmt.translation.scoring import bleu, chrf  # sacreBLEU is not loaded to translate alone
+
+        score = bleu(texts, references, target_lang=self.target_lang).score
+        return {"bleu": score, "chrf": chrf(texts, references).score}
 
     def _references(self, examples: ParallelDataset) -> list[str]:
         """Return the raw target text of a split, or its pieces where no raw text was kept."""
-        directory = self._data_directory()
-        if directory.has_raw_text and examples.split in ("valid", "test"):
-            return _read_lines(directory.raw_path(examples.split, self.target_lang))
+        if (raw := self._raw_text(examples, self.target_lang)) is not None:
+            return raw
         return self.target_segmenter.decode(
             [target for _, target in map(examples.__getitem__, range(len(examples)))]
         )
+
+    def _source_text(self, examples: ParallelDataset) -> Callable[[int], str]:
+        """Return what gives the source of an example as text; the raw text is read when one is asked for."""
+        raw: list[str] | None = None
+
+        def text(index: int) -> str:
+            nonlocal raw
+            raw = raw or self._raw_text(examples, self.source_lang)
+            return raw[index] if raw else self.source_segmenter.decode([examples[index][0]])[0]
+
+        return text
+
+    def _raw_text(self, examples: ParallelDataset, lang: str) -> list[str] | None:
+        """Return one side of a split as it was before it was split into pieces, if that was kept."""
+        if examples.split not in ("valid", "test"):
+            return None
+        directory = self._data_directory()
+        if not directory.has_raw_text:
+            return None
+        return _read_lines(directory.raw_path(examples.split, lang), len(examples))
+
+    def _texts(self, examples: ParallelDataset, indices: Sequence[int]) -> tuple[list[str], list[str]]:
+        """Return the sources and targets of some examples, as the model reads them."""
+        sources, references = zip(*map(examples.__getitem__, indices), strict=True)
+        return self.source_segmenter.decode(sources), self.target_segmenter.decode(references)
 
     def _data_directory(self) -> DataDirectory:
         return DataDirectory(self.options.data)
@@ -215,9 +298,35 @@ def _loss_of(options: TranslationOptions) -> TranslationLoss:
     return partial(translation_loss, label_smoothing=options.label_smoothing)
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Read text whose lines end with a newline and nothing else (`str.splitlines` knows other ends)."""
-    return path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+def _open_side(directory: DataDirectory, split: str, lang: str, vocabulary: Vocabulary) -> IndexedDataset:
+    """Open one side of a split, and look whether it belongs to its vocabulary."""
+    side = IndexedDataset(directory.split_prefix(split, lang))
+    side.check_ids(len(vocabulary), directory.path / dictionary_name(lang))
+    return side
+
+
+def _spread(number: int, shown: int) -> list[int]:
+    """Return some of so many indices, evenly spread."""
+    found: list[int] = np.unique(np.linspace(0, number - 1, shown).astype(np.int64)).tolist()
+    return found
+
+
+def _read_lines(path: Path, num_pairs: int) -> list[str]:
+    """Read the raw text of a split, whose lines end with a newline and nothing else.
+
+    Raises:
+        UserError: It is not UTF-8, or has another number of lines than the split has pairs.
+    """
+    lines = [
+        decode_lines(line + b"\n", path, first_line=number)[0]
+        for number, line in enumerate(read_lines(path), start=1)
+    ]
+    if len(lines) != num_pairs:
+        raise UserError(
+            f"`{path}` must have a line for each of the {num_pairs:,} pairs of its split, but has "
+            f"{len(lines):,}. Make the data directory again with nmt-preprocess."
+        )
+    return lines
 
 
 def _check_same_vocabulary(vocabulary: Vocabulary, directory: DataDirectory, lang: str) -> None:

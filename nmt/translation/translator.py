@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,14 @@ from nmt.cudnn_attention import leave_out_cudnn_attention
 from nmt.data.parallel_dataset import collate_pairs, pad_right
 from nmt.data.segmenter import PieceSegmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import ROWS_AT_ONCE, Generator, TranslationModel
 from nmt.generation.options import DecodingKeywords, DecodingOptions
 from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
 from nmt.models.int8 import check_int8
+from nmt.models.search_form import search_form
 from nmt.models.transformer import Transformer
 from nmt.prepared_shapes import keep_prepared_shapes
 from nmt.translation.batches import Batching, BatchRunner, free_memory
@@ -50,14 +52,17 @@ class Translation:
     hypotheses: list[Hypothesis]
     source_ids: NDArray[Any]  # (S,) the pieces that were translated, without eos
     num_dropped_pieces: int = 0  # at the end of a source that is too long: they were not translated
-    num_parts: int = (
-        1  # of a source that is too long: they were translated apart; eos stands between their ids
-    )
+    parts: Sequence[str] = ()  # of a source that is too long: they were translated apart; none if it was not
 
     @property
     def text(self) -> str:
         """The best translation."""
         return self.texts[0] if self.texts else ""
+
+    @property
+    def num_parts(self) -> int:
+        """How many sentences were translated; eos stands between their ids."""
+        return max(len(self.parts), 1)
 
 
 class ScoredText(NamedTuple):
@@ -107,7 +112,11 @@ class Translator:
         _check_precision(precision, device)
         self.models = models
         dtype = _TYPES[precision]
-        self.fast_models = [InferenceTransformer(model, dtype) for model in models]
+        forms = [search_form(model, dtype) for model in models]
+        self.fast_models = [form.model for form in forms]
+        self.remarks = [form.remark for form in forms if form.remark is not None]
+        for remark in self.remarks:
+            print(f"warning: {remark}", file=sys.stderr)
         if torch.device(device).type == "cuda":
             leave_out_cudnn_attention()
         if torch.device(device).type == "cpu":
@@ -116,7 +125,9 @@ class Translator:
         self.device = torch.device(device)
         if in_place is None:
             in_place = self.device.type == "cuda"
-        self.static_search = StaticSearch(self.fast_models) if in_place else None
+        fast = [model for model in self.fast_models if isinstance(model, InferenceTransformer)]
+        can_be_in_place = len(fast) == len(models)  # none is run as it is
+        self.static_search = StaticSearch(fast) if in_place and can_be_in_place else None
         # Before a search has taken any of it: batches stay of one size.
         self._free_memory = free_memory(self.device)
         self.source_segmenter = (
@@ -196,7 +207,7 @@ class Translator:
     def _translate_all(self, lines: Sequence[str], options: DecodingOptions) -> Iterator[Translation]:
         if isinstance(lines, str):
             raise UserError(
-                f"`lines` must be a list of lines, but is one string. Put it in a list: [{lines!r}]."
+                f"`lines` must be a list of lines, but is one string. Put it in a list: [{shown(lines)}]."
             )
         return self.translate_lines(lines, options)
 
@@ -382,9 +393,12 @@ class Translator:
                     limit=longest,
                     count_pieces=lambda text: len(self.source_segmenter.encode([text])[0]),
                 )
-                parts = [part for part in self.source_segmenter.encode(texts) if len(part)]
-                num_dropped = sum(max(len(part) - longest, 0) for part in parts)
-                sentences.append(_Sentences([part[:longest] for part in parts], num_dropped))
+                encoded = zip(texts, self.source_segmenter.encode(texts), strict=True)
+                kept = [(text, part) for text, part in encoded if len(part)]
+                num_dropped = sum(max(len(part) - longest, 0) for _, part in kept)
+                sentences.append(
+                    _Sentences([part[:longest] for _, part in kept], num_dropped, [text for text, _ in kept])
+                )
         return sentences
 
     def _run_buffer(
@@ -454,7 +468,7 @@ class Translator:
             hypotheses,
             sentences.ids,
             num_dropped_pieces=sentences.num_dropped,
-            num_parts=len(sentences.parts),
+            parts=sentences.texts,
         )
 
     def _padded(self, sentences: Sequence[NDArray[Any]]) -> Tensor:
@@ -467,6 +481,7 @@ class _Sentences:
 
     parts: list[NDArray[Any]]
     num_dropped: int = 0
+    texts: Sequence[str] = ()  # of the parts, where the line was split
 
     @property
     def ids(self) -> NDArray[Any]:
@@ -508,17 +523,25 @@ def _load(path: Path, device: torch.device | str) -> tuple[Transformer, Translat
     return model, task
 
 
-def _largest_of_a_step(models: Sequence[InferenceTransformer]) -> int:
+def _largest_of_a_step(models: Sequence[InferenceTransformer | Transformer]) -> int:
     """Return how many bytes the largest tensor has that each step makes anew, with batches of usual size."""
     sizes = []
     for model in models:
-        plain, itemsize = model.plain, model.product_dtype.itemsize
+        if isinstance(model, InferenceTransformer):
+            plain, itemsize, product_itemsize = (
+                model.plain,
+                model.dtype.itemsize,
+                model.product_dtype.itemsize,
+            )
+        else:
+            plain = model
+            itemsize = product_itemsize = model.output_weight.dtype.itemsize
         num_logits = ROWS_AT_ONCE["cpu"] * plain.output_weight.size(0)
         # Those of several models are stacked.
-        sizes.append(num_logits * (model.dtype.itemsize if len(models) == 1 else 4 * len(models)))
+        sizes.append(num_logits * (itemsize if len(models) == 1 else 4 * len(models)))
         widest = max(x.out_features for x in plain.modules() if isinstance(x, nn.Linear))
-        memory = 2 * len(model.layers) * plain.output_weight.size(1)
-        sizes.append(_ROWS_OF_A_STEP * max(widest, memory) * itemsize)
+        memory = 2 * len(plain.decoder.layers) * plain.output_weight.size(1)
+        sizes.append(_ROWS_OF_A_STEP * max(widest, memory) * product_itemsize)
     # PyTorch asks for 2 MB more where tensors begin at huge pages, and glibc for a little more.
     return max(sizes) + 2**21 + 2**16
 

@@ -4,11 +4,11 @@ They are asked for here and nowhere else, because they may be missing, and becau
 index has for Linux is built for CUDA. Beside a torch without CUDA its compiled operators cannot be loaded, and
 its import ends with "operator torchvision::nms does not exist" (https://github.com/pytorch/vision/issues/9085):
 it describes two operators to torch that were never declared. Transforms, data sets and models do without them.
-So the two are declared, though never defined, and the import is tried once more.
+So the two are declared, though never defined, and the import is tried once more. Nothing is said of it, because
+nothing is missed.
 """
 
 import importlib
-import multiprocessing
 import warnings
 from typing import Any
 
@@ -53,7 +53,10 @@ def import_timm() -> Any:
 
 def _import(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        # Such as those about torchvision's build: its operators for images and video, which are not used here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
             f"Image classification must have torchvision and timm, but there is no module `{error.name}`. "
@@ -64,15 +67,4 @@ def _import(name: str) -> Any:
 def _import_without_operators() -> Any:
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", _SCHEMA)
-    torchvision = _import("torchvision")
-    # Once is enough: not in each process that reads images.
-    if multiprocessing.current_process().name == "MainProcess":
-        warnings.warn(
-            f"torchvision {torchvision.__version__} is built for CUDA, but torch {torch.__version__} is not. Its "
-            "compiled operators, which image classification does not use, are left out. To have them, install the "
-            "one for the CPU: `pip install --force-reinstall --no-deps "
-            "--index-url https://download.pytorch.org/whl/cpu "
-            f"torchvision=={torchvision.__version__.partition('+')[0]}`.",
-            stacklevel=3,
-        )
-    return torchvision
+    return _import("torchvision")

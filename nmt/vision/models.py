@@ -1,4 +1,4 @@
-"""A model of timm or torchvision by its name."""
+"""A model of timm or torchvision by its name, or one's own by its import path."""
 
 import difflib
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 from nmt.vision.libraries import import_timm, import_torchvision
+from nmt.vision.own_models import import_model_class, is_import_path, suitable_arguments
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -26,7 +27,8 @@ def build_model(
     """Make a model that takes (B, num_channels, image_size, image_size) and returns (B, num_classes) scores.
 
     Args:
-        name: timm/NAME or torchvision/NAME; a bare NAME is looked for in both, in this order.
+        name: timm/NAME or torchvision/NAME; a bare NAME is looked for in both, in this order. Or
+            package.module:Class, which is given those of the numbers below that it has parameters for.
         arguments: Further arguments of the model, each as NAME=VALUE, the value in YAML.
         num_classes: Number of scores for an image.
         num_channels: Number of channels of an image.
@@ -36,13 +38,19 @@ def build_model(
     Raises:
         UserError: The name is unknown, or the model does not take the arguments or the images.
     """
+    if is_pretrained and (is_import_path(name) or find_model(name)[0] != "timm"):
+        raise UserError(
+            f"`pretrained` must come with a model of timm, but `model` is {shown(name)}. Leave it out."
+        )
+    if is_import_path(name):
+        cls = import_model_class(name)
+        sizes = {"num_classes": num_classes, "num_channels": num_channels, "image_size": image_size}
+        model = _call(name, cls, **{**suitable_arguments(cls, **sizes), **_parse(arguments)})
+        _try_out(model, name, torch.zeros(1, num_channels, image_size, image_size), num_classes=num_classes)
+        return model
     library, bare_name = find_model(name)
     options = {"num_classes": num_classes, **_parse(arguments)}
     if library == "torchvision":
-        if is_pretrained:
-            raise UserError(
-                f"`pretrained` must come with a model of timm, but `model` is {name!r}. Leave it out."
-            )
         model = _call(name, import_torchvision().models.get_model, bare_name, **options)
         _set_num_channels(model, num_channels)
     else:
@@ -66,7 +74,7 @@ def find_model(name: str) -> tuple[str, str]:
     libraries = [prefix] if slash else list(LIBRARIES)
     bare_name = bare_name if slash else name
     if not set(libraries) <= set(LIBRARIES):
-        raise UserError(f"`model` must be timm/NAME or torchvision/NAME, but is {name!r}.")
+        raise UserError(f"`model` must be timm/NAME or torchvision/NAME, but is {shown(name)}.")
     near: list[str] = []
     for library in libraries:
         known = _list_models(library)
@@ -76,7 +84,7 @@ def find_model(name: str) -> tuple[str, str]:
             return library, bare_name
         near += [f"{library}/{match}" for match in difflib.get_close_matches(stem, known, n=3)]
     hint = f" Perhaps you meant one of {', '.join(near)}?" if near else ""
-    raise UserError(f"`model` must be a model of {' or '.join(libraries)}, but is {name!r}.{hint}")
+    raise UserError(f"`model` must be a model of {' or '.join(libraries)}, but is {shown(name)}.{hint}")
 
 
 def _list_models(library: str) -> list[str]:
@@ -93,7 +101,9 @@ def _parse(arguments: Sequence[str]) -> dict[str, Any]:
         try:
             parsed[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"`model-args` must have values in YAML, but one is {argument!r}.") from error
+            raise UserError(
+                f"`model-args` must have values in YAML, but one is {shown(argument)}."
+            ) from error
     return parsed
 
 

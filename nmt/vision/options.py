@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nmt.config_ranges import check_ranges
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 _LARGEST_SIDE = 16_384  # pixels
 
@@ -22,14 +22,18 @@ class AugmentationOptions:
 
     crop: Literal["auto", "resized", "shift", "none"] = "auto"
     """resized: a part of random size and shape, brought to the image size; shift: moved by some pixels; none: as
-    in validation; auto: resized for folders of files, shift for MNIST's."""
+    in validation; auto: resized for folders of files, shift for MNIST and CIFAR."""
     shift: int | None = None
     """Most pixels that `crop` shift moves an image by, left and right, up and down; an eighth of the image size
     unless given."""
     hflip: float | None = None
-    """Probability that an image is mirrored; 0.5 for folders of files and 0 for MNIST's unless given."""
+    """Probability that an image is mirrored; 0.5, and 0 for MNIST's digits, unless given."""
     rand_augment: int | None = None
     """Change each image by two random operations of RandAugment, of this strength (0 to 30)."""
+    trivial_augment: bool = False
+    """Change each image by one random operation of a random strength (TrivialAugment)."""
+    auto_augment: Literal["none", "imagenet", "cifar10", "svhn"] = "none"
+    """Change each image by two operations of the policy that AutoAugment found for these images."""
     random_erasing: float = 0.0
     """Probability that a random rectangle is painted in the mean colour."""
     mixup: float = 0.0
@@ -49,6 +53,17 @@ class AugmentationOptions:
                 check_ranges(self, {name: (1e-3, 1e3)})
         if self.rand_augment is not None and not 0 <= self.rand_augment <= 30:
             raise UserError(f"`rand-augment` must be from 0 to 30, but is {self.rand_augment}.")
+        given = [
+            name
+            for name, is_given in (
+                ("rand-augment", self.rand_augment is not None),
+                ("trivial-augment", self.trivial_augment),
+                ("auto-augment", self.auto_augment != "none"),
+            )
+            if is_given
+        ]
+        if len(given) > 1:
+            raise UserError(f"`{given[0]}` must be given without `{given[1]}`, but both are. Leave one out.")
         if self.shift is not None and self.shift < 1:
             raise UserError(f"`shift` must be at least 1, but is {self.shift}.")
         if self.shift is not None and self.crop in ("resized", "none"):
@@ -63,6 +78,7 @@ class ImageClassificationOptions:
         "batch_size": 128,
         "max_tokens": None,  # an image has no length
         "required_batch_size_multiple": 1,
+        "min_batch_size": 2,  # batch norm
         "optimizer": "sgd",
         "lr": 0.1,
         "weight_decay": 1e-4,
@@ -74,26 +90,39 @@ class ImageClassificationOptions:
     """What the options of a training run are by default with this task."""
 
     train_dir: Path
-    """Training images: a folder that holds a folder of image files for each class, or MNIST's files."""
-    val_dir: Path
-    """Validation images, likewise; of MNIST's files it takes the test part."""
+    """Training images: a folder that holds a folder of image files for each class, or the files of
+    MNIST or CIFAR."""
+    val_dir: Path | None = None
+    """Validation images, likewise; of the files of MNIST and CIFAR it takes the test part."""
+    val_fraction: float = 0.0
+    """Instead of `val-dir`: hold out this share of the training images of each class for validation."""
+    split_seed: int = 1
+    """Which images `val-fraction` holds out."""
     model: str = field(default="timm/resnet18", metadata={"fixed": True})
-    """The model: timm/NAME or torchvision/NAME. A bare NAME is looked for in timm, then in torchvision."""
+    """The model: timm/NAME or torchvision/NAME. A bare NAME is looked for in timm, then in torchvision. Or one of
+    your own, package.module:Class, a torch.nn.Module."""
     model_args: tuple[str, ...] = field(default=(), metadata={"fixed": True})
     """Arguments of the model's own, each as NAME=VALUE: drop_rate=0.1, or channels=[32,64]."""
     pretrained: bool = False
     """Begin with timm's weights for the model, downloaded unless they are in its cache already."""
+    weights: Path | None = None
+    """Begin with weights of yours: a safetensors file, one of torch.save, or a model folder. Those that fit by
+    name and shape are taken, so a head for other classes is left out; the others are named."""
     image_size: int | None = field(default=None, metadata={"fixed": True})
-    """Height and width in pixels that the model sees; 224 for folders of files, and MNIST's own, unless given."""
+    """Height and width in pixels that the model sees. Unless given: 224 for folders of files, for MNIST and CIFAR
+    that of the images."""
     crop_pct: float | None = None
     """Share of an image's shorter side that is left at validation; 0.875 with `crop` resized and 1 otherwise
     unless given."""
     mean: tuple[float, ...] | None = None
-    """What is subtracted from each channel, where white is 1. Unless given: ImageNet's means, or for MNIST's files
-    those of the training images."""
+    """What is subtracted from each channel, where white is 1. Unless given: ImageNet's means, or for MNIST and
+    CIFAR those of the training images."""
     std: tuple[float, ...] | None = None
     """What each channel is divided by, likewise."""
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+    max_bad_images: int = 0
+    """How many images of a split may be damaged or missing: others take their place in training, and they do not
+    count in validation. At the start of a run the head and the end of each file are looked at."""
     label_smoothing: float = 0.0
     """Probability that is spread over all classes, in training alone."""
 
@@ -103,6 +132,15 @@ class ImageClassificationOptions:
             raise UserError(
                 f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}."
             )
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"`val-fraction` must be at least 0 and below 1, but is {self.val_fraction}.")
+        if (self.val_dir is None) == (self.val_fraction == 0):
+            fault = "both are missing" if self.val_dir is None else "both are given"
+            raise UserError(f"`val-dir` or `val-fraction` must be given, but {fault}. Give one of them.")
+        if self.pretrained and self.weights is not None:
+            raise UserError("`weights` must be given without `pretrained`, but both are. Leave one out.")
+        if self.max_bad_images < 0:
+            raise UserError(f"`max-bad-images` must not be negative, but is {self.max_bad_images}.")
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"`image-size` must be at least 1, but is {self.image_size}.")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
@@ -112,7 +150,7 @@ class ImageClassificationOptions:
             raise UserError("`mean` and `std` must be given together, but one of them is missing.")
         for argument in self.model_args:
             if "=" not in argument:
-                raise UserError(f"`model-args` must be of the form NAME=VALUE, but one is {argument!r}.")
+                raise UserError(f"`model-args` must be of the form NAME=VALUE, but one is {shown(argument)}.")
 
     def build(self, assets: Path | None) -> ImageClassificationTask:
         """Make the task, with the classes of a model folder, or of the training images if there is none."""

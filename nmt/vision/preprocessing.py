@@ -13,6 +13,8 @@ from nmt.errors import UserError
 from nmt.vision.libraries import import_torchvision
 from nmt.vision.options import AugmentationOptions
 
+_LONGEST_SIDE = 16  # times the shorter one; all that the cut at the centre shows lies within
+
 
 @dataclass(frozen=True)
 class ImageFormat:
@@ -37,10 +39,24 @@ class ImageFormat:
 def centre(format_: ImageFormat) -> Any:
     """Return the transform of validation: an image -> (C, H, W) uint8, resized and cut at the centre."""
     v2 = import_torchvision().transforms.v2
+    return v2.Compose([*_resize_and_cut(format_), v2.PILToTensor()])
+
+
+def _resize_and_cut(format_: ImageFormat) -> list[Any]:
+    """Return the steps that bring the shorter side to a size, and cut a square out of the centre."""
+    v2 = import_torchvision().transforms.v2
+
+    def cut_strip(image: Any) -> Any:
+        # Of a strip of 2 x 30,000 pixels the longer side would become millions of pixels long.
+        height, width = v2.functional.get_size(image)
+        longest = _LONGEST_SIDE * min(height, width)
+        if max(height, width) <= longest:
+            return image
+        return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
+
     size = format_.image_size
-    return v2.Compose(
-        [v2.Resize(round(size / format_.crop_pct), antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
-    )
+    resize = v2.Resize(round(size / format_.crop_pct), antialias=True)
+    return [v2.Lambda(cut_strip), resize, v2.CenterCrop(size)]
 
 
 def augment(format_: ImageFormat, options: AugmentationOptions) -> Any:
@@ -56,13 +72,17 @@ def augment(format_: ImageFormat, options: AugmentationOptions) -> Any:
     if options.crop == "resized":
         steps.append(v2.RandomResizedCrop(size, antialias=True))
     else:
-        steps += [v2.Resize(round(size / format_.crop_pct), antialias=True), v2.CenterCrop(size)]
+        steps += _resize_and_cut(format_)
     if options.crop == "shift":
         steps.append(v2.RandomCrop(size, padding=options.shift or max(1, size // 8)))
     if options.hflip:
         steps.append(v2.RandomHorizontalFlip(options.hflip))
     if options.rand_augment is not None:
         steps.append(v2.RandAugment(magnitude=options.rand_augment))
+    if options.trivial_augment:
+        steps.append(v2.TrivialAugmentWide())
+    if options.auto_augment != "none":
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(options.auto_augment)))
     steps.append(v2.PILToTensor())
     if options.random_erasing:
         colour = [round(255 * value) for value in format_.mean]

@@ -15,18 +15,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.distributed import World
-from nmt.errors import UserError
+from nmt.errors import DamagedError, UserError
 from nmt.prepared_shapes import keep_prepared_shapes
+from nmt.records import ListOf, Number, Record, Whole, read_limited, read_record
 from nmt.task import Illustrations, LossOutput
-from nmt.vision.dataset import ImageBatch, ImageExamples
+from nmt.task_extras import Words
+from nmt.vision.dataset import UNREADABLE, ImageBatch, ImageExamples
+from nmt.vision.held_out import divide, draw, read_split, write_split
 from nmt.vision.libraries import import_timm
+from nmt.vision.look_over import look_at_files
 from nmt.vision.models import build_model, find_model
+from nmt.vision.notes import named
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
+from nmt.vision.own_weights import take_weights
 from nmt.vision.pictures import draw_confusion, draw_predictions
 from nmt.vision.preprocessing import ImageFormat
-from nmt.vision.sources import IdxImages, ImageSource, open_images
+from nmt.vision.sources import FolderImages, ImageSource, StoredImages, open_images
 
 CLASSES, FORMAT = "classes.txt", "images.json"
+_TAKE_AGAIN = "Take the whole model folder again."
+_FORMAT = Record(
+    {
+        "num_channels": Whole(1, 1024),
+        "image_size": Whole(
+            1, 4096
+        ),  # a larger one would take gigabytes before anything is known to be wrong
+        "crop_pct": Number(1e-3, 1.0),
+        "mean": ListOf(Number(-1e6, 1e6)),
+        "std": ListOf(Number(1e-6, 1e6)),
+    }
+)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _NUM_SHOWN = 24
 _NUM_AT_ONCE = 128
@@ -37,26 +55,35 @@ _RESIZED_CROP_PCT = 0.875  # objects look larger where training cuts parts out a
 class ImageClassificationTask:
     """One label for each image."""
 
+    words = Words(target="image", examples="images")
+
     def __init__(self, options: ImageClassificationOptions, assets: Path | None) -> None:
         """Take classes and format from a model folder, or else from the training images."""
         keep_prepared_shapes(256)  # of each layer, forward and backward
         self.options = options
         self.is_pretrained = options.pretrained and assets is None  # else the weights are the folder's
-        self.train_images: ImageSource | None = None
+        self.own_weights = options.weights if assets is None else None
+        self.about_weights: list[str] = []
+        self.held_out: list[str] | None = None
+        """The names of the training images that are held out for validation."""
+        self.train_images: FolderImages | StoredImages | None = None
         if assets is None:
             train_images = open_images(options.train_dir, "train")
             self.train_images = train_images
             self.classes = train_images.classes
             self.format = _settle_format(options, train_images)
+            if options.val_fraction:
+                self.held_out = draw(train_images, options.val_fraction, seed=options.split_seed)
         else:
             self.classes, self.format = _load_assets(assets)
+            self.held_out = read_split(assets) if options.val_fraction else None
         self.metrics: Mapping[str, Literal["min", "max"]] = {"loss": "min", "accuracy": "max"}
         if len(self.classes) > 5:
             self.metrics = {**self.metrics, "top5": "max"}
 
     def build_model(self) -> nn.Module:
-        """Return the model that is named, freshly initialised or with timm's weights."""
-        return build_model(
+        """Return the model that is named, freshly initialised, with timm's weights or with those of a file."""
+        model = build_model(
             self.options.model,
             self.options.model_args,
             num_classes=len(self.classes),
@@ -64,28 +91,59 @@ class ImageClassificationTask:
             image_size=self.format.image_size,
             is_pretrained=self.is_pretrained,
         )
+        if self.own_weights is not None:
+            self.about_weights = [take_weights(model, self.own_weights)]
+        return model
 
     def open_split(self, split: str) -> ImageExamples:
         """Open "train" or "valid".
 
         Raises:
-            UserError: Something is wrong with the images, or they are of other classes than the model's.
+            UserError: Something is wrong with the images, or some are of other classes than the model's.
         """
         if split == "train":
             images = self.train_images or open_images(self.options.train_dir, "train")
+            if self.held_out is not None:
+                images = images.part(divide(images, self.held_out)[0])
             _check_same_classes(images, self.classes, self.format, flag="train-dir")
-            return ImageExamples(images, self.format, _settle_augmentation(self.options.augmentation, images))
+            return self._examples(images, _settle_augmentation(self.options.augmentation, images))
         if split == "valid":
-            images = open_images(self.options.val_dir, "valid")
+            if self.options.val_dir is not None:
+                images = open_images(self.options.val_dir, "valid")
+            else:
+                images = self.train_images or open_images(self.options.train_dir, "train")
+                images = images.part(divide(images, self.held_out or [])[1])
             _check_same_classes(images, self.classes, self.format, flag="val-dir")
-            return ImageExamples(images, self.format)
+            return self._examples(images)
         raise UserError(
             f"The split must be train or valid, but is {split}: there is no option that names another."
         )
 
+    def _examples(
+        self, images: ImageSource, augmentation: AugmentationOptions | None = None
+    ) -> ImageExamples:
+        return ImageExamples(
+            images,
+            self.format,
+            augmentation,
+            classes=self.classes,
+            max_unreadable=self.options.max_bad_images,
+        )
+
+    def look_over(self, train: ImageExamples, valid: ImageExamples, world: World) -> list[str]:
+        """Return what a user should know of the images; look for files that cannot be read.
+
+        Raises:
+            UserError: There are more than `max-bad-images` of them.
+        """
+        lines = list(self.about_weights)
+        for examples, split in ((train, "training"), (valid, "validation")):
+            lines += look_at_files(examples, split=split, world=world)
+        return lines
+
     def compute_loss(self, model: nn.Module, batch: ImageBatch) -> LossOutput:
         """Return the cross-entropy summed over images, label-smoothed in training, and what is right."""
-        scores = model(batch.images.to(_weight_dtype(model)))  # (B, C)
+        scores = self._scores(model, batch)  # (B, C)
         if not isinstance(scores, Tensor):
             raise UserError(
                 f"`model` must return scores alone, but {self.options.model} returns {type(scores).__name__} in "
@@ -101,6 +159,18 @@ class ImageClassificationTask:
         if "top5" in self.metrics:
             sums["correct5"] = (scores.topk(5, dim=1).indices == best_label[:, None]).sum()
         return LossOutput(loss, sums)
+
+    def _scores(self, model: nn.Module, batch: ImageBatch) -> Any:
+        try:
+            return model(batch.images.to(_weight_dtype(model)))
+        except ValueError as error:
+            if len(batch.images) > 1 or "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"`batch-size` must be at least 2 for `{self.options.model}` and images of "
+                f"{self.format.image_size} pixels, but a batch has one image: of its channels batch norm sees one "
+                "value each. Raise it, or `image-size`."
+            ) from error
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return the loss an image (nats), and the share of images whose label is first, or among five."""
@@ -124,10 +194,12 @@ class ImageClassificationTask:
         predicted = np.empty(len(examples), dtype=np.int64)
         for rank, part in enumerate(guesses):
             predicted[rank :: world.size] = part
-        labels = np.array([examples.source.label(index) for index in range(len(examples))])
+        labels = np.array([examples.label(index) for index in range(len(examples))])
         counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
-        np.add.at(counts, (labels, predicted), 1)
-        shown = np.unique(np.linspace(0, len(examples) - 1, _NUM_SHOWN).astype(np.int64)).tolist()
+        is_readable = predicted >= 0
+        np.add.at(counts, (labels[is_readable], predicted[is_readable]), 1)
+        readable = np.flatnonzero(is_readable)
+        shown = np.unique(readable[np.linspace(0, len(readable) - 1, _NUM_SHOWN).astype(np.int64)]).tolist()
         images = np.stack([examples[index][0].numpy() for index in shown])
         return Illustrations(
             images={
@@ -137,17 +209,20 @@ class ImageClassificationTask:
         )
 
     def _predict(self, model: nn.Module, examples: ImageExamples, indices: range, world: World) -> list[int]:
-        """Return the label that the model gives each of some images."""
+        """Return the label that the model gives each of some images; -1 for those that cannot be read."""
         predicted: list[int] = []
         for start in range(0, len(indices), _NUM_AT_ONCE):
             batch = examples.collate([examples[index] for index in indices[start : start + _NUM_AT_ONCE]])
             scores = model(batch.images.to(world.device, _weight_dtype(model)))
-            predicted += scores.argmax(dim=1).tolist()
+            guesses = scores.argmax(dim=1).cpu()
+            predicted += guesses.where(batch.labels != UNREADABLE, -1).tolist()
         return predicted
 
     def save_assets(self, folder: Path) -> None:
         """Write the names of the classes, in the order of the scores, and what the model sees."""
         (folder / CLASSES).write_text("".join(f"{name}\n" for name in self.classes), encoding="utf-8")
+        if self.held_out is not None:
+            write_split(folder, self.held_out, self.classes)
         (folder / FORMAT).write_text(json.dumps(asdict(self.format), indent=1) + "\n", encoding="utf-8")
 
 
@@ -156,24 +231,28 @@ def _load_assets(folder: Path) -> tuple[list[str], ImageFormat]:
     for name in (CLASSES, FORMAT):
         if not (folder / name).is_file():
             raise UserError(f"`{folder / name}` must be a file of the model folder, but is missing.")
-    classes = (folder / CLASSES).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     try:
-        record: dict[str, Any] = json.loads((folder / FORMAT).read_text(encoding="utf-8"))
-        record |= {name: tuple(record[name]) for name in ("mean", "std")}
-        return classes, ImageFormat(**record)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"`{folder / FORMAT}` must say what the model sees, but is damaged.") from error
+        classes = read_limited(folder / CLASSES).decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError:
+        raise DamagedError(f"`{folder / CLASSES}` must be UTF-8, but is not. {_TAKE_AGAIN}") from None
+    record: dict[str, Any] = read_record(folder / FORMAT, _FORMAT, what_to_do=_TAKE_AGAIN)
+    return classes, ImageFormat(
+        num_channels=record["num_channels"],
+        image_size=record["image_size"],
+        crop_pct=record["crop_pct"],
+        mean=tuple(record["mean"]),
+        std=tuple(record["std"]),
+    )
 
 
 def _settle_augmentation(options: AugmentationOptions, images: ImageSource) -> AugmentationOptions:
-    """Decide on what is left open: digits are moved and never mirrored, photographs are cut and mirrored."""
-    is_idx = isinstance(images, IdxImages)
+    """Decide on what is left open: small images of one size are moved, others are cut; digits are not mirrored."""
     crop = options.crop
     if crop == "auto":
-        crop = "shift" if is_idx else "resized"
+        crop = "shift" if isinstance(images, StoredImages) else "resized"
     hflip = options.hflip
     if hflip is None:
-        hflip = 0.0 if is_idx else 0.5
+        hflip = 0.0 if isinstance(images, StoredImages) and not images.may_be_mirrored else 0.5
     settled = replace(options, crop=crop, hflip=hflip)
     settled.check()
     return settled
@@ -184,7 +263,7 @@ def _settle_format(options: ImageClassificationOptions, images: ImageSource) -> 
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
     image_size = _FOLDER_IMAGE_SIZE
-    if isinstance(images, IdxImages):
+    if isinstance(images, StoredImages):
         mean, std, image_size = images.mean(), images.std(), images.image_size
     elif options.pretrained:
         mean, std = _of_weights(options.model)
@@ -208,19 +287,17 @@ def _of_weights(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _check_same_classes(images: ImageSource, classes: list[str], format_: ImageFormat, *, flag: str) -> None:
-    missing = [name for name in classes if name not in images.classes]
+    """Refuse images of classes that the model does not learn. Those of some may be missing."""
     others = [name for name in images.classes if name not in classes]
-    for fault, names in (("has none of", missing), ("has others:", others)):
-        if names:
-            shown = ", ".join(f"`{name}`" for name in names[:5]) + (", ..." if len(names) > 5 else "")
-            raise UserError(
-                f"`{flag}` must have the {len(classes)} classes that the model learns, but `{images.path}` "
-                f"{fault} {shown}."
-            )
+    if others:
+        raise UserError(
+            f"`{flag}` must have no other than the {len(classes):,} classes that the model learns, but "
+            f"`{images.path}` has {named(others)}. Take the folders away, or train a new model with them."
+        )
     if images.num_channels != format_.num_channels:
         raise UserError(
             f"`{flag}` must have images of {format_.num_channels} channels, but those in `{images.path}` have "
-            f"{images.num_channels}."
+            f"{images.num_channels}. Name other images."
         )
 
 

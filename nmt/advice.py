@@ -1,0 +1,35 @@
+"""What may be a mistake in a run that can go on all the same: a line each, before its first update."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from nmt.options import TrainConfig
+from nmt.resume import Surroundings
+from nmt.schedule import num_updates, num_warmup_updates
+
+# Far above what each learns with. Adam's updates are of the size of the rate, whatever the gradient.
+_HIGH_RATES = {"adam": 0.05, "adamw": 0.05, "adafactor": 0.5, "sgd": 3.0}
+
+
+def advice(config: TrainConfig[Any], surroundings: Surroundings) -> Iterator[str]:
+    """Yield warnings on options that make sense each by itself."""
+    options = config.optimization
+    lengths = {"updates_per_epoch": surroundings.updates_per_epoch}
+    warmup, end = num_warmup_updates(options, **lengths), num_updates(options, **lengths)
+    if end is not None and warmup >= max(end, 2):
+        reached = options.lr * end / warmup
+        yield (
+            f"warning: the warm-up of {warmup:,} updates is as long as the run of {end:,} or longer: the learning "
+            f"rate only rises, to {reached:.2e} of {options.lr:.2e}. Lower `warmup-updates`"
+        )
+    if options.lr > (usual := _HIGH_RATES.get(options.optimizer, math.inf)):
+        yield (
+            f"warning: `lr` {options.lr:g} is far above what {options.optimizer} learns with (at most {usual:g}): "
+            "the loss will hardly fall"
+        )
+    if surroundings.train_data == surroundings.valid_data:
+        yield (
+            "warning: the validation examples are the training examples: what is measured of them does not tell "
+            "how good the model is. Name others"
+        )

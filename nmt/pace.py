@@ -1,0 +1,76 @@
+"""How long the rest of a run takes, told from what its updates and validations have taken so far."""
+
+import time
+from collections import deque
+
+import torch
+
+from nmt.data.batch_iterator import BatchIterator
+from nmt.trainer import Trainer
+
+_NUM_FIRST, _FIRST_SECONDS = (
+    10,
+    10.0,
+)  # until the speed is steady: so many updates, or less if they take so long
+_FEWEST_FIRST = 2
+_NUM_KNOWN, _KNOWN_SECONDS = 10, 10.0  # that the speed is known from: likewise
+_FEWEST_KNOWN = 2
+_NUM_REMEMBERED = 200  # the last ones tell the speed
+
+
+class Pace:
+    """The speed of a run, as it goes."""
+
+    def __init__(self) -> None:
+        self._num_first, self._first_seconds = 0, 0.0
+        self._last: deque[float] = deque(maxlen=_NUM_REMEMBERED)
+        self._seconds = 0.0  # of all that are remembered
+        self.validation_seconds: float | None = None
+        """Of the last validation and the checkpoint after it."""
+
+    def note_update(self, seconds: float) -> None:
+        """Take in what an update has taken, the reading of its batches included."""
+        is_steady = self._num_first >= _FEWEST_FIRST and (
+            self._num_first >= _NUM_FIRST or self._first_seconds >= _FIRST_SECONDS
+        )
+        if not is_steady:
+            self._num_first += 1
+            self._first_seconds += seconds
+            return
+        if len(self._last) == _NUM_REMEMBERED:
+            self._seconds -= self._last[0]
+        self._last.append(seconds)
+        self._seconds += seconds
+
+    @property
+    def is_known(self) -> bool:
+        """Whether enough updates have been made to tell the speed."""
+        num = len(self._last)
+        return num >= _NUM_KNOWN or (num >= _FEWEST_KNOWN and self._seconds >= _KNOWN_SECONDS)
+
+    @property
+    def seconds_per_update(self) -> float:
+        """The mean over the last updates."""
+        return self._seconds / max(len(self._last), 1)
+
+    def seconds_left(self, num_updates: int, num_validations: float) -> float:
+        """Return how long so many updates take, with so many validations if one has been seen."""
+        return self.seconds_per_update * num_updates + (self.validation_seconds or 0.0) * num_validations
+
+
+def try_updates(trainer: Trainer, batches: BatchIterator) -> float:
+    """Return the seconds of an update, from some that are made as a run makes them, with their reading.
+
+    The trainer is of no use afterwards: they count like any others. Every rank must call this.
+    """
+    pace = Pace()
+    while True:
+        epoch, start = batches.epoch, time.perf_counter()
+        for micro_batches in batches:
+            trainer.train_step(micro_batches, epoch=epoch)
+            if trainer.world.device.type == "cuda":
+                torch.cuda.synchronize(trainer.world.device)
+            start, before = time.perf_counter(), start
+            pace.note_update(start - before)
+            if trainer.world.broadcast(pace.is_known):  # rank 0's clock counts for all
+                return pace.seconds_per_update

@@ -1,0 +1,222 @@
+"""What is other than it was when a run is taken up: said in a line each, and kept in the record of the run."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nmt.config_values import to_text
+from nmt.data.batch_iterator import BatchIterator
+from nmt.errors import UserError
+from nmt.options import TrainConfig
+from nmt.run_log import RunLog
+from nmt.schedule import build_schedule, num_updates
+from nmt.task import Examples
+from nmt.task_extras import fingerprint_of
+from nmt.trainer import Trainer
+
+_SAYS_NOTHING = ("dry_run",)  # of what becomes of the run
+_WITH_AN_END = ("cosine", "polynomial")
+_NOTABLE = 1e-3  # as a share of the learning rate
+
+
+Position = Mapping[str, Any]
+"""Where in the data, as `BatchIterator.load_state_dict` takes it."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run depends on besides its options; each checkpoint remembers it."""
+
+    ranks: int
+    device: str
+    precision: str
+    """The type that updates compute in, which `precision` auto leaves open."""
+    updates_per_epoch: int
+    num_examples: int
+    """Of an epoch of training, without those that are left out."""
+    train_data: str
+    """Fingerprint of the training examples."""
+    valid_data: str
+    """Fingerprint of the validation examples."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that is other than it was."""
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        before, now = ("none" if value is None else value for value in (self.before, self.now))
+        return f"{self.name} {before} -> {now}"
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """How a run goes on."""
+
+    changes: Sequence[Change]
+    warnings: Sequence[str]
+    position: Position
+
+    def report(self, log: RunLog, *, update: int, epoch: int) -> None:
+        """Say it, and keep it; if nothing is other than it was, nothing is written."""
+        for change in self.changes:
+            log.say(f"resume: {change}")
+        for warning in self.warnings:
+            log.say(f"warning: {warning}")
+        if self.changes or self.warnings:
+            changed = {change.name: [change.before, change.now] for change in self.changes}
+            record = {"update": update, "epoch": epoch, "changed": changed, "warnings": list(self.warnings)}
+            log.record("resume", record)
+
+
+def surroundings(
+    trainer: Trainer,
+    batches: BatchIterator,
+    *,
+    train_examples: Examples[Any],
+    valid_examples: Examples[Any],
+) -> Surroundings:
+    """Find out what a run depends on besides its options; every rank must call this."""
+    world = trainer.world
+    # Rank 0 reads the data for all.
+    prints = [fingerprint_of(x) for x in (train_examples, valid_examples)] if world.is_main else []
+    train_data, valid_data = world.broadcast(prints)
+    return Surroundings(
+        ranks=world.size,
+        device=world.device.type,
+        precision=str(trainer.precision.dtype).removeprefix("torch."),
+        updates_per_epoch=batches.updates_per_epoch,
+        num_examples=batches.num_examples,
+        train_data=train_data,
+        valid_data=valid_data,
+    )
+
+
+def compare(
+    before: TrainConfig[Any],
+    now: TrainConfig[Any],
+    state: Mapping[str, Any],
+    here: Surroundings,
+) -> Resumption:
+    """Find out what is other than in a checkpoint, and where in the data the run goes on.
+
+    Args:
+        before: The options of the checkpoint.
+        now: The options from here on.
+        state: Of the checkpoint. An older release did not remember its surroundings.
+        here: What surrounds the run now.
+
+    Raises:
+        UserError: The training examples have changed within an epoch, and this is not wanted.
+    """
+    then = state.get("surroundings")
+    changes = list(changed_options(before, now))
+    position, warning = position_in_data(state, here, accepts_changed=now.accept_changed_data)
+    warnings = [] if warning is None else [warning]
+    updates_per_epoch = here.updates_per_epoch
+    if then is not None:
+        changes += _changed_surroundings(then, here)
+        updates_per_epoch = then["updates_per_epoch"]
+        if then["valid_data"] != here.valid_data:
+            warnings.append(
+                "the validation examples differ from those of the checkpoint: what was measured before does not "
+                "compare with what is measured from here on, also where the best checkpoint is chosen"
+            )
+    trainer = state["trainer"]
+    moved = _moved_rate(
+        before,
+        now,
+        update=trainer["update"] + 1,
+        epoch=position["epoch"],
+        scale=trainer["lr_scale"] * trainer["plateau"].get("factor", 1.0),
+        updates_per_epoch=(updates_per_epoch, here.updates_per_epoch),
+    )
+    if moved is not None:
+        warnings.append(moved)
+    return Resumption(changes, warnings, position)
+
+
+def changed_options(before: Any, now: Any) -> Iterator[Change]:
+    """Yield the options of a nest that differ, under their names as flags."""
+    for field in dataclasses.fields(before):
+        old, new = getattr(before, field.name), getattr(now, field.name)
+        if dataclasses.is_dataclass(old) and type(old) is type(new):
+            yield from changed_options(old, new)
+        elif old != new and field.name not in _SAYS_NOTHING:
+            yield Change(field.name.rstrip("_").replace("_", "-"), to_text(old), to_text(new))
+
+
+def _changed_surroundings(then: Mapping[str, Any], now: Surroundings) -> Iterator[Change]:
+    for key, name in (
+        ("ranks", "ranks"),
+        ("device", "kind of device"),
+        ("precision", "type of the updates"),
+        ("num_examples", "training examples of an epoch"),
+        ("updates_per_epoch", "updates an epoch"),
+    ):
+        value = asdict(now)[key]
+        if then[key] != value:
+            yield Change(name, then[key], value)
+
+
+def position_in_data(
+    state: Mapping[str, Any], now: Surroundings, *, accepts_changed: bool
+) -> tuple[Position, str | None]:
+    """Return where in the training data a run goes on, and a line if they are others than those of the checkpoint.
+
+    Args:
+        state: Of the checkpoint.
+        now: The surroundings from here on.
+        accepts_changed: Whether an epoch may begin anew with other data.
+
+    Raises:
+        UserError: It may not.
+    """
+    then, position = state.get("surroundings"), state["batches"]
+    if then is None or then["train_data"] == now.train_data:
+        return position, None
+    epoch, num_consumed = position["epoch"], position["examples_consumed"]
+    is_done = num_consumed >= then["num_examples"]
+    counts = f"{then['num_examples']:,} then, {now.num_examples:,} now"
+    if num_consumed and not is_done and not accepts_changed:
+        raise UserError(
+            f"The training data must stay the same within an epoch, but the examples differ from those that epoch "
+            f"{epoch} began with ({counts}). Use the same data, name another `save-dir`, or begin the epoch anew "
+            "with these by `accept-changed-data`."
+        )
+    begins = {**position, "epoch": epoch + is_done, "window": 0, "cuts": [], "examples_consumed": 0}
+    anew = " anew: those that it has had may come again" if num_consumed and not is_done else ""
+    return begins, (
+        f"the training examples differ from those of the checkpoint ({counts}): epoch {epoch + is_done} begins "
+        f"with these{anew}"
+    )
+
+
+def _moved_rate(
+    before: TrainConfig[Any],
+    now: TrainConfig[Any],
+    *,
+    update: int,
+    epoch: int,
+    scale: float,
+    updates_per_epoch: tuple[int, int],
+) -> str | None:
+    """Return a line if what has changed moves the end of a schedule, or the learning rate of the next update."""
+    rates, ends = [], []
+    for config, length in zip((before, now), updates_per_epoch, strict=True):
+        options = config.optimization
+        factor = build_schedule(options, updates_per_epoch=length)(update, epoch)
+        rates.append(options.lr * factor * scale)
+        ends.append(num_updates(options, updates_per_epoch=length))
+    schedule = now.optimization.lr_scheduler
+    has_end = schedule in _WITH_AN_END and schedule == before.optimization.lr_scheduler
+    differs = abs(rates[0] - rates[1]) > _NOTABLE * max(rates)
+    jump = f"the learning rate of update {update:,} is {rates[1]:.2e} instead of {rates[0]:.2e}"
+    if has_end and ends[0] != ends[1]:
+        return f"the end of `lr-scheduler` {schedule} moves from update {ends[0]:,} to {ends[1]:,}: {jump}"
+    return jump if differs else None

@@ -1,0 +1,65 @@
+"""Text that a model can make nothing of: pieces that it does not know, and pieces where it wants raw text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmt.data.segmenter import PieceSegmenter, Segmenter
+from nmt.data.vocabulary import UNK_ID
+
+_LARGE_SHARE = 0.05
+_SIGNS_OF_PIECES = ("▁", "@@ ")  # SentencePiece's mark of a blank, and the end of a piece of subword-nmt
+
+
+class UnknownPieces:
+    """Counts the pieces of a stream of lines, and says at its end what is wrong with them."""
+
+    def __init__(self, segmenter: Segmenter | PieceSegmenter, *, named: str, input_is_pieces: bool) -> None:
+        """Take what splits the text.
+
+        Args:
+            segmenter: What the lines were split by.
+            named: What the lines are: "input".
+            input_is_pieces: Whether the user has said that they are in pieces.
+        """
+        self._has_model = isinstance(segmenter, Segmenter)
+        self._named = named
+        self._input_is_pieces = input_is_pieces
+        self._num_pieces = 0
+        self._num_unknown = 0
+        self._num_lines = 0
+        self._num_in_pieces = 0
+
+    def add(self, line: str, ids: Sequence[int] | NDArray[Any]) -> None:
+        """Take in the next line and its ids."""
+        if not len(ids):
+            return
+        self._num_lines += 1
+        self._num_in_pieces += self._has_model and any(sign in line for sign in _SIGNS_OF_PIECES)
+        self._num_pieces += len(ids)
+        self._num_unknown += int(np.count_nonzero(np.asarray(ids) == UNK_ID))
+
+    def warnings(self) -> list[str]:
+        """Return a line for each thing that is wrong."""
+        found = []
+        share = self._num_unknown / max(self._num_pieces, 1)
+        if share > _LARGE_SHARE:
+            if self._has_model:
+                remedy = "Is it in the language of the model?"
+            elif self._input_is_pieces:
+                remedy = "It must be split into the pieces of the model's dictionary, joined by blanks."
+            else:
+                remedy = (
+                    "The model comes without a SentencePiece model: what it reads must be split into pieces as "
+                    "its training text was, joined by blanks."
+                )
+            found.append(f"{share:.1%} of the pieces of the {self._named} are unknown to the model. {remedy}")
+        if 2 * self._num_in_pieces > self._num_lines:
+            found.append(
+                f"{self._num_in_pieces:,} of {self._num_lines:,} lines of the {self._named} look as if they were "
+                "split into pieces already, but the model splits raw text itself. If they are, say so with "
+                "`input-is-pieces`."
+            )
+        return found
