@@ -330,8 +330,6 @@ def _load_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise DamagedError(
             f"{path} must be a SentencePiece model, but is not, or is cut short. Name another."
         ) from None
-            f"{path} must be a SentencePiece model, but is not, or is cut short. Name another."
-        ) from None
     return processor
 
 
