@@ -27,6 +27,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nmt.errors import DamagedError, UserError, shown
 from nmt.model_config import CONFIG_NAME, load_model_config, write_model_config
+from nmt.model_folders import MODEL_NAME, find_model, follow_link, write_link
 from nmt.new_folder import new_folder, remove_folder, remove_leftovers, sync
 from nmt.old_checkpoints import upgrade_state
 from nmt.options import TrainConfig
@@ -43,7 +44,7 @@ _KINDS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL") 
 
 _MOST_NAMES_A_WEIGHT = 4  # a model may be made of parts that share parameters, or are thrown away
 
-_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_MODEL, _OPTIMIZER, _STATE = MODEL_NAME, "optimizer.safetensors", "state.json"
 MEASURED = "validation.json"
 """What has been measured of a folder's model on the validation set: a copy of it knows how good it is."""
 
@@ -111,12 +112,13 @@ class CheckpointFolder:
         return final
 
     def link(self, name: str, update: int) -> None:
-        """Point the symbolic link `name` at a checkpoint, atomically."""
-        temporary = self.path / f".{name}.link"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(self.at(update).name)
-        temporary.replace(self.path / name)
+        """Point `best` or `last` at a checkpoint, atomically."""
+        write_link(self.path / name, self.at(update).name)
         sync(self.path)
+
+    def linked(self, name: str) -> Path:
+        """Return where `best` or `last` is, for whoever is to open it."""
+        return follow_link(self.path / name)
 
     def prune(self, keep: Iterable[int]) -> None:
         """Remove the checkpoints of all other updates, and what a killed process left unfinished."""
@@ -265,15 +267,12 @@ def load_config(folder: Path) -> TrainConfig[Any]:
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Task[Any]]:
-    """Return the model of a model folder, in evaluation mode, and its task.
+    """Return the model of a model folder, or of a run's best checkpoint, in evaluation mode, and its task.
 
     Raises:
         UserError: The folder lacks a file, is cut short, has another format version, or does not fit together.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"`{folder}` must be a model folder, but is {'a file' if folder.exists() else 'missing'}."
-        )
+    folder = find_model(folder).folder
     task: Task[Any] = load_config(folder).task_options.build(folder)
     return build_model(task, folder).to(device).eval(), task
 

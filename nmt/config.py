@@ -10,27 +10,33 @@ of other fields of the same dataclass. A class variable `train_defaults: ClassVa
 dataclass, such as a task's options, gives other fields, anywhere in the nest, the defaults that suit it.
 Precedence: default <- `train_defaults` <- preset <- YAML file <- command line.
 
+Numbers are finite, and whole ones within 32 bits, unless the field has `metadata={"range": (lowest, highest)}`.
 A dataclass may define `check(self) -> None`, which raises `UserError` for values that do not go together;
 it is called when all values are there, for the inner dataclasses first.
 """
 
 import dataclasses
+import platform
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import tyro
-
+from nmt import __version__
+from nmt.config_command import CONFIG_FLAG as CONFIG_FLAG
+from nmt.config_command import is_flag, missing_options, read_arguments, see_help
+from nmt.config_fields import MISSING, Option, build_nest, list_options
+from nmt.config_fields import Positional as Positional
 from nmt.config_file import read_yaml as read_yaml
 from nmt.config_file import write_flat_yaml
-from nmt.config_values import MismatchError, convert, suggest, to_text
-from nmt.errors import UserError, shown
+from nmt.config_help import format_help
+from nmt.config_ranges import check_numbers
+from nmt.config_values import MismatchError, convert, shorten, suggest, to_text
+from nmt.errors import UserError
+from nmt.other_names import answer
 
 T = TypeVar("T")
-
-CONFIG_FLAG = "--config"
-_MISSING = dataclasses.MISSING
 
 
 @runtime_checkable
@@ -41,43 +47,13 @@ class Checked(Protocol):
         """Raise `UserError` if they do."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One field of a nest of options."""
-
-    name: str
-    hint: Any
-    default: Any  # dataclasses.MISSING if it must be given
-    owner: tuple[str, ...]  # the fields that lead to its dataclass
-    presets: Mapping[str, Mapping[str, Any]] | None
-
-    @property
-    def key(self) -> str:
-        """The name as in a YAML file; the final underscore of a field such as `from_` is left out."""
-        return self.name.rstrip("_").replace("_", "-")
-
-    @property
-    def is_required(self) -> bool:
-        """Whether it must be given."""
-        return self.default is _MISSING
-
-    @property
-    def is_path(self) -> bool:
-        """Whether it holds a path, or several."""
-        return (typing.get_args(self.hint) or (self.hint,))[0] is Path  # within Annotated[...], too
-
-    @property
-    def flag(self) -> str:
-        """The name as on the command line."""
-        return "--" + self.key
-
-
 def from_mapping(
     type_: type[T],
     mapping: Mapping[str, Any],
     *,
     where: str,
     how_to_give: str = "Add the line `{key}: VALUE`.",
+    prog: str = "",
 ) -> T:
     """Make options from a flat mapping, such as one read from a YAML file.
 
@@ -87,18 +63,19 @@ def from_mapping(
             them, or of the field's type already.
         where: where the mapping comes from, for error texts: the path of the file.
         how_to_give: how a `key` that is missing is given there, or a field of this `name`.
+        prog: the command that has these options, whose users may try other toolkits' names.
 
     Raises:
         UserError: for an unknown key, a value of another type, or a key that is missing.
     """
     options = list_options(type_)
-    given = _convert_mapping(options, mapping, where)
+    given = _convert_mapping(options, mapping, where, prog)
     values = _defaults(options, given) | given
-    missing = [option for option in options if values[option.name] is _MISSING]
+    missing = [option for option in options if values[option.name] is MISSING]
     if missing:
         key, name = missing[0].key, missing[0].name
         raise UserError(f"{where}: `{key}` must be given. {how_to_give.format(key=key, name=name)}")
-    instance = _build(type_, values)
+    instance = build_nest(type_, values)
     try:
         check_options(instance)
     except UserError as error:
@@ -145,37 +122,60 @@ def parse_command(
     *,
     prog: str,
     description: str,
+    common: Sequence[str] = (),
     known: tuple[str, Mapping[str, Any]] | None = None,
 ) -> T:
     """Make options from a command line, and from the YAML file that `--config` names.
 
-    `--help`, and what tyro finds wrong in the values, print to the terminal and leave by `SystemExit`.
+    `--help` and `--version` print to stdout and leave by `SystemExit`.
 
     Args:
         type_: the dataclass, or an alias of a generic one.
         argv: the arguments, without the name of the program.
         prog: the name of the program.
         description: what it does, for `--help`.
+        common: the fields that most people want, which `--help` shows first.
         known: what stands for the content of a YAML file, and where it is from.
 
     Raises:
-        UserError: for an unknown option, and for anything wrong in the file.
+        UserError: for anything wrong in the arguments or in the file.
         OSError: if the file cannot be read.
     """
     options = list_options(type_)
-    _refuse_unknown_flags(options, argv, prog)
-    given = {} if known is None else _convert_mapping(options, known[1], known[0])
+    if asks_for(argv, "--version"):
+        print_version(prog)
+    if asks_for(argv, "--help", "-h"):
+        defaults = _defaults(options, _peek_presets(options, argv))
+        described = _describe_presets(options, description)
+        print(format_help(type_, options, defaults, prog=prog, description=described, common=common), end="")
+        raise SystemExit(0)
+    typed = read_arguments(options, argv, prog=prog)
+    for option in options:
+        _check_preset(option, typed.get(option.name), f"`{option.flag}`")
+    given = {} if known is None else _convert_mapping(options, known[1], known[0], prog)
     config_path = peek(argv, CONFIG_FLAG)
     if config_path is not None:
-        given |= _convert_mapping(options, read_yaml(Path(config_path)), config_path)
-    named = _peek_presets(options, argv)
-    defaults = _defaults(options, given | named) | given
-    for option in options:
-        if option.presets:
-            description += f"\n\n{option.flag} is one of: {', '.join(option.presets)}."
-    instance = _run_tyro(type_, defaults, argv, prog=prog, description=description)
+        given |= _convert_mapping(options, read_yaml(Path(config_path)), config_path, prog)
+    given |= typed
+    values = _defaults(options, given) | given
+    if missing := [option for option in options if values[option.name] is MISSING]:
+        raise missing_options(missing, prog)
+    instance = build_nest(type_, values)
     check_options(instance)
     return typing.cast(T, instance)
+
+
+def asks_for(argv: Sequence[str], *flags: str) -> bool:
+    """Return whether one of these flags, which take no value, is among the arguments."""
+    before = argv[: list(argv).index("--")] if "--" in argv else argv
+    return any(argument in flags for argument in before)
+
+
+def print_version(prog: str) -> typing.NoReturn:
+    """Print what a report of an error should name, and leave by `SystemExit`."""
+    versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
+    print(f"{prog} {__version__} ({versions})")
+    raise SystemExit(0)
 
 
 def check_options(instance: Any) -> None:
@@ -190,6 +190,7 @@ def check_options(instance: Any) -> None:
             check_options(value)
     if isinstance(instance, Checked):
         instance.check()
+    check_numbers(instance)  # last, since it knows less of what the numbers mean
 
 
 def peek(argv: Sequence[str], flag: str) -> str | None:
@@ -206,78 +207,9 @@ def peek(argv: Sequence[str], flag: str) -> str | None:
             continue
         if equals:
             value = text
-        elif index + 1 < len(argv) and not argv[index + 1].startswith("--"):
+        elif index + 1 < len(argv) and not is_flag(argv[index + 1]):
             value = argv[index + 1]
     return value
-
-
-def list_options(type_: Any) -> list[Option]:
-    """List the fields of a nest of options in the order of the help, and make sure of their names."""
-    options = list(_walk(type_, default=_MISSING, owner=()))
-    names = [option.name for option in options]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    assert not twice, f"{type_}: field names must be unique over the nest, but {twice} are not"
-    assert "config" not in names, f"{type_}: `config` is the flag of the YAML file"
-    prescribed = dict(_prescribed_defaults(type_))
-    assert prescribed.keys() <= set(names), (
-        f"{type_}: no fields {prescribed.keys() - set(names)} to prescribe"
-    )
-    return [
-        dataclasses.replace(option, default=prescribed.get(option.name, option.default)) for option in options
-    ]
-
-
-def _prescribed_defaults(type_: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what the dataclasses of a nest have in `train_defaults`."""
-    for _, hint in _resolved_fields(type_):
-        if _is_nested(hint):
-            yield from getattr(typing.get_origin(hint) or hint, "train_defaults", {}).items()
-            yield from _prescribed_defaults(hint)
-
-
-def _walk(type_: Any, *, default: Any, owner: tuple[str, ...]) -> Iterator[Option]:
-    """Yield the options of a dataclass; `default` is an instance that its outer dataclass prescribes."""
-    for field, hint in _resolved_fields(type_):
-        value = _default_of(field) if default is _MISSING else getattr(default, field.name)
-        if _is_nested(hint):
-            yield from _walk(hint, default=value, owner=(*owner, field.name))
-        else:
-            yield Option(field.name, hint, value, owner, field.metadata.get("presets"))
-
-
-def _resolved_fields(type_: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """Return the fields of a dataclass with their types, the type variables of an alias filled in."""
-    cls = typing.get_origin(type_) or type_
-    assert dataclasses.is_dataclass(cls), f"{cls} must be a dataclass"
-    arguments = dict(zip(getattr(cls, "__parameters__", ()), typing.get_args(type_), strict=False))
-    hints = typing.get_type_hints(cls, include_extras=True)
-    resolved = []
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if isinstance(hint, TypeVar):
-            assert hint in arguments, f"{type_}: fill in the type of `{field.name}`, as in Type[...]"
-            hint = arguments[hint]
-        elif variables := getattr(hint, "__parameters__", ()):
-            hint = hint[tuple(arguments[variable] for variable in variables)]
-        resolved.append((field, hint))
-    return resolved
-
-
-def _is_nested(hint: Any) -> bool:
-    return dataclasses.is_dataclass(typing.get_origin(hint) or hint)
-
-
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is _MISSING else field.default_factory()
-
-
-def _build(type_: Any, values: Mapping[str, Any]) -> Any:
-    """Make the dataclass and those within it; `values` holds every field by its name."""
-    arguments = {
-        field.name: _build(hint, values) if _is_nested(hint) else values[field.name]
-        for field, hint in _resolved_fields(type_)
-    }
-    return (typing.get_origin(type_) or type_)(**arguments)
 
 
 def _defaults(options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,7 +217,7 @@ def _defaults(options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, 
     values = {option.name: option.default for option in options}
     for option in options:
         name = given.get(option.name, option.default)
-        if option.presets is None or name is None or name is _MISSING:
+        if option.presets is None or name is None or name is MISSING:
             continue
         siblings = {other.name for other in options if other.owner == option.owner} - {option.name}
         preset = option.presets[name]
@@ -308,74 +240,45 @@ def _peek_presets(options: Sequence[Option], argv: Sequence[str]) -> dict[str, s
 def _check_preset(option: Option, name: str | None, label: str) -> None:
     if option.presets is not None and name is not None and name not in option.presets:
         known = ", ".join(option.presets)
-        raise UserError(
-            f"{label} must be one of {known}, but is {shown(name)}.{suggest(name, option.presets)}"
-        )
+        near = suggest(name, option.presets)
+        raise UserError(f"{label} must be one of {known}, but is {shorten(name)}.{near}")
 
 
-def _convert_mapping(options: Sequence[Option], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _describe_presets(options: Sequence[Option], description: str) -> str:
+    for option in options:
+        if option.presets:
+            description += f"\n\n{option.flag} is one of: {', '.join(option.presets)}."
+    return description
+
+
+def _unknown_key(written: str, by_key: Mapping[str, Option], prog: str) -> str:
+    key = written.replace("_", "-")
+    hint = answer(prog, key, {CONFIG_FLAG, *(option.flag for option in by_key.values())}).replace("`--", "`")
+    hint = hint or suggest(key, by_key)
+    hint = hint or (f" {see_help(prog)}" if prog else f" The keys are {', '.join(by_key)}.")
+    return f"`{shorten(written, quote=False)}` is not a known key.{hint}"
+
+
+def _convert_mapping(
+    options: Sequence[Option], mapping: Mapping[str, Any], where: str, prog: str
+) -> dict[str, Any]:
     """Return the values of a mapping by field name and with the fields' types."""
     by_key = {option.key: option for option in options}
     values: dict[str, Any] = {}
     for written, value in mapping.items():
         option = by_key.get(written.replace("_", "-"))
         if option is None:
-            hint = suggest(written.replace("_", "-"), by_key) or f" The keys are {', '.join(by_key)}."
-            raise UserError(f"{where}: `{written}` is not a known key.{hint}")
+            raise UserError(f"{where}: {_unknown_key(written, by_key, prog)}")
         if option.name in values:
             raise UserError(f"{where}: `{option.key}` must be given once, but is there twice. Delete one.")
         try:
             values[option.name] = convert(option.hint, value)
         except MismatchError as error:
-            found = "empty" if value is None or value == "" else shown(value)
-            text = f"{where}: `{option.key}` must be {error}, but is {found}."
+            shown = "empty" if value is None or value == "" else shorten(value)
+            text = f"{where}: `{option.key}` must be {error}, but is {shown}."
             raise UserError(text + error.suggestion) from None
         _check_preset(option, values[option.name], f"{where}: `{option.key}`")
     return values
-
-
-def _refuse_unknown_flags(options: Sequence[Option], argv: Sequence[str], prog: str) -> None:
-    """Name a misspelt flag before anything else: tyro would blame what it misses because of it."""
-    known = {CONFIG_FLAG, "--help"} | {option.flag for option in options}
-    known |= {"--no-" + option.key for option in options if option.hint is bool}
-    for argument in argv:
-        if argument == "--":
-            return
-        flag = argument.partition("=")[0].replace("_", "-")
-        is_completion = flag.startswith("--tyro-")  # tyro writes completions for shells
-        if flag.startswith("--") and flag not in known and not is_completion:
-            near = suggest(flag, sorted(known)) or f" See `{prog} --help`."
-            raise UserError(f"`{argument.partition('=')[0]}` is not a known option.{near}")
-
-
-def _run_tyro(
-    type_: Any, defaults: Mapping[str, Any], argv: Sequence[str], *, prog: str, description: str
-) -> Any:
-    """Parse the command line over the defaults; those that are missing are required."""
-    values = {name: tyro.MISSING if value is _MISSING else value for name, value in defaults.items()}
-    config_file = tyro.conf.arg(
-        metavar="FILE", help="YAML file of options: `max-tokens: 4096` for --max-tokens 4096, and so on."
-    )
-    command = dataclasses.make_dataclass(
-        "Command",
-        [
-            ("options", Annotated[type_, tyro.conf.arg(name="")]),
-            ("config", Annotated[Path | None, config_file]),
-        ],
-        frozen=True,
-    )
-    parsed = tyro.cli(
-        command,
-        prog=prog,
-        description=description,
-        args=list(argv),
-        default=command(options=_build(type_, values), config=None),
-        config=(
-            tyro.conf.OmitArgPrefixes,
-            tyro.conf.PositionalMetavarFromFieldName,
-        ),
-    )
-    return parsed.options
 
 
 def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:

@@ -8,6 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+_NEAR, _NEAR_IF_SHORT, _SHORT = (
+    0.8,
+    0.75,
+    5,
+)  # similarity by difflib: one letter in five may differ, or of four
+_MOST_SUGGESTIONS = 3
+_LONGEST_SHOWN = 80
 _EMPTY_WORDS = ("", "~", "null", "none")
 _BOOLEAN_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -55,9 +62,28 @@ def to_text(value: Any) -> Any:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return " Perhaps you meant `...`?" with the known name nearest to `name`, or "" if none is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Perhaps you meant `{matches[0]}`?" if matches else ""
+    """Return " Perhaps you meant `...`?" with the known name nearest to `name`, or "" if none is near.
+
+    Near is a slip of the pen, or the beginning of a longer name up to a hyphen. A wrong hint is worse than none.
+    """
+    bare = {candidate.lstrip("-"): candidate for candidate in known}
+    wanted = name.lstrip("-")
+    matches = difflib.get_close_matches(
+        wanted, list(bare), n=1, cutoff=_NEAR_IF_SHORT if len(wanted) <= _SHORT else _NEAR
+    )
+    if not matches and wanted:
+        matches = [candidate for candidate in bare if candidate.startswith(wanted + "-")][:_MOST_SUGGESTIONS]
+    if not matches:
+        return ""
+    return f" Perhaps you meant {' or '.join(f'`{bare[match]}`' for match in matches)}?"
+
+
+def shorten(value: object, *, quote: bool = True) -> str:
+    """Show a value in an error: on one line, without control characters, and not longer than a line."""
+    text = repr(value)
+    if not quote:
+        text = text[1:-1]
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 4] + "..." + text[-1] * quote
 
 
 def _convert_union(hint: Any, value: Any) -> Any:

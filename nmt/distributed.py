@@ -122,14 +122,14 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
         LostRankError: Another rank has ended, or does not answer.
         UserError: for a device that is unknown or not there, or an environment that torchrun did not make.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number_of_environment("WORLD_SIZE", 1)
     unset = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if size > 1 and unset:
         raise UserError(
             f"`{unset[0]}` must be set where `WORLD_SIZE` is {size}, but is not. Start with torchrun."
         )
-    rank = int(os.environ.get("RANK", "0"))
-    chosen = _choose_device(device, size=size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    rank = _number_of_environment("RANK", 0)
+    chosen = _choose_device(device, size=size, local_rank=_number_of_environment("LOCAL_RANK", 0))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         leave_out_cudnn_attention()
@@ -246,3 +246,13 @@ def _choose_device(name: str, *, size: int, local_rank: int) -> torch.device:
             f"finds {num_gpus}. Start fewer processes, or use `cpu`."
         )
     return torch.device("cuda", local_rank)
+
+
+def _number_of_environment(name: str, default: int) -> int:
+    """Return a variable that torchrun sets."""
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdigit():
+        raise UserError(
+            f"The variable `{name}` must be a whole number, but is {text!r}. Start with torchrun, or unset it."
+        )
+    return int(text)

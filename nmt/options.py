@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from nmt.config import from_mapping
+from nmt.config_ranges import ANY, check_ranges
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.task import load_task
@@ -142,6 +143,8 @@ class OptimizationOptions:
             raise UserError(f"`lr-shrink` must be above 0 and below 1, but is {self.lr_shrink}.")
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise UserError(f"`adam-betas` must be at least 0 and below 1, but are {self.adam_betas}.")
+        # Less is nothing in float32, and 0 / 0 is left where a gradient has always been 0, as of a word unseen.
+        check_ranges(self, {"adam_eps": (1e-30, 1e30)})
         if self.end_learning_rate > self.lr:
             raise UserError(
                 f"`end-learning-rate` must be at most `lr` ({self.lr}), but is {self.end_learning_rate}."
@@ -239,7 +242,7 @@ class TrainConfig(Generic[TaskOptionsT]):
     batching: BatchingOptions = field(default_factory=BatchingOptions)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
-    seed: int = field(default=1, metadata={"fixed": True})
+    seed: int = field(default=1, metadata={"fixed": True, "range": ANY})
     """Seed of everything random: initial weights, dropout, the order of the examples."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
@@ -260,8 +263,7 @@ class TrainConfig(Generic[TaskOptionsT]):
         """Raise `UserError` for values that make no sense."""
         if self.log_interval < 1:
             raise UserError(f"`log-interval` must be at least 1, but is {self.log_interval}.")
-        if not 0 < self.rank_timeout < math.inf:
-            raise UserError(f"`rank-timeout` must be above 0 and finite, but is {self.rank_timeout}.")
+        check_ranges(self, {"rank_timeout": (0.001, 1_000_000)})
         if not 0 <= self.seed < 2**63:
             raise UserError(f"`seed` must be at least 0 and below 2**63, but is {self.seed}.")
 
@@ -274,7 +276,7 @@ def train_config(*, task: str = "translation", **options: Any) -> TrainConfig[An
     (1000, 4)
     >>> train_config(data="DATA", save_dir="RUN", max_updates=1000)
     Traceback (most recent call last):
-    nmt.errors.UserError: train_config: `max_updates` is not a known key. Perhaps you meant `max-update`?
+    nmt.errors.UserError: train_config: `max_updates` is not a known key. Here it is `max-update`.
 
     Args:
         task: what is learned: the name of a task, which decides what options there are.
@@ -289,6 +291,7 @@ def train_config(*, task: str = "translation", **options: Any) -> TrainConfig[An
         {"task": task, **options},
         where="train_config",
         how_to_give="Give {name}=VALUE.",
+        prog="nmt-train",
     )
 
 

@@ -4,8 +4,10 @@ Needs matplotlib, without its global state: a figure is made, returned, and belo
 """
 
 import itertools
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -234,7 +236,7 @@ def _curve(
 
 
 def _format_axes(ax: Axes, metric: str, x: XAxis, *, is_lowest: bool) -> None:
-    ax.set_title(_LABELS.get(metric, metric), loc="left", fontsize=11)
+    ax.set_title(plain_text(_LABELS.get(metric, metric)), loc="left", fontsize=11)
     ax.tick_params(labelbottom=is_lowest)
     if is_lowest:
         ax.set_xlabel(_LABELS[x])
@@ -261,9 +263,9 @@ def _add_legends(figure: Figure, runs: Sequence[RunRecords]) -> None:
     """Name the runs by their colours, with what the best checkpoint reached, and below the kinds of lines."""
     named = []
     for run, (colour, dashes) in zip(runs, itertools.cycle(_STYLES), strict=False):
-        label = run.name
+        label = plain_text(run.name)
         if (best := run.best) is not None and (metric := run.best_metric) is not None:
-            name = "loss" if metric == "loss" else _LABELS.get(metric, metric)
+            name = "loss" if metric == "loss" else plain_text(_LABELS.get(metric, metric))
             label += f": best {name} {best[metric]:.4g} at update {best['update']:,}"
         named.append(Line2D([], [], color=colour, linestyle=dashes, linewidth=2.5, label=label))
     longest = max(len(str(line.get_label())) for line in named)
@@ -290,3 +292,21 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return [n if len(n) <= _LONGEST_NAME else f"{n[:12]}…{n[-(_LONGEST_NAME - 13) :]}" for n in names]
+
+
+def plain_text(text: str) -> str:
+    """Return text that matplotlib shows letter by letter.
+
+    It would take dollar signs for the ends of a formula, leave a label that begins with an underscore out of a
+    legend, and end at what no font can show, such as a lone surrogate.
+    """
+    visible = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return (" " if visible.startswith("_") else "") + visible.replace("$", r"\$")
+
+
+@contextmanager
+def without_font_warnings() -> Iterator[None]:
+    """Let a character that no installed font has be drawn as a box, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
+        yield

@@ -65,8 +65,14 @@ class RunLog:
         """
         if not self._is_writer:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._text = (self._folder / "train.log").open("a", encoding="utf-8")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(
+                f"`save-dir` must be a folder, or new, but `{self._folder}`, or what it lies in, is a file. "
+                "Name another one."
+            ) from None
+        self._text = (self._folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace")
         try:
             fcntl.flock(self._text, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -8,13 +8,13 @@ since the command line looks up the options.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
-from nmt.config_values import suggest
-from nmt.errors import UserError, shown
+from nmt.config_values import shorten, suggest
+from nmt.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -204,7 +204,27 @@ def load_task(name: str) -> type[TaskOptions]:
         known = ", ".join(sorted(found.names)) or "(none is installed)"
         near = suggest(name, found.names)
         raise UserError(
-            f"`task` must be the name of a task, but is {shown(name)}. The tasks are {known}.{near}"
+            f"`task` must be the name of a task, but is {shorten(name)}. The tasks are {known}.{near} A task of "
+            f"your own is an installed package with an entry point in the group {ENTRY_POINT_GROUP}."
         )
-    options: type[TaskOptions] = found[name].load()
-    return options
+    place = found[name].value
+    try:
+        options = found[name].load()
+    except Exception as error:  # whatever the module of a stranger raises while it is imported
+        raise UserError(
+            f"The task `{name}` must be importable from `{place}`, but is not: {type(error).__name__}: {error}. "
+            "Mend its package, or install it again."
+        ) from error
+    if not (
+        isinstance(options, type) and is_dataclass(options) and callable(getattr(options, "build", None))
+    ):
+        raise UserError(
+            f"The task `{name}` must be a dataclass of options with a method `build`, but `{place}` is not. "
+            "Mend the entry point of its package."
+        )
+    return cast(type[TaskOptions], options)
+
+
+def task_names() -> set[str]:
+    """Return the names of the tasks that are installed."""
+    return set(entry_points(group=ENTRY_POINT_GROUP).names)

@@ -352,7 +352,7 @@ class Run:
     def _best_path(self) -> Path:
         path = self.checkpoints.path
         # A run that was ended before its first validation has no best one.
-        return path / "best" if (path / "best").exists() else path / "last"
+        return self.checkpoints.linked("best" if (path / "best").exists() else "last")
 
     def _note_stop(self) -> None:
         """Take in what the update has told about the ranks' wishes: all take in the same."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import nmt
-from nmt.config import list_options
+from nmt.config_fields import list_options
 from nmt.options import TrainConfig
 from nmt.task import ENTRY_POINT_GROUP, load_task
 
@@ -30,7 +30,11 @@ LAYERS = {
     "nmt.errors": 0,
     "nmt.config": 0,
     "nmt.cudnn_attention": 0,
+    "nmt.config_command": 0,
+    "nmt.config_fields": 0,
     "nmt.config_file": 0,
+    "nmt.config_help": 0,
+    "nmt.config_ranges": 0,
     "nmt.config_values": 0,
     "nmt.determinism": 0,
     "nmt.distributed": 0,
@@ -40,6 +44,7 @@ LAYERS = {
     "nmt.recording": 0,
     "nmt.metrics": 0,
     "nmt.new_folder": 0,
+    "nmt.other_names": 0,
     "nmt.allocator": 0,
     "nmt.prepared_shapes": 0,
     "nmt.records": 0,
@@ -60,6 +65,7 @@ LAYERS = {
     "nmt.cancellations": 2,
     "nmt.old_checkpoints": 2,
     "nmt.checkpoint": 2,
+    "nmt.model_folders": 2,
     "nmt.tensorboard": 2,
     "nmt.validation": 2,
     "nmt.gradients": 2,
@@ -84,6 +90,7 @@ LAYERS = {
     "nmt.vision": 3,
     "nmt.interop": 3,
     "nmt.cli": 4,
+    "nmt.python_api": 4,
 }
 
 # These neither import nor know each other, although they stand on one layer.

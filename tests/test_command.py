@@ -1,6 +1,9 @@
 """How commands end: one line and an exit code for what a user can cause."""
 
 import errno
+import gzip
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nmt.cli.command import run_command
+from nmt.cli.text_files import open_output, read_text
 from nmt.errors import UserError
 
 
@@ -46,7 +50,25 @@ def test_a_missing_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ending = _ending(OSError(errno.ENOSPC, "No space left on device"), capsys)
-    assert ending == (2, "nmt-x: error: No space left on device\n")
+    assert ending[0] == 2
+    assert ending[1] == (
+        "nmt-x: error: Standard output, or a file, could not be written: No space left on device. "
+        "Make room, or write elsewhere.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 16 GiB.\nlong explanations"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = _ending(error, capsys)
+    assert code == 2 and said.startswith("nmt-x: error: The memory must suffice, but does not: ")
+    assert said.count("\n") == 1 and "explanations" not in said
 
 
 def test_an_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +77,12 @@ def test_an_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("bug"), OSError(errno.ECONNREFUSED, "refused"), BrokenPipeError(errno.EPIPE, "a worker's")],
+    [
+        ValueError("bug"),
+        RuntimeError("bug"),
+        OSError(errno.ECONNREFUSED, "refused"),
+        BrokenPipeError(errno.EPIPE, "a worker's"),
+    ],
 )
 def test_other_errors_pass_through(error: Exception) -> None:
     with pytest.raises(type(error)):
@@ -76,3 +103,80 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(num_lines: int) -> 
         process.stdin.close()
         errors = process.stderr.read()
     assert (process.returncode, errors) == (0, b"")
+
+
+def run_in_shell(body: str, redirection: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a body of a command in a process of its own, its standard streams as a shell's redirection has them."""
+    code = f"import os, sys; from nmt.cli.command import *; from nmt.cli.text_files import *\n{body}"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {redirection}"
+    return subprocess.run(
+        ["/bin/sh", "-c", command],
+        capture_output=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("redirection", ["", "<&-", ">&-", "2>&-", "<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_as_if_nobody_read_them(redirection: str, tmp_path: Path) -> None:
+    """What is opened next must not get their descriptors: what is printed would be written into it."""
+    body = (
+        "def body():\n"
+        f"    with open({str(tmp_path / 'f')!r}, 'w') as file:\n"
+        "        print('out'); print('err', file=sys.stderr); os.write(2, b'err'); sys.stderr.isatty()\n"
+        "        file.write('own')\n"
+        "run_command('nmt-x', body)"
+    )
+    done = run_in_shell(body, redirection)
+    assert done.returncode == 0
+    assert (done.stdout == b"out\n") is (">&-" not in redirection.replace("2>&-", ""))
+    assert (tmp_path / "f").read_text() == "own"
+
+
+@pytest.mark.parametrize(
+    ("body", "redirection", "said"),
+    [
+        ("list(read_text(None))", "<&-", b"The standard input must be open, but is closed."),
+        ("list(read_text(None))", "0>/dev/null", b"The standard input must be text, but cannot be read"),
+        (
+            "with open_output(None) as file: file.write(b'x')",
+            ">&-",
+            b"The standard output must be open, but is closed.",
+        ),
+        ("print('x')", ">/dev/full", b"Standard output, or a file, could not be written: No space left"),
+        (
+            "with open_output(None) as file: file.write(b'x' * 10**6)",
+            ">/dev/full",
+            b"Standard output, or a file, could not be written: No space left",
+        ),
+    ],
+)
+def test_a_stream_that_is_needed_and_of_no_use_is_named(body: str, redirection: str, said: bytes) -> None:
+    done = run_in_shell(f"def body():\n    {body}\nrun_command('nmt-x', body)", redirection)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert done.stderr.startswith(b"nmt-x: error: " + said)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_what_an_encoding_does_not_have_is_printed_as_its_code(encoding: str) -> None:
+    body = "run_command('nmt-x', lambda: print('\\u4e2d \\udce9', file=sys.stdout))"
+    done = run_in_shell(body, "", PYTHONIOENCODING=encoding)
+    assert done.returncode == 0
+    assert done.stdout in (b"\\u4e2d \\udce9\n", b"\xe4\xb8\xad \\udce9\n")
+
+
+def test_an_output_that_is_named_gz_is_compressed_and_the_same_each_time(tmp_path: Path) -> None:
+    for name in ("a.gz", "b.gz"):
+        with open_output(tmp_path / name) as file:
+            file.write("ä\n".encode())
+            file.flush()
+    assert gzip.decompress((tmp_path / "a.gz").read_bytes()) == "ä\n".encode()
+    assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+    assert list(read_text(tmp_path / "a.gz")) == ["ä"]
+
+
+def test_an_output_without_room_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, open_output(tmp_path / "o"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "o")
+    assert list(tmp_path.iterdir()) == []

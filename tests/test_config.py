@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import pytest
-import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nmt
 from nmt.config import (
+    Positional,
     changed_fixed_options,
     from_mapping,
-    list_options,
     parse_command,
     peek,
     read_yaml,
     to_mapping,
     write_yaml,
 )
+from nmt.config_fields import list_options
 from nmt.errors import UserError
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class WindowOptions:
 
 @dataclass(frozen=True)
 class TaskOptions:
-    data: tyro.conf.Positional[Path]
+    data: Positional[Path]
     """The data directory."""
     model: ModelOptions
     betas: tuple[float, float] = (0.9, 0.98)
@@ -173,7 +174,8 @@ def test_a_key_in_both_spellings_is_refused() -> None:
         from_mapping(RUN, REQUIRED | {"max-tokens": "1", "max_tokens": "1"}, where="x")
 
 
-finite = st.floats(allow_nan=False)
+finite = st.floats(-1e30, 1e30)
+whole = st.integers(-(2**31) + 1, 2**31 - 1)
 paths = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])).map(Path)
 texts = st.text(st.characters(exclude_categories=["Cs"]))  # files cannot hold lone surrogates
 runs = st.builds(
@@ -184,8 +186,8 @@ runs = st.builds(
         model=st.builds(
             ModelOptions,
             arch=st.sampled_from(["base", *SIZES]),
-            embed_dim=st.integers().map(lambda half: 2 * half),
-            num_layers=st.integers(),
+            embed_dim=whole.map(lambda number: number // 2 * 2),
+            num_layers=whole,
         ),
         betas=st.tuples(finite, finite),
         names=st.lists(texts).map(tuple),
@@ -193,9 +195,9 @@ runs = st.builds(
         share=st.booleans(),
     ),
     save_dir=paths,
-    windows=st.builds(WindowOptions, window=st.integers(), max_tokens=st.integers()),
+    windows=st.builds(WindowOptions, window=whole, max_tokens=whole),
     lr=finite,
-    patience=st.none() | st.integers(),
+    patience=st.none() | whole,
     note=st.none() | texts,
     label=texts
     | st.sampled_from(["null", "~", "", "None", "no", "1e3", "a: b", "#", "\x85 ", "\u2028", "- x"]),
@@ -369,14 +371,84 @@ def test_a_misspelt_option_is_refused_with_the_nearest(argv: list[str], said: st
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [["d"], ["--save-dir", "s"], ["d", "--save-dir", "s", "--lr", "x"], ["d", "--save-dir", "s", "--config"]],
+    ("argv", "said"),
+    [
+        ([], "`DATA` and `--save-dir` must be given, but are missing."),
+        (["d"], "`--save-dir` must be given, but is missing."),
+        (["--save-dir", "s"], "`DATA` must be given, but is missing."),
+        (["d", "e", "--save-dir", "s"], "`nmt-x` takes DATA and options, but 'e' is left over."),
+        (["d", "--save-dir", "s", "--lr", "1e-3x"], "`--lr` must be a number, but is '1e-3x'."),
+        (["d", "--save-dir", "s", "--lr="], "`--lr` must be a number, but is ''."),
+        (["d", "--save-dir", "s", "--lr"], "`--lr` must have a value, but none follows."),
+        (["d", "--save-dir", "--lr", "3"], "`--save-dir` must have a value, but none follows."),
+        (["d", "--save-dir", "s", "--config"], "`--config` must have a value, but none follows."),
+        (
+            ["d", "--save-dir", "s", "--max-tokens", "4k"],
+            "`--max-tokens` must be a whole number, but is '4k'.",
+        ),
+        (
+            ["d", "--save-dir", "s", "--norm", "prae"],
+            "`--norm` must be one of pre, post, but is 'prae'. Perhaps you meant `pre`?",
+        ),
+        (
+            ["d", "--save-dir", "s", "--betas", "(0.9, 0.98)"],
+            "`--betas` must have 2 values with blanks between them, but only '(0.9, 0.98)' follows.",
+        ),
+        (
+            ["d", "--save-dir", "s", "--betas", "0.9", "x"],
+            "`--betas` must be a list, each item a number, but is '0.9 x'.",
+        ),
+        (
+            ["d", "--save-dir", "s", "--share", "false"],
+            "`--share` must stand without a value, but 'false' follows. Write --no-share alone.",
+        ),
+        (
+            ["d", "--save-dir", "s", "--no-share=yes"],
+            "`--no-share` must stand without a value, but 'yes' follows. Write --no-share alone.",
+        ),
+        (
+            ["--data", "d", "--save-dir", "s"],
+            "`--data` is not a known option. Write it without a flag: nmt-x DATA.",
+        ),
+        (["d", "-s", "s"], "`-s` is not a known option."),
+        (
+            ["d", "--save-dir", "s", "--note", "x" * 10_000, "--lr", "\x1b" * 10_000],
+            "`--lr` must be a number, but is '" + "\\x1b" * 19 + "'.",
+        ),
+    ],
 )
-def test_usage_errors_leave_with_code_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
+def test_usage_errors_are_one_line_that_says_where_all_is_explained(argv: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
         parse(*argv)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err
+    text = str(caught.value)
+    assert text.endswith(" See `nmt-x --help`.") and "\n" not in text
+    if "\\x1b" not in said:
+        assert text == f"{said} See `nmt-x --help`."
+    assert len(text) < 250
+
+
+def test_values_may_be_negative_numbers_and_flags_may_end() -> None:
+    assert parse("d", "--save-dir", "s", "--lr", "-1e-3").lr == -1e-3
+    assert parse("--save-dir", "s", "--", "--d").task_options.data == Path("--d")
+    assert parse("--names", "a", "-", "--save-dir=--x", "d").save_dir == Path("--x")
+
+
+def test_the_last_of_several_counts_and_none_empties() -> None:
+    run = parse("d", "--save-dir", "a", "--save-dir", "b", "--note", "x", "--note", "None", "--names")
+    assert (run.save_dir, run.note, run.task_options.names) == (Path("b"), None, ())
+
+
+@given(st.lists(st.text(max_size=12) | st.sampled_from(["--lr", "--share", "--betas", "--names", "=", "--"])))
+@settings(max_examples=300, deadline=None)
+def test_whatever_the_arguments_are_they_are_taken_or_refused_in_a_line(argv: list[str]) -> None:
+    if {"--help", "-h", "--version"} & set(argv):
+        return
+    try:
+        parse("--save-dir", "s", "d", *argv)
+    except UserError as error:
+        assert "\n" not in str(error)
+    except FileNotFoundError:
+        assert "--config" in " ".join(argv)
 
 
 def test_help_shows_the_file_flag_and_the_help_texts(
@@ -387,11 +459,93 @@ def test_help_shows_the_file_flag_and_the_help_texts(
         parse("--arch", "small", "--help")
     assert caught.value.code == 0
     shown = capsys.readouterr().out
+    assert shown.startswith("usage: nmt-x DATA --save-dir PATH [options]\n")
     assert "--config FILE" in shown
     assert "The data directory. (required)" in shown
-    assert "--no-share" in shown
+    assert "  --share\n      Share the embeddings.\n" in shown
     assert "Width. (default: 64)" in shown
     assert "--arch is one of: base, small, large." in shown
+
+
+@dataclass(frozen=True)
+class ShownOptions:
+    """What is shown of options. And more."""
+
+    @dataclass(frozen=True)
+    class Inner:
+        """Of the inner ones."""
+
+        no_scale: bool = False
+        """Do not scale."""
+        on: bool = True
+        """Be on."""
+        size: int | Literal["auto"] | None = None
+        """Size."""
+        pair: tuple[float, float] = (0.5, 1.0)
+        """Two."""
+
+    inner: Inner = field(default_factory=Inner)
+    names: Positional[tuple[str, ...]] = ()
+    """Some names."""
+    kind: Literal["a", "b"] = "a"
+    """Kind."""
+
+
+def test_help_is_plain_and_begins_with_what_most_people_want(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse_command(
+            ShownOptions, ["--help"], prog="nmt-x", description="Show.", common=("size", "absent", "names")
+        )
+    assert (
+        capsys.readouterr().out
+        == """usage: nmt-x [NAMES ...] [options]
+
+Show.
+
+  [NAMES ...]
+      Some names.
+
+What most people set
+  --size N|auto
+      Size.
+
+Other options
+  --kind a|b
+      Kind. (default: a)
+  --config FILE
+      YAML file of options: `max-tokens: 4096` for --max-tokens 4096, and so on.
+  --help, --version
+      Print this text, or the version, and stop.
+
+Of the inner ones
+  --no-scale
+      Do not scale.
+  --on, --no-on
+      Be on. (default: --on)
+  --pair X X
+      Two. (default: 0.5 1.0)
+"""
+    )
+
+
+def test_what_is_named_by_no_is_switched_off_without_it() -> None:
+    def no_scale(*argv: str) -> bool:
+        options = parse_command(ShownOptions, argv, prog="nmt-x", description="")
+        return options.inner.no_scale
+
+    assert (no_scale("--no-scale"), no_scale("--no-scale", "--scale"), no_scale()) == (True, False, False)
+    with pytest.raises(UserError, match="--no-no-scale"):
+        no_scale("--no-no-scale")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--version")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(f"nmt-x {nmt.__version__} (Python 3.")
 
 
 def test_peek_finds_the_last_value_of_a_flag() -> None:

@@ -236,7 +236,10 @@ def test_invalid_utf8_in_a_stream_leaves_no_output(model: Path, tmp_path: Path) 
         (("--input", "source.en", "--nbest", 3), "`nbest` must be from 1 to beam (2), but is 3"),
         (("--input", "source.en", "--max-tokens", 0), "`max-tokens` must be at least 1, but is 0"),
         (("--input", "source.en", "--bean", 3), "Perhaps you meant `--beam`?"),
-        (("--input", "source.en", "--model", "."), "must be a file of the checkpoint, but is missing"),
+        (
+            ("--input", "source.en", "--model", "."),
+            "`.` must be a model folder, but has no model.safetensors",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nmt.cli.plot import main
 from nmt.errors import UserError
-from nmt.plot import RunRecords, draw, open_runs
+from nmt.plot import RunRecords, draw, open_runs, without_font_warnings
 
 
 def train(update: int, epoch: int = 1, **values: Any) -> dict[str, Any]:
@@ -190,7 +193,7 @@ def test_what_cannot_be_drawn_is_one_clear_line(tmp_path: Path, capsys: pytest.C
     assert "has no metrics.jsonl" in refused(capsys, tmp_path)
     assert "none has" in refused(capsys, empty)
     assert "`output` must end in .png" in refused(capsys, run, "--output", "curves.bmp")
-    assert "`runs` must name" in refused(capsys)
+    assert "`RUNS` must be given" in refused(capsys)
     assert "No such file" in refused(capsys, run, "--output", tmp_path / "nowhere" / "x.png")
 
 
@@ -204,3 +207,27 @@ def test_without_matplotlib_the_command_says_what_to_install(tmp_path: Path) -> 
     assert done.stderr == (
         "nmt-plot: error: `nmt-plot` must have matplotlib, which is not installed. Run pip install matplotlib.\n"
     )
+
+
+@given(st.text(st.sampled_from("$\\\\_{}^x\u4e2d\n\x1b\ud800 #%&"), min_size=1, max_size=12))
+@settings(max_examples=25, deadline=None)
+def test_whatever_a_run_is_called_is_drawn_as_it_is(name: str) -> None:
+    """Names and metrics are no formulas, and none is left out."""
+    records = [{"kind": "valid", "update": 10, "epoch": 1, "loss": 2.0, name: 1.0, "best loss": 2.0}]
+    figure = draw([RunRecords(name, records)])
+    with without_font_warnings():
+        FigureCanvasAgg(figure).draw()
+    ((shown,),) = [list(legend.get_texts()) for legend in figure.legends[:1]]
+    visible = "".join(c if c.isprintable() else "\ufffd" for c in name)
+    laid_out, is_formula = shown._preprocess_math(shown.get_text())
+    assert (laid_out.lstrip(), is_formula) == (f"{visible}: best loss 2 at update 10".lstrip(), False)
+
+
+@pytest.mark.parametrize("name", ["lr_$1_$2", "a$\\x{$b", "_hidden", "\u4e2d$$"])
+def test_the_command_draws_runs_of_any_name(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / name, RECORDS)
+    main([str(folder), "--output", str(tmp_path / "p.png")])
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "p.png").stat().st_size > 10_000

@@ -1,8 +1,13 @@
 """The toolkit from Python: what the documentation shows is run as it stands there."""
 
+import ast
+import dataclasses
 import doctest
 import importlib
+import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import pytest
 
 import nmt
 from nmt.cli.preprocess import main as preprocess
+from nmt.data.options import PreprocessOptions
 from nmt.errors import UserError
 from nmt.options import OptimizationOptions, TrainConfig
 from nmt.translation.options import TranslationOptions
@@ -57,8 +63,81 @@ def test_mistakes_are_told_as_on_the_command_line(options: dict[str, Any], text:
 
 def test_the_public_names_are_there() -> None:
     assert all(getattr(nmt, name).__name__ == name for name in nmt.__all__)
+    assert dir(nmt) == sorted([*nmt.__all__, "__version__"])
+    assert list(nmt.__all__) == sorted(nmt.__all__)
     with pytest.raises(AttributeError, match="no attribute `trian`"):
         _ = nmt.trian
+
+
+def test_type_checkers_see_each_name_where_it_is_found() -> None:
+    tree = ast.parse(Path(nmt.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
+    assert seen == nmt._PLACES
+    assert seen.keys() == set(nmt.__all__)
+
+
+@pytest.mark.parametrize("function", [nmt.preprocess, nmt.average, nmt.score])
+def test_every_parameter_and_result_has_a_type(function: Any) -> None:
+    signature = inspect.signature(function)
+    annotations = [parameter.annotation for parameter in signature.parameters.values()]
+    assert inspect.Signature.empty not in [*annotations, signature.return_annotation]
+
+
+def test_preprocess_takes_the_options_of_the_command_with_their_defaults() -> None:
+    parameters = dict(inspect.signature(nmt.preprocess).parameters)
+    del parameters["log"]
+    fields = {field.name: field.default for field in dataclasses.fields(PreprocessOptions)}
+    assert parameters.keys() == fields.keys()
+    for name, parameter in parameters.items():
+        missing = fields[name] is dataclasses.MISSING
+        assert parameter.default == (inspect.Parameter.empty if missing else fields[name])
+
+
+def test_looking_at_the_names_loads_no_torch() -> None:
+    code = (
+        "import inspect, sys, nmt; dir(nmt)\n"
+        "for name in ('preprocess', 'average', 'score', 'train_config', 'UserError'):\n"
+        "    getattr(nmt, name)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_the_commands_do_is_done_from_python(tmp_path: Path) -> None:
+    for language in ("en", "de"):
+        (tmp_path / f"train.{language}").write_text("".join(f"{i} is a number\n" for i in range(300)))
+    said: list[str] = []
+    data = nmt.preprocess(
+        source_lang="en",
+        target_lang="de",
+        trainpref=str(tmp_path / "train"),
+        destdir=str(tmp_path / "DATA"),
+        vocab_size=300,
+        log=said.append,
+    )
+    assert data == tmp_path / "DATA" and (data / "preprocess.json").is_file()
+    assert said[-1] == f"{data}: complete"
+    with pytest.raises(UserError, match="`vocab-size` must be from 1 to"):
+        nmt.preprocess(source_lang="en", target_lang="de", trainpref="x", destdir="y", vocab_size=10**10)
+    with pytest.raises(UserError, match="must be a run or its `checkpoints` folder"):
+        nmt.average(tmp_path, tmp_path / "MODEL")
+    with pytest.raises(UserError, match="must be left out"):
+        nmt.average(tmp_path, tmp_path / "MODEL", last=1, best=1)
+
+
+@pytest.mark.parametrize(
+    ("translations", "references", "text"),
+    [
+        ("a", ["a"], "must be a list of lines"),
+        (["a"], "a", "must be a list of lines"),
+        (["a"], ["a", "b"], "2 for 1"),
+        ([], [], "0 for 0"),
+    ],
+)
+def test_scores_of_what_does_not_fit_are_refused(translations: Any, references: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        nmt.score(translations, references)
 
 
 def code_blocks(page: str) -> list[str]:

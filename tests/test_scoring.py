@@ -204,3 +204,45 @@ def test_scores_that_contradict_each_other_are_said() -> None:
     comparisons = [Comparison("BLEU", 30.0, 31.0, 0.01, ""), Comparison("chrF2", 50.0, 49.0, 0.01, "")]
     assert verdict(comparisons).startswith("The scores contradict each other (BLEU, chrF2)")
     assert str(comparisons[0]) == "BLEU 30.00 -> 31.00 (+1.00), p = 0.010: better | "
+
+
+LONG = " ".join(f"w{i}" for i in range(scoring.LONGEST_TER_LINE + 1))
+FITS = " ".join(f"w{i}" for i in range(scoring.LONGEST_TER_LINE))
+
+
+def test_ter_of_long_lines_is_left_out_and_counted() -> None:
+    running = RunningScores(target_lang="de")
+    running.add([LONG, "a b c d", FITS], ["x", "a b c e", FITS])
+    running.add(["x"], [LONG])
+    whole, characters, edits = running.scores()
+    assert (whole.name, characters.name, edits.name) == ("BLEU", "chrF2", "TER")
+    assert edits.score == pytest.approx(100 / (4 + scoring.LONGEST_TER_LINE))
+    assert str(edits).endswith("| without 2 lines of more than 150 words")
+    assert whole.num_left_out == characters.num_left_out == 0
+    # BLEU is of all lines.
+    assert (
+        whole.score
+        == bleu([LONG, "a b c d", FITS, "x"], ["x", "a b c e", FITS, LONG], target_lang="de").score
+    )
+
+
+def test_where_all_lines_are_long_there_is_no_ter() -> None:
+    running = RunningScores(target_lang="de")
+    running.add([LONG], [LONG])
+    assert [score.name for score in running.scores()] == ["BLEU", "chrF2"]
+    comparisons = compare([LONG, LONG], ["a", "b"], [LONG, LONG], target_lang="de")
+    assert [x.name for x in comparisons] == ["BLEU", "chrF2"]
+
+
+def test_a_comparison_leaves_lines_out_that_are_long_in_either_system() -> None:
+    comparisons = compare(["a b", LONG, "c"], ["a x", "d", LONG], ["a b", "d", "c"], target_lang="de")
+    assert [x.num_left_out for x in comparisons] == [0, 0, 2]
+    edits = comparisons[2]
+    assert (edits.baseline, edits.score) == (50, 0)
+    assert str(edits).endswith("| without 2 lines of more than 150 words")
+
+
+def test_words_of_chinese_are_characters() -> None:
+    running = RunningScores(target_lang="zh")
+    running.add(["\u6211" * 151, "\u6211" * 150], ["\u6211", "\u6211" * 150])
+    assert running.scores()[2].num_left_out == 1

@@ -310,10 +310,15 @@ def test_the_best_checkpoints_can_be_averaged(tmp_path: Path, capsys: pytest.Cap
         with pytest.raises(SystemExit):
             average.main([str(folder / "checkpoints"), *arguments, "--output", str(tmp_path / "other")])
         assert text in capsys.readouterr().err
-    for other in (folder, tmp_path / "nowhere"):
+    average.main([str(folder), "--best", "3", "--output", str(tmp_path / "same")])
+    assert_bit_equal(
+        load_file(tmp_path / "same/model.safetensors"), load_file(tmp_path / "mean/model.safetensors")
+    )
+    capsys.readouterr()
+    for other in (tmp_path / "mean", tmp_path / "nowhere"):
         with pytest.raises(SystemExit):
             average.main([str(other), "--last", "2", "--output", str(tmp_path / "other")])
-        assert f"`{other}` must be the `checkpoints` folder of a run" in capsys.readouterr().err
+        assert f"`{other}` must be a run or its `checkpoints` folder" in capsys.readouterr().err
 
 
 def test_a_model_folder_can_be_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,8 +336,10 @@ def test_a_model_folder_can_be_measured_again(tmp_path: Path, capsys: pytest.Cap
     validate.main([str(best), "--split", "train"])
     assert json.loads(capsys.readouterr().out)["split"] == "train"
     for arguments, text in (
-        ([], "A model folder must be named first"),
-        ([str(tmp_path)], "must be a model folder, but has no config.yaml"),
+        ([], "MODEL must be named first"),
+        (["--split", "test", str(best)], "MODEL must be named first"),
+        ([str(best), "--split"], "`--split` must have a value"),
+        ([str(tmp_path)], "must be a model folder, but has no model.safetensors"),
         ([str(best), "--batch-sise", "7"], "Perhaps you meant `--batch-size`?"),
     ):
         with pytest.raises(SystemExit) as error:

@@ -283,7 +283,7 @@ def test_what_is_left_open_depends_on_the_kind_of_images(
         ({"image_size": 0}, "`image-size` must be"),
         ({"crop_pct": 1.5}, "`crop-pct` must be"),
         ({"mean": (0.5,)}, "`mean` and `std` must be given together"),
-        ({"mean": (0.5,), "std": (0.0,)}, "`std` must be above 0"),
+        ({"mean": (0.5,), "std": (0.0,)}, "`std` must be from 1e-06"),
         ({"model_args": ("drop_rate",)}, "must be of the form NAME=VALUE"),
     ],
 )

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from nmt.checkpoint import load_model
 from nmt.cli.train import main
-from nmt.config import list_options, parse_command
+from nmt.config import parse_command
+from nmt.config_fields import list_options
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError

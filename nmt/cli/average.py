@@ -8,6 +8,7 @@ from nmt.cli.command import run_command
 from nmt.cli.options import AverageOptions
 from nmt.config import parse_command
 from nmt.errors import UserError
+from nmt.model_folders import find_checkpoints
 
 if TYPE_CHECKING:
     from nmt.checkpoint import CheckpointFolder
@@ -26,27 +27,33 @@ def main(argv: Sequence[str] | None = None) -> None:
             prog=PROG,
             description="Average the newest or the best checkpoints of a run.",
         )
-        from nmt.checkpoint import CheckpointFolder, average_models
-
-        folder = CheckpointFolder(options.checkpoints)
-        if not folder.updates():
-            raise UserError(
-                f"`{options.checkpoints}` must be the `checkpoints` folder of a run, but holds no checkpoint. "
-                "Name RUN/checkpoints."
-            )
-        count = options.count
-        found = _best(folder) if options.best else folder.updates()[::-1]
-        if len(found) < count:
-            kind, keep = ("validated", "keep-best") if options.best else ("saved", "keep-last")
-            raise UserError(
-                f"`{options.checkpoints}` must hold at least {count} {kind} checkpoints, but holds {len(found)}. "
-                f"Average fewer, or train with a larger `--{keep}`."
-            )
-        updates = sorted(found[:count])
-        average_models([folder.at(update) for update in updates], options.output)
+        updates = average_run(options)
         print(f"{options.output}: the mean of updates {', '.join(map(str, updates))}")
 
     run_command(PROG, body)
+
+
+def average_run(options: AverageOptions) -> list[int]:
+    """Write the mean of some checkpoints of a run as a model folder, and return their updates."""
+    from nmt.checkpoint import CheckpointFolder, average_models
+
+    folder = CheckpointFolder(find_checkpoints(options.checkpoints) or options.checkpoints)
+    if not folder.updates():
+        raise UserError(
+            f"`{options.checkpoints}` must be a run or its `checkpoints` folder, but holds no checkpoint. "
+            "Name the `save-dir` of a run that has saved."
+        )
+    count = options.count
+    found = _best(folder) if options.best else folder.updates()[::-1]
+    if len(found) < count:
+        kind, keep = ("validated", "keep-best") if options.best else ("saved", "keep-last")
+        raise UserError(
+            f"`{options.checkpoints}` must hold at least {count} {kind} checkpoints, but holds {len(found)}. "
+            f"Average fewer, or train with a larger `--{keep}`."
+        )
+    updates = sorted(found[:count])
+    average_models([folder.at(update) for update in updates], options.output)
+    return updates
 
 
 def _best(folder: "CheckpointFolder") -> list[int]:

@@ -1,15 +1,20 @@
 """What the commands have in common: how they end."""
 
 import errno
+import io
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from nmt.errors import LostRankError, UserError, one_line
+from nmt.model_folders import FoundModel
 
 # What the operating system says of a write without naming the file.
-_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
+_LESS_MEMORY = "Take smaller batches, a smaller model or shorter lines, or a larger machine."
 _EXIT_USER_ERROR = 2
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _STDOUT = 1  # its file descriptor
@@ -28,6 +33,7 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
         body: everything that it does, the parsing of its command line included.
         exit_code_of_closed_pipe: what the command ends with if the reader of stdout has gone.
     """
+    prepare_streams()
     try:
         body()
         sys.stdout.flush()  # so that a closed pipe shows here, not when the interpreter ends
@@ -45,11 +51,46 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
         if not _is_stdout_closed():
             raise  # the pipe of a worker process
         raise SystemExit(exit_code_of_closed_pipe) from None
-    except OSError as error:
-        if error.filename is None and error.errno not in _WRITE_ERRORS:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
             raise
-        named = "" if error.filename is None else f"{error.filename}: "
-        _fail(prog, f"{named}{error.strerror}")
+        _fail(prog, f"The memory must suffice, but does not: {_first_line(error)}. {_LESS_MEMORY}")
+    except OSError as error:
+        if error.filename is not None:
+            _fail(prog, f"{error.filename}: {error.strerror}")
+        if error.errno not in WRITE_ERRORS:
+            raise
+        _let_stdout_go()
+        _fail(
+            prog,
+            f"Standard output, or a file, could not be written: {error.strerror}. Make room, or write elsewhere.",
+        )
+
+
+def prepare_streams() -> None:
+    """Make the standard streams fit for whatever is printed.
+
+    One that is closed, as daemons and `>&-` have it, becomes the null device: Python has None in its place, and
+    the next file that is opened would get its descriptor. What an encoding does not have is printed as `\\x..`.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (_STDOUT, "stdout", "w"), (2, "stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            try:
+                os.fstat(number)
+            except OSError:  # the lowest descriptor that is free is its own
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and mode == "w":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def announce_models(prog: str, models: Sequence[FoundModel]) -> list[Path]:
+    """Return the folders of models, and say of each that was found by way of its run which one it is."""
+    for model in models:
+        if model.note is not None:
+            print(f"{prog}: model: {model.note}", file=sys.stderr)
+    return [model.folder for model in models]
 
 
 def _fail(prog: str, text: str) -> None:
@@ -58,13 +99,25 @@ def _fail(prog: str, text: str) -> None:
 
 
 def _is_stdout_closed() -> bool:
-    """Say whether nobody reads stdout any more.
-
-    If so, it is pointed at the null device, because Python flushes it once more at its end.
-    """
+    """Say whether nobody reads stdout any more; if so, it is let go."""
     poll = select.poll()
     poll.register(_STDOUT, select.POLLOUT)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+    _let_stdout_go()
     return True
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Say whether there was no memory, on any device; PyTorch's allocators have but their texts in common."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else "no more can be had"
+
+
+def _let_stdout_go() -> None:
+    """Point stdout at the null device, because Python flushes it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)

@@ -4,11 +4,13 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from nmt.cli.command import run_command
+from nmt.cli.command import announce_models, run_command
 from nmt.cli.options import ExportOptions, ImportOptions
 from nmt.cli.text_files import check_parallel, read_text
-from nmt.config import list_options, parse_command, peek
+from nmt.config import asks_for, parse_command, peek, print_version
+from nmt.config_fields import list_options
 from nmt.errors import UserError, one_line
+from nmt.model_folders import find_model
 
 PROG = "nmt-convert"
 _EXIT_DISAGREEMENT = 1
@@ -63,7 +65,8 @@ def export_model(options: ExportOptions) -> None:
     from nmt.interop.ctranslate2 import DisagreementError, export, random_sentences
     from nmt.translation.translator import Translator
 
-    translator = Translator.load(options.model)
+    (model,) = announce_models(PROG, [find_model(options.model)])
+    translator = Translator.load(model)
     if options.sample is None:
         sample = random_sentences(translator, options.sample_size)
     else:
@@ -89,20 +92,26 @@ def _is_import(arguments: Sequence[str]) -> bool:
     """
     toolkit = peek(arguments, "--to")
     is_import = any(argument.partition("=")[0] == "--from" for argument in arguments)
-    if "--help" in arguments or "-h" in arguments:
+    if asks_for(arguments, "--version"):
+        print_version(PROG)
+    if asks_for(arguments, "--help", "-h"):
         return is_import
     if not is_import and toolkit != "ctranslate2":
         raise UserError(
             f"`nmt-convert` must be told the direction: `{PROG} {_IMPORT_FORM}` or `{PROG} {_EXPORT_FORM}`."
         )
     own, other = (ImportOptions, ExportOptions) if is_import else (ExportOptions, ImportOptions)
-    foreign = {option.flag for option in list_options(other)} - {option.flag for option in list_options(own)}
+    foreign = _flags(other) - _flags(own)
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
         if flag in foreign:
             form = _EXPORT_FORM if is_import else _IMPORT_FORM
             raise UserError(f"`{flag}` must be left out here: it belongs to `{PROG} {form}`.")
     return is_import
+
+
+def _flags(type_: type) -> set[str]:
+    return {option.flag for option in list_options(type_) if not option.is_positional}
 
 
 def _description() -> str:

@@ -6,8 +6,10 @@ import itertools
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmt.cli.command import run_command
@@ -16,6 +18,8 @@ from nmt.cli.references import References
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config import parse_command
 from nmt.data.vocabulary import EOS_ID
+from nmt.errors import UserError
+from nmt.model_folders import FoundModel, find_model, find_models
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +31,18 @@ if TYPE_CHECKING:
 
 PROG = "nmt-generate"
 _DESCRIPTION = "Translate text, a sentence a line, with a trained model; with a reference, score the result."
+_COMMON = (
+    "model",
+    "input",
+    "output",
+    "reference",
+    "beam",
+    "nbest",
+    "lenpen",
+    "format",
+    "device",
+    "precision",
+)
 _LINES_TO_NAME = 5
 _BUFFER_SIZE = 10_000
 
@@ -36,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def body() -> None:
         arguments = sys.argv[1:] if argv is None else argv
-        generate(parse_command(GenerateOptions, arguments, prog=PROG, description=_DESCRIPTION))
+        generate(
+            parse_command(GenerateOptions, arguments, prog=PROG, description=_DESCRIPTION, common=_COMMON)
+        )
 
     run_command(PROG, body)
 
@@ -52,6 +70,7 @@ def generate(options: GenerateOptions) -> None:
     """
     translated = None if options.baseline_is_model else options.baseline
     num_lines = check_parallel(options.input, options.reference, translated)
+    models = find_models(options.model)
 
     # Here, so that --help, a misspelt option and a missing file are answered at once.
     import torch
@@ -67,14 +86,14 @@ def generate(options: GenerateOptions) -> None:
         torch.set_num_threads(options.num_threads)
     with join_world(options.device) as world:
         translator = Translator.load(
-            options.models,
+            [model.folder for model in models],
             world.device,
             input_is_pieces=options.input_is_pieces,
             precision=options.precision,
         )
     if options.plot_attention is not None:
         check_plotting()
-        options.plot_attention.mkdir(parents=True, exist_ok=True)
+        _make_folder(options.plot_attention)
     check_layer(translator, options.alignment_layer)
     batching = Batching(_buffer_size(options), options.max_tokens, options.batch_size)
     lines = read_text(options.input)
@@ -83,14 +102,16 @@ def generate(options: GenerateOptions) -> None:
         lines, again = itertools.tee(lines)  # they are read in step, so that it holds one buffer
         baseline = _translate_by_baseline(again, options, world.device, batching)
     references = References(options, translator, baseline)
-    report = _Report(translator, options)
+    report = _Report(models, translator, options)
+    prefix_lengths: deque[int] = deque()
     # The bar is for a terminal that shows nothing else.
     hide_bar = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
     with (
         open_output(options.output) as output,
         tqdm(total=num_lines, unit=" lines", disable=hide_bar) as bar,
     ):
-        translations = _translate(translator, lines, options, references, batching, bar.update)
+        prefixes = _prefixes(references, options.prefix_size, prefix_lengths)
+        translations = _translate(translator, lines, options, references, prefixes, batching, bar.update)
         for chunk in _chunks(translations, batching.buffer_size):
             links = _align(translator, chunk, options)
             _plot(translator, chunk, options, first=report.num_lines)
@@ -98,12 +119,21 @@ def generate(options: GenerateOptions) -> None:
                 ids = references.next_ids()
                 for line in _to_lines(report.num_lines, translation, ids, alignments, options, translator):
                     output.write(line.encode() + b"\n")
-                report.add(translation)
+                report.add(translation, prefix_lengths.popleft() if prefix_lengths else 0)
             output.flush()  # a chunk is a line where somebody waits for it
             references.score(chunk)
     report.print()
     references.check_counts(report.num_lines)
     references.print_scores(file=sys.stderr if options.output is None else sys.stdout)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"`plot-attention` must be a folder, or new, but {path}, or what it lies in, is a file. Name another."
+        ) from None
 
 
 def _buffer_size(options: GenerateOptions) -> int:
@@ -182,6 +212,7 @@ def _translate(
     lines: Iterable[str],
     options: GenerateOptions,
     references: References,
+    prefixes: Iterator[NDArray[Any]],
     batching: Batching,
     on_progress: Callable[[int], object],
 ) -> Iterator[Translation]:
@@ -194,17 +225,22 @@ def _translate(
             too_long="error" if options.too_long == "error" else "truncate",
             on_progress=on_progress,
         )
-    prefixes = None
-    if options.prefix_size > 0:
-        prefixes = (ids[: options.prefix_size] for ids in references.ids())
     return translator.translate_lines(
         lines,
         options.decoding,
         batching=batching,
-        prefixes=prefixes,
+        prefixes=prefixes if options.prefix_size > 0 else None,
         too_long=options.too_long,
         on_progress=on_progress,
     )
+
+
+def _prefixes(references: References, size: int, lengths: deque[int]) -> Iterator[NDArray[Any]]:
+    """Yield what each translation must begin with, and note how many tokens that are."""
+    for ids in references.ids():
+        prefix = ids[:size]
+        lengths.append(int((prefix != EOS_ID).sum()))
+        yield prefix
 
 
 def _translate_by_baseline(
@@ -214,7 +250,7 @@ def _translate_by_baseline(
     from nmt.translation.translator import Translator
 
     assert options.baseline is not None
-    translator = Translator.load(options.baseline, device, precision=options.precision)
+    translator = Translator.load(find_model(options.baseline).folder, device, precision=options.precision)
     decoding = replace(options.decoding, nbest=1, ensemble_by="probabilities", ensemble_weights=())
     translations = translator.translate_lines(lines, decoding, batching=batching, too_long=options.too_long)
     return (translation.text for translation in translations)
@@ -241,9 +277,13 @@ class _Lines:
 class _Report:
     """What a user should know of the translations besides their text, for stderr."""
 
-    def __init__(self, translator: Translator, options: GenerateOptions) -> None:
+    def __init__(
+        self, models: Sequence[FoundModel], translator: Translator, options: GenerateOptions
+    ) -> None:
         from nmt.translation.unknown_pieces import UnknownPieces
 
+        self.models = models
+        self.decoding = options.decoding
         self.started = time.perf_counter()
         is_pieces = options.input_is_pieces
         self.source = UnknownPieces(translator.source_segmenter, named="input", input_is_pieces=is_pieces)
@@ -253,11 +293,14 @@ class _Report:
         self.num_blank = 0
         self.split = _Lines()
         self.cut = _Lines()
+        self.cut_prefix = _Lines()
         self.without_score = _Lines()
 
-    def add(self, translation: Translation) -> None:
-        """Take in the next line."""
+    def add(self, translation: Translation, prefix_length: int) -> None:
+        """Take in the next line, and how many tokens its translation had to begin with."""
         self.num_lines += 1
+        if translation.hypotheses and len(translation.hypotheses[0].tokens) < prefix_length:
+            self.cut_prefix.add(self.num_lines)
         self.source.add(translation.source, translation.source_ids)
         if self.has_references and translation.hypotheses:
             self.target.add(translation.text, translation.hypotheses[0].tokens)
@@ -275,19 +318,37 @@ class _Report:
         for lines, fault in (
             (self.split, "longer than the model takes, so they were split and their parts translated apart"),
             (self.cut, "longer than the model takes, so their last pieces were left out"),
-            (self.without_score, "no translation, because the model's output is not a number"),
+            (
+                self.cut_prefix,
+                "the prefix is longer than the limit of `max-len-a` and `max-len-b`, so it was cut",
+            ),
+            (self.without_score, f"no translation, because {self._why_without_score()}"),
         ):
             if lines.count:
                 counts = f"{lines.count:,} of {self.num_lines:,} lines"
                 print(f"{PROG}: warning: {counts}: {fault} ({lines})", file=sys.stderr)
         for warning in (*self.source.warnings(), *self.target.warnings()):
             print(f"{PROG}: warning: {warning}", file=sys.stderr)
+        self._print_summary()
+
+    def _why_without_score(self) -> str:
+        size = self.decoding.no_repeat_ngram_size
+        if size > 0:
+            return (
+                f"`no-repeat-ngram-size` {size} leaves no token that may come next before `min-len` "
+                f"{self.decoding.min_len}; lower one of them"
+            )
+        return "the model's output is not a number"
+
+    def _print_summary(self) -> None:
         seconds = time.perf_counter() - self.started
         rate = self.num_lines / max(seconds, 1e-9)
-        print(
-            f"{self.num_lines:,} lines | {self.num_blank:,} blank | {seconds:.1f} s | {rate:,.1f} lines/s",
-            file=sys.stderr,
+        summary = (
+            f"{self.num_lines:,} lines | {self.num_blank:,} blank | {seconds:.1f} s | {rate:,.1f} lines/s"
         )
+        # In the same line, since whoever names a run may want to know which of its models has translated.
+        notes = [f" | model: {model.note}" for model in self.models if model.note is not None]
+        print(summary + "".join(notes), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """The options of nmt-generate, nmt-score, nmt-average, nmt-convert and nmt-plot. Imports no torch."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from nmt.config import Positional
+from nmt.config_ranges import check_ranges
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
+
+MOST_THREADS = 1024
+MOST_SENTENCES = 1_000_000  # of a sample; they are held in memory
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,8 @@ class GenerateOptions:
     """What to translate with which model, and how to search."""
 
     model: str
-    """The model folder, such as RUN/checkpoints/best, or several, A:B, whose probabilities are averaged."""
+    """The model folder, or the folder of a run, of which the best checkpoint is taken; or several, A:B, whose
+    probabilities are averaged."""
     input: Path | None = None
     """Text to translate, a sentence a line (.gz too); standard input if none is named."""
     output: Path | None = None
@@ -23,8 +28,8 @@ class GenerateOptions:
     reference: Path | None = None
     """Reference translations, as many lines as the input: BLEU, chrF and TER of the best ones are printed."""
     baseline: Path | None = None
-    """Another system: its translations of the same input, a line each, or a model folder, which translates with
-    the same options. Is the difference to it chance?"""
+    """Another system: its translations of the same input, a line each, or a model folder or run, which translates
+    with the same options. Is the difference to it chance?"""
     format: Literal["text", "jsonl", "fairseq"] = "text"
     """text: translations alone; jsonl: a JSON object a line, with scores and flags that tell which lines to read;
     fairseq: its S-, T-, H-, D- and P- lines, scores to the base 2."""
@@ -63,18 +68,14 @@ class GenerateOptions:
     """Threads for the CPU; all cores if it is left out."""
 
     @property
-    def models(self) -> list[Path]:
-        """The model folders that `model` names."""
-        return _folders(self.model)
-
-    @property
     def baseline_is_model(self) -> bool:
         """Whether the baseline is a model, which is to translate, and not a file."""
         return self.baseline is not None and self.baseline.is_dir()
 
     def check(self) -> None:
         """Raise `UserError` for sizes below 1, and for an output that would overwrite what is being read."""
-        for name in ("buffer_size", "max_tokens", "batch_size", "num_threads"):
+        check_ranges(self, {"num_threads": (1, MOST_THREADS)})
+        for name in ("buffer_size", "max_tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{name.replace('_', '-')}` must be at least 1, but is {value}.")
@@ -118,8 +119,8 @@ class ScoreOptions:
     target_lang: str | None = None
     """The language of the translations: zh, ja and ko have their own words for BLEU."""
     model: str | None = None
-    """Instead of a reference: a model folder, or several, A:B. Each line's log-probability and number of tokens
-    (end of sentence included) are printed, and the perplexity."""
+    """Instead of a reference: a model folder, a run, or several, A:B. Each line's log-probability and number of
+    tokens (end of sentence included) are printed, and the perplexity."""
     input: Path | None = None
     """The source text, for the model."""
     output: Path | None = None
@@ -133,11 +134,6 @@ class ScoreOptions:
     num_threads: int | None = None
     """Threads for the CPU; all cores if it is left out."""
 
-    @property
-    def models(self) -> list[Path]:
-        """The model folders that `model` names."""
-        return _folders(self.model or "")
-
     def check(self) -> None:
         """Raise `UserError` unless there is a reference or a model to score by, and what goes with it."""
         if (self.reference is None) == (self.model is None):
@@ -149,10 +145,7 @@ class ScoreOptions:
         if (self.model is None) != (self.input is None):
             needed, given = ("input", "model") if self.input is None else ("model", "input")
             raise UserError(f"`{needed}` must come with `{given}`, but there is none.")
-        for name in ("max_tokens", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"`{name.replace('_', '-')}` must be at least 1, but is {value}.")
+        check_ranges(self, {"max_tokens": (1, math.inf), "num_threads": (1, MOST_THREADS)})
         for name in ("hypothesis", "input"):
             path = getattr(self, name)
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():
@@ -163,8 +156,8 @@ class ScoreOptions:
 class AverageOptions:
     """Which checkpoints to average, and where to write the result."""
 
-    checkpoints: tyro.conf.Positional[Path]
-    """The `checkpoints` folder of a run."""
+    checkpoints: Positional[Path]
+    """The folder of a run, or its `checkpoints` folder."""
     output: Path
     """The model folder to write; it must not exist."""
     last: int | None = None
@@ -192,9 +185,9 @@ class AverageOptions:
 class ImportOptions:
     """nmt-convert --from: which model of which toolkit to convert, and where to write the result."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Positional[Path]
     """The file of the model, such as checkpoint_best.pt. Nothing in it is executed."""
-    from_: Annotated[Literal["fairseq"], tyro.conf.arg(name="from")]
+    from_: Literal["fairseq"]
     """The toolkit that wrote it."""
     dict_dir: Path
     """The folder of its dictionaries, dict.LANG.txt, such as the data directory of its training."""
@@ -210,7 +203,7 @@ class ImportOptions:
 class PlotOptions:
     """Which runs to draw, and how."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Positional[tuple[Path, ...]]
     """The folders of one or several runs: the `save-dir` of each. A run may be going on."""
     output: Path = Path("plot.png")
     """The picture to write, over what is there: .png, .pdf or .svg."""
@@ -226,16 +219,18 @@ class PlotOptions:
                 "`runs` must name the folder of a run, but is empty. Name the `save-dir` of nmt-train."
             )
         if self.output.suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise UserError(f"`output` must end in .png, .pdf or .svg, but is {self.output}.")
+            raise UserError(
+                f"`output` must end in .png, .pdf or .svg, but is {self.output}. Name the picture so."
+            )
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """nmt-convert --to TOOLKIT: which model folder to convert for which toolkit."""
 
-    model: tyro.conf.Positional[Path]
-    """The model folder, such as RUN/checkpoints/best."""
-    to: Annotated[tuple[Literal["ctranslate2"], Path], tyro.conf.arg(metavar="ctranslate2 DIR")]
+    model: Positional[Path]
+    """The model folder, or the folder of a run, of which the best checkpoint is taken."""
+    to: tuple[Literal["ctranslate2"], Path]
     """The toolkit that is to read it, and the folder to write, which must not exist."""
     quantization: Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"] | None = (
         None
@@ -249,11 +244,4 @@ class ExportOptions:
 
     def check(self) -> None:
         """Raise `UserError` for a sample without lines."""
-        if self.sample_size < 1:
-            raise UserError(f"`sample-size` must be at least 1, but is {self.sample_size}.")
-
-
-def _folders(models: str) -> list[Path]:
-    """Return one folder, or several of A:B."""
-    whole = Path(models)
-    return [whole] if whole.exists() else [Path(part) for part in models.split(":")]
+        check_ranges(self, {"sample_size": (1, MOST_SENTENCES)})

@@ -27,12 +27,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"`{PROG}` must have matplotlib, which is not installed. Run pip install matplotlib."
             )
-        from nmt.plot import draw, open_runs
+        from nmt.plot import draw, open_runs, without_font_warnings
 
         runs, left_out = open_runs(options.runs)
         for line in left_out:
             print(f"{PROG}: left out: {one_line(line)}", file=sys.stderr)
-        draw(runs, x=options.x, metrics=options.metrics).savefig(options.output)
+        with without_font_warnings():
+            draw(runs, x=options.x, metrics=options.metrics).savefig(options.output)
         print(options.output)
 
     run_command(PROG, body)

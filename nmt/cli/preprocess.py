@@ -13,6 +13,9 @@ _DESCRIPTION = (
     "Train a SentencePiece model on parallel text, or take one, and encode the text with it: "
     "a data directory for nmt-train."
 )
+_COMMON = (
+    *("source_lang", "target_lang", "trainpref", "validpref", "testpref", "destdir", "vocab_size", "workers"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def body() -> None:
         options = parse_command(
-            PreprocessOptions, sys.argv[1:] if argv is None else argv, prog=PROG, description=_DESCRIPTION
+            PreprocessOptions,
+            sys.argv[1:] if argv is None else argv,
+            prog=PROG,
+            description=_DESCRIPTION,
+            common=_COMMON,
         )
         # Here, so that --help and a misspelt option are answered at once.
         from nmt.data.preprocess import preprocess

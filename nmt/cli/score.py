@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmt.cli.command import run_command
+from nmt.cli.command import announce_models, run_command
 from nmt.cli.options import ScoreOptions
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config import parse_command
 from nmt.data.blocks import unequal_counts
 from nmt.errors import UserError
+from nmt.model_folders import find_models
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +27,7 @@ _DESCRIPTION = (
     "Score translations: against a reference by BLEU, chrF and TER, and against another system's; "
     "or by the log-probability that a model gives them."
 )
+_COMMON = ("hypothesis", "reference", "baseline")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def body() -> None:
         arguments = sys.argv[1:] if argv is None else argv
-        options = parse_command(ScoreOptions, arguments, prog=PROG, description=_DESCRIPTION)
+        options = parse_command(ScoreOptions, arguments, prog=PROG, description=_DESCRIPTION, common=_COMMON)
         check_parallel(options.hypothesis, options.reference, options.baseline, options.input)
         if options.model is None:
             score_by_reference(options)
@@ -84,7 +86,8 @@ def score_by_model(options: ScoreOptions) -> None:
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     with join_world(options.device) as world:
-        translator = Translator.load(options.models, world.device, input_is_pieces=options.input_is_pieces)
+        models = announce_models(PROG, find_models(options.model or ""))
+        translator = Translator.load(models, world.device, input_is_pieces=options.input_is_pieces)
     total, num_tokens, num_lines, num_blank = 0.0, 0, 0, 0
     hypotheses = _Counted(read_text(options.hypothesis))
     is_pieces = options.input_is_pieces

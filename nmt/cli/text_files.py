@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
+from nmt.cli.command import WRITE_ERRORS
 from nmt.data.blocks import check_file, decode_lines, read_lines, unequal_counts
 from nmt.errors import UserError
 
@@ -44,9 +46,9 @@ def check_parallel(*files: Path | None) -> int | None:
         if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
             continue
         if not path.exists():
-            raise UserError(f"{path} must exist, but there is no such file.")
+            raise UserError(f"{path} must exist, but there is no such file. Check its name.")
         if path.is_dir():
-            raise UserError(f"{path} must be a file of text, but is a folder.")
+            raise UserError(f"{path} must be a file of text, but is a folder. Name a file.")
         num_lines = check_file(path).num_lines
         first = first or (path, num_lines)
         if num_lines != first[1]:
@@ -56,8 +58,16 @@ def check_parallel(*files: Path | None) -> int | None:
 
 @contextmanager
 def open_output(path: Path | None) -> Iterator[BinaryIO]:
-    """Open standard output, or a file that appears under its name when it is complete, or not at all."""
+    """Open standard output, or a file that appears under its name when it is complete, or not at all.
+
+    What goes to a file that is named `.gz` is compressed.
+
+    Raises:
+        UserError: It cannot be written there.
+    """
     if path is None:
+        if _was_closed(sys.stdout):
+            raise UserError("The standard output must be open, but is closed. Name a file by `output`.")
         yield sys.stdout.buffer
         return
     path = path.resolve()  # so that a symbolic link stays one
@@ -66,17 +76,44 @@ def open_output(path: Path | None) -> Iterator[BinaryIO]:
             yield file
         return
     if not path.parent.is_dir():
-        raise UserError(f"`output` must be in a folder that exists, but there is no {path.parent}.")
+        raise UserError(
+            f"`output` must be in a folder that exists, but there is no {path.parent}. Make it first."
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            yield file
+            if path.suffix == ".gz":
+                # Without the name and the time of the file, so that the same text gives the same bytes.
+                with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as compressed:
+                    yield compressed  # type: ignore[misc]
+            else:
+                yield file
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno in WRITE_ERRORS:
+            error.filename = str(path)  # writing to an open file, such as to a full disk, names none
         raise
 
 
 def _standard_input() -> Iterator[bytes]:
-    for number, line in enumerate(sys.stdin.buffer):
+    if _was_closed(sys.stdin):
+        raise UserError("The standard input must be open, but is closed. Name a file by `input`.")
+    number = 0
+    while True:
+        try:
+            line = sys.stdin.buffer.readline()
+        except OSError as error:  # a folder, or open for writing alone
+            raise UserError(
+                f"The standard input must be text, but cannot be read: {error.strerror or error}. "
+                "Name a file by `input`."
+            ) from error
+        if not line:
+            return
         yield (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).removesuffix(b"\n")
+        number += 1
+
+
+def _was_closed(stream: TextIO) -> bool:
+    """Return whether a standard stream is the null device that `prepare_streams` has put in its place."""
+    return getattr(stream, "name", "") == os.devnull

@@ -9,9 +9,15 @@ from nmt.config import CONFIG_FLAG, parse_command, peek, read_yaml
 from nmt.errors import EXIT_RESUMABLE, UserError
 from nmt.options import TrainConfig
 from nmt.signals import StopRequest
-from nmt.task import load_task
+from nmt.task import load_task, task_names
 
 PROG = "nmt-train"
+_DESCRIPTION = "Train a model. The same command goes on from the last checkpoint of its --save-dir."
+_COMMON = (  # of all tasks; those that a task does not have are passed over
+    *("save_dir", "arch", "model", "train_dir", "val_dir", "pretrained", "share_all_embeddings", "dropout"),
+    *("max_tokens", "batch_size", "update_freq", "lr", "lr_scheduler", "warmup_updates", "max_epoch"),
+    *("max_update", "patience", "best_checkpoint_metric", "device", "precision", "dry_run"),
+)
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE: whoever waits for the job must not take it for finished
 
 
@@ -25,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             TrainConfig[task_options],  # type: ignore[valid-type]
             arguments,
             prog=PROG,
-            description="Train a model. The same command goes on from the last checkpoint of its --save-dir.",
+            description=_describe_tasks(_DESCRIPTION),
+            common=_COMMON,
         )
         from nmt.train_loop import train
 
@@ -35,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(EXIT_RESUMABLE)
 
     run_command(PROG, body, exit_code_of_closed_pipe=EXIT_CLOSED_PIPE)
+
+
+def _describe_tasks(description: str) -> str:
+    names = ", ".join(sorted(task_names()))
+    return f"{description}\n\n--task is one of: {names}. Each has options of its own: `{PROG} --task NAME --help`."
 
 
 def _task_name(argv: Sequence[str]) -> str:

@@ -1,27 +1,38 @@
 """nmt-validate: measure a model on a split of its task."""
 
+import dataclasses
 import json
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from nmt.cli.command import run_command
-from nmt.config import parse_command, peek
+from nmt.cli.command import announce_models, run_command
+from nmt.config import asks_for, parse_command, peek, print_version
+from nmt.config_command import is_flag
+from nmt.config_fields import list_options
 from nmt.errors import UserError
 from nmt.model_config import CONFIG_NAME, read_model_config
+from nmt.model_folders import find_model, moved_path
 from nmt.options import TrainConfig
 from nmt.task import load_task
 
 PROG = "nmt-validate"
-_USAGE = f"""usage: {PROG} MODEL [--split NAME] [OPTIONS of nmt-train]
+_USAGE = f"""usage: {PROG} MODEL [--split NAME] [options of nmt-train]
 
 Measure a model on a split of its task, as nmt-train does after an epoch, and print a JSON line.
 
-  MODEL         the model folder, such as RUN/checkpoints/best
-  --split NAME  train, valid (unless given), or test
+  MODEL
+      The model folder, such as RUN/checkpoints/best, or the folder of a run, whose best checkpoint is taken.
+  --split NAME
+      train, valid (unless given), or test
+  --help, --version
+      Print this text, or the version, and stop.
 
-The options are those that the model was trained with; any that is given here goes before: another data directory,
---val-dir, --batch-size, --num-workers, --device. With torchrun several processes share the split."""
+The other options are those that the model was trained with; any that is given here goes before: another data
+directory (`{PROG} MODEL DATA`), --val-dir, --batch-size, --num-workers, --device. `nmt-train --help` explains
+them. With torchrun several processes share the split."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,24 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def body() -> None:
-        if "--help" in arguments or "-h" in arguments:
+        if asks_for(arguments, "--version"):
+            print_version(PROG)
+        if asks_for(arguments, "--help", "-h"):
             print(_USAGE)
             raise SystemExit(0)
-        if not arguments or arguments[0].startswith("-"):
-            raise UserError("A model folder must be named first, but is not. Such as RUN/checkpoints/best.")
-        folder, options = Path(arguments[0]), arguments[1:]
-        split = peek(options, "--split") or "valid"
-        if not (folder / CONFIG_NAME).is_file():
-            raise UserError(f"`{folder}` must be a model folder, but has no {CONFIG_NAME}.")
-        mapping = read_model_config(folder)
-        task_options = load_task(mapping["task"])
-        config = parse_command(
-            TrainConfig[task_options],  # type: ignore[valid-type]
-            _without_split(options),
-            prog=PROG,
-            description="",
-            known=(str(folder / CONFIG_NAME), {"save-dir": str(folder), **mapping}),
-        )
+        if not arguments or is_flag(arguments[0]):
+            raise UserError(f"MODEL must be named first, but is not. See `{PROG} --help`.")
+        (folder,) = announce_models(PROG, [find_model(Path(arguments[0]))])
+        split, options = _take_split(arguments[1:])
+        config = _find_moved_data(_configure(folder, options), folder, options)
         from nmt.validation import validate_model
 
         results = validate_model(
@@ -58,15 +61,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command(PROG, body)
 
 
-def _without_split(arguments: Sequence[str]) -> list[str]:
-    """Leave out --split and its value, which nmt-train does not know."""
+def _configure(folder: Path, options: Sequence[str]) -> TrainConfig[Any]:
+    """Return what the model was trained with, changed by what is given here."""
+    mapping = read_model_config(folder)
+    task_options = load_task(mapping["task"])
+    return parse_command(
+        TrainConfig[task_options],  # type: ignore[valid-type]
+        options,
+        prog=PROG,
+        description="",
+        known=(str(folder / CONFIG_NAME), {"save-dir": str(folder), **mapping}),
+    )
+
+
+def _find_moved_data(config: TrainConfig[Any], folder: Path, given: Sequence[str]) -> TrainConfig[Any]:
+    """Look for the data of a run that was moved together with them, and say where they are now.
+
+    What stands in the arguments that are given is taken as it is.
+
+    Raises:
+        UserError: They are not there; it says how to name them.
+    """
+    found: dict[str, Path] = {}
+    for option in list_options(type(config.task_options)):
+        path = getattr(config.task_options, option.name, None)  # those of inner dataclasses are no data
+        if not isinstance(path, Path) or str(path) in given:
+            continue
+        # First, since a relative path may lead to other data from here.
+        moved = moved_path(path, old_run=config.save_dir, model_folder=folder)
+        if moved is not None and not (path.exists() and path.samefile(moved)):
+            print(f"{PROG}: {option.key}: {moved} (was {path} when the model was trained)", file=sys.stderr)
+            found[option.name] = moved
+        elif not path.exists():
+            how = f"{PROG} MODEL {option.label if option.is_positional else f'{option.flag} PATH'}"
+            raise UserError(
+                f"`{option.key}` must be the data to measure the model on, but {path}, where it was trained, "
+                f"is not there. Name it: `{how}`."
+            )
+    if not found:
+        return config
+    options = dataclasses.replace(typing.cast(Any, config.task_options), **found)
+    return dataclasses.replace(config, task_options=options)
+
+
+def _take_split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the split, and the other arguments: nmt-train does not know --split."""
     left: list[str] = []
     is_value = False
     for argument in arguments:
         if not is_value and argument.partition("=")[0] != "--split":
             left.append(argument)
         is_value = argument == "--split"
-    return left
+    if is_value:
+        raise UserError(f"`--split` must have a value, but none follows. See `{PROG} --help`.")
+    return peek(arguments, "--split") or "valid", left
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ def find_file(prefix: str, language: str) -> Path:
     for path in (plain, compressed):
         if path.is_file():
             return path
-    raise UserError(f"{plain} must exist (or {compressed.name} beside it), but there is no such file")
+    raise UserError(
+        f"{plain} must exist (or {compressed.name} beside it), but there is no such file. "
+        "Check the prefix and the language."
+    )
 
 
 def check_file(path: Path) -> TextFile:
@@ -79,7 +82,7 @@ def check_file(path: Path) -> TextFile:
             last = chunk[-1:]
     num_lines = num_newlines + (last != b"\n")
     if num_lines == 0:
-        raise UserError(f"{path} must hold one sentence per line, but is empty")
+        raise UserError(f"{path} must hold one sentence per line, but is empty. Put text into it.")
     with path.open("rb") as file:
         return TextFile(path, num_lines, hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -174,7 +177,7 @@ class _Reader:
             return self._file.read(size)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(
-                f"{self._path} must be a whole gzip file, but is damaged or cut short ({error})"
+                f"{self._path} must be a whole gzip file, but is damaged or cut short ({error}). Make it again."
             ) from None
 
 

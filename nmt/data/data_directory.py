@@ -52,7 +52,9 @@ def find_language_pair(path: Path) -> tuple[str, str] | None:
     }
     if len(pairs) > 1:
         named = ", ".join(sorted("-".join(pair) for pair in pairs))
-        raise UserError(f"{path} must hold data of one pair of languages, but holds {named}.")
+        raise UserError(
+            f"{path} must hold data of one pair of languages, but holds {named}. Give each pair a folder."
+        )
     return pairs.pop() if pairs else None
 
 
@@ -121,10 +123,12 @@ class DataDirectory:
 
     def _check_split(self, split: str) -> str:
         if not self.has_split(split):
-            raise UserError(
-                f"{self.path} must have the split `{split}`, but has {', '.join(self.record['splits'])}. "
-                f"Make it again with nmt-preprocess --{split}pref."
+            there = ", ".join(self.record["splits"])
+            known = split in SPLITS
+            what_to_do = (
+                f"Make it again with nmt-preprocess --{split}pref." if known else "Name one of these."
             )
+            raise UserError(f"{self.path} must have the split `{split}`, but has {there}. {what_to_do}")
         return split
 
     def _check_language(self, lang: str) -> str:

@@ -1,11 +1,16 @@
 """The options of preprocessing and of batching. Imports no torch."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nmt.config_ranges import check_ranges
 from nmt.errors import UserError, shown
+
+MOST_PIECES = 10_000_000  # of a vocabulary; larger ones have not been heard of
+MOST_WORKERS = 256  # processes, of some 150 MB each
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class PreprocessOptions:
         for name in ("vocab_size", "workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"`{_flag(name)}` must be at least 1, but is {getattr(self, name)}.")
+        check_ranges(self, {"vocab_size": (1, MOST_PIECES), "workers": (1, MOST_WORKERS)})
         if self.max_length < 2:
             raise UserError(
                 f"`max-length` must be at least 2, a piece and the end, but is {self.max_length}."
@@ -160,6 +166,7 @@ class BatchingOptions:
                 "`packing` must have `max-tokens`, the size of the rows, but there is none. Set it, or leave "
                 "`packing` out."
             )
+        check_ranges(self, {"num_workers": (-math.inf, MOST_WORKERS)})
         if self.num_workers != "auto" and self.num_workers < 0:
             raise UserError(
                 f"`num-workers` must be at least 0, but is {self.num_workers}. "

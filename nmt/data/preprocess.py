@@ -124,6 +124,7 @@ def _make_segmenter(
 ) -> Vocabulary:
     """Train a SentencePiece model, or take the one that was named, and return its vocabulary."""
     if options.sentencepiece_model is not None:
+        check_plain_file(options.sentencepiece_model, "sentencepiece-model")
         model_path.write_bytes(without_paths(options.sentencepiece_model.read_bytes()))
         vocabulary = read_vocabulary(options.sentencepiece_model)
         log(f"SentencePiece model: {options.sentencepiece_model}, {len(vocabulary):,} pieces")
@@ -155,6 +156,13 @@ def _make_segmenter(
         log(f"warning: `vocab-size` lowered from {options.vocab_size:,} to {size:,}: the text yields no more")
     log(f"SentencePiece model: trained, {size:,} pieces, {time.monotonic() - start:.1f} s")
     return read_vocabulary(model_path)
+
+
+def check_plain_file(path: Path, name: str) -> None:
+    """Raise `UserError` unless an option names a file that can be read more than once, as a pipe cannot."""
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "missing"
+        raise UserError(f"`{name}` must be a plain file, but {path} is {found}. Name a file that stays.")
 
 
 def sample_lines(files: Iterable[TextFile], max_lines: int) -> Iterator[bytes]:

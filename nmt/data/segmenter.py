@@ -327,7 +327,9 @@ def _load_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
         for piece_id in range(processor.get_piece_size()):
             processor.id_to_piece(piece_id)
     except (RuntimeError, UnicodeDecodeError):  # the latter where a message or a piece is no UTF-8
-        raise DamagedError(f"{path} must be a SentencePiece model, but is not, or is cut short") from None
+        raise DamagedError(
+            f"{path} must be a SentencePiece model, but is not, or is cut short. Name another."
+        ) from None
     return processor
 
 

@@ -45,7 +45,7 @@ class Vocabulary:
         self._ids: dict[str, int] = {}
         for index, token in enumerate(self.tokens):
             if not token:
-                raise UserError(f"token {index} of the vocabulary must not be empty")
+                raise UserError(f"token {index} of the vocabulary must not be empty. Take it out.")
             if token in self._ids and index not in self.overwriting:
                 raise UserError(
                     f"`{shown(token)[1:-1]}` must come once in the vocabulary, but has ids "

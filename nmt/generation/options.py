@@ -1,10 +1,22 @@
 """The options of decoding; torch is not imported here."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
+from nmt.config_ranges import ANY, check_numbers, check_ranges
 from nmt.errors import UserError
+
+# A million tokens to the power of 5 is 1e30, and a million times 1e30 is within float32, which ends at 3e38.
+MOST_HYPOTHESES = 10_000  # of a beam
+_RANGES = {
+    "beam": (-math.inf, MOST_HYPOTHESES),
+    "lenpen": (-5, 5),
+    "max_len_a": (0, 1e6),
+    "samples": (-math.inf, 10_000),  # each is compared with each other
+    "temperature": (1e-6, 1e6),
+    "repetition_penalty": (1e-6, 1e6),
+}
 
 
 class DecodingKeywords(TypedDict, total=False):
@@ -66,7 +78,7 @@ class DecodingOptions:
     """Draw among this many of the most probable tokens."""
     sampling_topp: float | None = None
     """Draw among the fewest tokens that together have this probability."""
-    seed: int | None = None
+    seed: int | None = field(default=None, metadata={"range": ANY})
     """Seed of `sampling` and `samples`, 1 if left out: the same seed and line give the same translations in any
     batch."""
     mbr: Literal["chrf", "bleu"] | None = None
@@ -84,27 +96,19 @@ class DecodingOptions:
     """The weight of each of several models, in their order; equal if left out. Their sum makes no difference."""
 
     def check(self) -> None:
-        """Raise a `UserError` for the first value that makes no sense."""
+        """Raise a `UserError` for the first value that makes no sense, or that float32 cannot compute with."""
+        check_ranges(self, _RANGES)
         _require(self.beam >= 1, "beam", "at least 1", self.beam)
         self._check_mbr()
         limit, of_what = (self.beam, "beam") if self.mbr is None else (self.num_candidates, "candidates")
         _require(1 <= self.nbest <= limit, "nbest", f"from 1 to {of_what} ({limit})", self.nbest)
-        _require(math.isfinite(self.lenpen), "lenpen", "a finite number", self.lenpen)
         _require(
             not self.unnormalized or self.lenpen == 1.0, "lenpen", "left out with unnormalized", self.lenpen
         )
         _require(self.min_len >= 0, "min-len", "at least 0", self.min_len)
-        _require(
-            math.isfinite(self.max_len_a) and self.max_len_a >= 0, "max-len-a", "at least 0", self.max_len_a
-        )
         _require(self.max_len_b >= 0, "max-len-b", "at least 0", self.max_len_b)
-        _require(math.isfinite(self.unkpen), "unkpen", "a finite number", self.unkpen)
-        in_range = math.isfinite(self.temperature) and self.temperature > 0
-        _require(in_range, "temperature", "above 0", self.temperature)
         size = self.no_repeat_ngram_size
         _require(size >= 0, "no-repeat-ngram-size", "at least 0", size)
-        is_penalty = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
-        _require(is_penalty, "repetition-penalty", "above 0", self.repetition_penalty)
         for name in ("sampling_topk", "sampling_topp", "seed"):
             if getattr(self, name) is not None and not (self.sampling or self.samples):
                 flag = name.replace("_", "-")
@@ -121,6 +125,7 @@ class DecodingOptions:
             _require(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1", self.seed)
         are_weights = all(math.isfinite(weight) and weight > 0 for weight in self.ensemble_weights)
         _require(are_weights, "ensemble-weights", "numbers above 0", self.ensemble_weights)
+        check_numbers(self)
 
     @property
     def candidates(self) -> Literal["nbest", "samples", "both"]:

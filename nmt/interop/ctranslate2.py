@@ -99,7 +99,7 @@ def export(
     if output.exists():
         raise UserError(f"{output} must not exist, but does. Name another folder, or remove it.")
     if all(map(is_blank, sample)):
-        raise UserError("`sample` must have lines to translate, but is blank.")
+        raise UserError("`sample` must have lines to translate, but is blank. Name other text.")
     engine = _import()
     spec = make_spec(translator)
     with tempfile.TemporaryDirectory() as scratch, new_folder(output) as folder:

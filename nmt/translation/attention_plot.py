@@ -53,6 +53,8 @@ def plot_attention(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from nmt.plot import plain_text, without_font_warnings
+
     longest_source, longest_target = (max(map(len, side), default=1) for side in (source, target))
     width = len(source) * _INCHES_PER_PIECE + longest_target * _INCHES_PER_CHARACTER + _MARGIN_INCHES
     height = len(target) * _INCHES_PER_PIECE + longest_source * _INCHES_PER_CHARACTER + _MARGIN_INCHES
@@ -64,8 +66,8 @@ def plot_attention(
     axes: Any = figure.add_subplot()
     axes.imshow(weights, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
     font = {"fontfamily": _installed_fonts(), "fontsize": _FONT_SIZE * shrink}
-    axes.set_xticks(range(len(source)), [_shown(piece) for piece in source], rotation=90, **font)
-    axes.set_yticks(range(len(target)), [_shown(piece) for piece in target], **font)
+    axes.set_xticks(range(len(source)), [plain_text(piece) for piece in source], rotation=90, **font)
+    axes.set_yticks(range(len(target)), [plain_text(piece) for piece in target], **font)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_xticks(np.arange(-0.5, len(source)), minor=True)
@@ -75,12 +77,8 @@ def plot_attention(
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_xlabel(title, fontfamily=_installed_fonts(), fontsize=_FONT_SIZE * shrink)
-    figure.savefig(path, format="png")
-
-
-def _shown(piece: str) -> str:
-    """A piece as a label; matplotlib would read a dollar sign as the begin of a formula."""
-    return piece.replace("$", r"\$")
+    with without_font_warnings():
+        figure.savefig(path, format="png")
 
 
 def _installed_fonts() -> list[str]:

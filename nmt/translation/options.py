@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
+from nmt.config import Positional
+from nmt.config_ranges import check_ranges
 from nmt.errors import UserError
+from nmt.generation.options import MOST_HYPOTHESES
 from nmt.models.options import TransformerOptions
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class TranslationOptions:
     """Translation: a Transformer from one language to another."""
 
-    data: tyro.conf.Positional[Path]
+    data: Positional[Path]
     """The data directory that nmt-preprocess made."""
     model: TransformerOptions = field(default_factory=TransformerOptions)
     label_smoothing: float = 0.1
@@ -53,8 +54,7 @@ class TranslationOptions:
                 raise UserError(
                     "`eval-beam` must not be given with `no-eval-bleu`, which translates nothing."
                 )
-            if self.eval_beam < 1:
-                raise UserError(f"`eval-beam` must be at least 1, but is {self.eval_beam}.")
+            check_ranges(self, {"eval_beam": (1, MOST_HYPOTHESES)})
 
     def build(self, assets: Path | None, *, loss: TranslationLoss | None = None) -> TranslationTask:
         """Make the task, with the vocabularies of a model folder, or of the data directory if there is none.

@@ -15,6 +15,9 @@ from nmt.data.languages import has_own_writing, is_written_without_blanks, langu
 from nmt.errors import UserError
 
 _SIGNIFICANT = 0.05
+# In words of the longer side. What TER takes grows with the third power: at this length a line takes up to four
+# seconds where all words are in another order, and at 900 words half a minute.
+LONGEST_TER_LINE = 150
 _LOW_BLEU = 1.0
 _OWN_TOKENIZERS = ("zh", "ja", "ko")  # of sacreBLEU
 
@@ -26,9 +29,10 @@ class Score:
     name: str
     score: float  # 0 to 100, and more for TER
     signature: str  # what the score depends on: tokenisation, smoothing, version
+    num_left_out: int = 0  # lines that are too long for TER
 
     def __str__(self) -> str:
-        return f"{self.name} {self.score:.2f} | {self.signature}"
+        return f"{self.name} {self.score:.2f} | {self.signature}{_describe_left_out(self.num_left_out)}"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Comparison:
     score: float
     p_value: float  # two-sided, of a paired bootstrap
     signature: str
+    num_left_out: int = 0  # lines that are too long for TER
 
     @property
     def is_significant(self) -> bool:
@@ -60,17 +65,21 @@ class Comparison:
         else:
             verdict = f"p = {self.p_value:.3f}: {'better' if self.is_better else 'worse'}"
         change = f"{self.baseline:.2f} -> {self.score:.2f} ({self.score - self.baseline:+.2f})"
-        return f"{self.name} {change}, {verdict} | {self.signature}"
+        return f"{self.name} {change}, {verdict} | {self.signature}{_describe_left_out(self.num_left_out)}"
 
 
 class RunningScores:
-    """BLEU, chrF and TER of a corpus that comes in parts: sums of statistics are all that is kept of it."""
+    """BLEU, chrF and TER of a corpus that comes in parts: sums of statistics are all that is kept of it.
+
+    Lines of more than `LONGEST_TER_LINE` words are left out of TER, and counted.
+    """
 
     def __init__(self, *, target_lang: str) -> None:
         """Choose the tokenisation, as `bleu` does."""
         self.num_lines = 0
+        self._num_left_out = 0
         self._metrics = list(_metrics(target_lang).values())
-        self._sums: list[Any] = [0 for _ in self._metrics]
+        self._sums: list[Any] = [None for _ in self._metrics]
 
     def add(self, translations: Sequence[str], references: Sequence[str]) -> None:
         """Take in some lines and their references."""
@@ -79,16 +88,25 @@ class RunningScores:
             return
         self.num_lines += len(translations)
         for index, metric in enumerate(self._metrics):
+            texts = [list(translations), list(references)]
+            if isinstance(metric, TER):
+                texts = _short_lines(metric, *texts)
+                self._num_left_out += len(translations) - len(texts[0])
+                if not texts[0]:
+                    continue
             # sacreBLEU's bootstrap is built on the same two steps; a test holds them against `corpus_score`.
-            statistics = metric._extract_corpus_statistics(list(translations), [list(references)])
-            self._sums[index] = self._sums[index] + np.array(statistics).sum(axis=0)
+            statistics = np.array(metric._extract_corpus_statistics(texts[0], [texts[1]])).sum(axis=0)
+            sums = self._sums[index]
+            self._sums[index] = statistics if sums is None else sums + statistics
 
     def scores(self) -> list[Score]:
-        """Return the scores of all lines so far, at least one."""
+        """Return the scores of all lines so far, at least one; without TER if all are too long for it."""
         results = []
         for metric, sums in zip(self._metrics, self._sums, strict=True):
-            result = metric._compute_score_from_stats(sums.tolist())
-            results.append(Score(result.name, result.score, str(metric.get_signature())))
+            if sums is not None:
+                result = metric._compute_score_from_stats(sums.tolist())
+                num_left_out = self._num_left_out if isinstance(metric, TER) else 0
+                results.append(Score(result.name, result.score, str(metric.get_signature()), num_left_out))
         return results
 
 
@@ -168,7 +186,7 @@ def compare(
         target_lang: As for `bleu`.
 
     Returns:
-        BLEU, chrF2 and TER.
+        BLEU, chrF2 and TER; TER of the lines that are short enough for it, if there are any.
 
     Raises:
         UserError: The numbers of lines differ, or a tokeniser is missing.
@@ -176,16 +194,56 @@ def compare(
     _check_counts(translations, references)
     _check_counts(baseline, references)
     metrics = _metrics(target_lang)
-    systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("this", list(translations))]
-    signatures, results = PairedTest(systems, metrics, [list(references)], test_type="bs")()
+    ter = metrics["TER"]
+    texts = [list(baseline), list(translations), list(references)]
+    short = _short_lines(ter, *texts)
+    if len(short[0]) == len(texts[0]):
+        return _compare(metrics, *texts, num_left_out=0)
+    del metrics["TER"]
+    comparisons = _compare(metrics, *texts, num_left_out=0)
+    if short[0]:
+        comparisons += _compare({"TER": ter}, *short, num_left_out=len(texts[0]) - len(short[0]))
+    return comparisons
+
+
+def _compare(
+    metrics: dict[str, Metric],
+    baseline: list[str],
+    translations: list[str],
+    references: list[str],
+    *,
+    num_left_out: int,
+) -> list[Comparison]:
+    systems: list[tuple[str, Sequence[str]]] = [("baseline", baseline), ("this", translations)]
+    signatures, results = PairedTest(systems, metrics, [references], test_type="bs")()
     comparisons = []
     for name in metrics:
         before, after = results[name]
         assert isinstance(before, Result) and isinstance(after, Result) and after.p_value is not None
-        comparisons.append(
-            Comparison(name, float(before.score), float(after.score), after.p_value, str(signatures[name]))
-        )
+        scores = float(before.score), float(after.score)
+        signature = str(signatures[name])
+        comparisons.append(Comparison(name, *scores, after.p_value, signature, num_left_out))
     return comparisons
+
+
+def _short_lines(metric: Any, *texts: list[str]) -> list[list[str]]:
+    """Return parallel texts without the lines that are too long for TER in one of them."""
+
+    def is_short(line: str) -> bool:
+        # A line has no more words than characters, so that few lines need to be cut into words.
+        return (
+            len(line) <= LONGEST_TER_LINE or len(metric._preprocess_segment(line).split()) <= LONGEST_TER_LINE
+        )
+
+    kept = [lines for lines in zip(*texts, strict=True) if all(map(is_short, lines))]
+    return [[lines[i] for lines in kept] for i in range(len(texts))]
+
+
+def _describe_left_out(num_left_out: int) -> str:
+    if not num_left_out:
+        return ""
+    lines = "1 line" if num_left_out == 1 else f"{num_left_out:,} lines"
+    return f" | without {lines} of more than {LONGEST_TER_LINE} words"
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:

@@ -71,7 +71,8 @@ class TranslationTask:
         if options.share_all_embeddings and self.source_vocabulary != self.target_vocabulary:
             raise UserError(
                 "`share-all-embeddings` must have one vocabulary for both languages, but "
-                f"dict.{self.source_lang}.txt and dict.{self.target_lang}.txt in `{self.assets.folder}` differ."
+                f"dict.{self.source_lang}.txt and dict.{self.target_lang}.txt in `{self.assets.folder}` differ. "
+                "Leave it out, or preprocess both with one dictionary."
             )
         return Transformer(
             options,
@@ -91,6 +92,11 @@ class TranslationTask:
                 is for training and longer than the model has positions for.
         """
         directory = self._data_directory()
+        if (directory.source_lang, directory.target_lang) != (self.source_lang, self.target_lang):
+            raise UserError(
+                f"{directory.path} must hold data from {self.source_lang} to {self.target_lang}, as the model "
+                f"translates, but is from {directory.source_lang} to {directory.target_lang}. Name other data."
+            )
         for lang, vocabulary in (
             (directory.source_lang, self.source_vocabulary),
             (directory.target_lang, self.target_vocabulary),

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from nmt.config_ranges import check_ranges
 from nmt.errors import UserError, shown
+
+_LARGEST_SIDE = 16_384  # pixels
 
 if TYPE_CHECKING:
     from nmt.vision.task import ImageClassificationTask
@@ -46,8 +49,8 @@ class AugmentationOptions:
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"`{_flag(name)}` must be a probability from 0 to 1, but is {value}.")
         for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"`{name}` must be finite and not negative, but is {getattr(self, name)}.")
+            if getattr(self, name) != 0:  # from 0.001 on the distribution is one in float32
+                check_ranges(self, {name: (1e-3, 1e3)})
         if self.rand_augment is not None and not 0 <= self.rand_augment <= 30:
             raise UserError(f"`rand-augment` must be from 0 to 30, but is {self.rand_augment}.")
         given = [
@@ -142,10 +145,9 @@ class ImageClassificationOptions:
             raise UserError(f"`image-size` must be at least 1, but is {self.image_size}.")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise UserError(f"`crop-pct` must be above 0 and at most 1, but is {self.crop_pct}.")
+        check_ranges(self, {"image_size": (1, _LARGEST_SIDE), "mean": (-1e6, 1e6), "std": (1e-6, 1e6)})
         if (self.mean is None) != (self.std is None):
             raise UserError("`mean` and `std` must be given together, but one of them is missing.")
-        if self.std is not None and not all(0 < value < float("inf") for value in self.std):
-            raise UserError(f"`std` must be above 0, but is {self.std}.")
         for argument in self.model_args:
             if "=" not in argument:
                 raise UserError(f"`model-args` must be of the form NAME=VALUE, but one is {shown(argument)}.")

@@ -1,0 +1,135 @@
+"""Which model folder a user means who names a run, and where the data of a run lie that was moved."""
+
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmt.errors import UserError
+
+MODEL_NAME = "model.safetensors"
+CHECKPOINTS_NAME = "checkpoints"
+_LONGEST_NAME = 100
+# What a file system without symbolic links says.
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model folder, and what to tell of how it was found."""
+
+    folder: Path
+    note: str | None  # None if the folder itself was named
+
+
+def find_model(path: Path) -> FoundModel:
+    """Return the model folder that is named: itself, or the best checkpoint of a run or its `checkpoints` folder.
+
+    Raises:
+        UserError: There is no model.
+    """
+    if (follow_link(path) / MODEL_NAME).is_file():
+        return FoundModel(follow_link(path), None)
+    checkpoints = find_checkpoints(path)
+    if checkpoints is None:
+        raise UserError(_explain_no_model(path))
+    for name, kind in (
+        ("best", "the best checkpoint"),
+        ("last", "the last checkpoint, as none was validated"),
+    ):
+        folder = follow_link(checkpoints / name)
+        if (folder / MODEL_NAME).is_file():
+            update = re.search(r"\d+$", folder.resolve().name)
+            counted = f", of update {int(update[0]):,}" if update else ""
+            return FoundModel(folder, f"{folder} ({kind}{counted})")
+    raise UserError(
+        f"`{path}` must hold a checkpoint to take the model from, but has none yet. Wait for the first one, or "
+        "name another folder."
+    )
+
+
+def find_models(models: str) -> list[FoundModel]:
+    """Return the model folder that is named, or those of an ensemble A:B.
+
+    Raises:
+        UserError: One of them is none.
+    """
+    try:
+        return [find_model(path) for path in split_models(models)]
+    except UserError as error:
+        aside = " Colons part the models of an ensemble." if ":" in models else ""
+        raise UserError(f"{error}{aside}") from error
+
+
+def follow_link(path: Path) -> Path:
+    """Return the folder that `best` or `last` stands for where the file system has no symbolic links.
+
+    It is a file there, with the name of the folder beside it (`write_link`). Any other path is returned as it is.
+    """
+    if path.is_file() and path.stat().st_size < _LONGEST_NAME:
+        name = path.read_bytes().decode("utf-8", "replace").strip()
+        if re.fullmatch(r"update-\d+", name) and (path.parent / name).is_dir():
+            return path.parent / name
+    return path
+
+
+def write_link(path: Path, name: str) -> None:
+    """Let `path` stand for the folder `name` beside it, atomically: a symbolic link, or a file with that name."""
+    temporary = path.with_name(f".{path.name}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        temporary.write_text(f"{name}\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def find_checkpoints(path: Path) -> Path | None:
+    """Return the `checkpoints` folder of a run, which may be named by itself; None if `path` is neither."""
+    for folder in (path / CHECKPOINTS_NAME, path):
+        if folder.is_dir() and (folder.name == CHECKPOINTS_NAME or any(folder.glob("update-*"))):
+            return folder
+    return None
+
+
+def split_models(models: str) -> list[Path]:
+    """Return the folders of an ensemble A:B; a colon in the name of one that exists does not part them."""
+    parts = models.split(":")
+    for end in range(len(parts), 0, -1):
+        first = Path(":".join(parts[:end]))
+        if first.exists() and end == len(parts):
+            return [first]
+        if first.exists():
+            others = split_models(":".join(parts[end:]))
+            if all(other.exists() for other in others):
+                return [first, *others]
+    return [Path(part) for part in parts]
+
+
+def moved_path(path: Path, *, old_run: Path, model_folder: Path) -> Path | None:
+    """Return where a path of a run's configuration lies now, if the run was moved together with what it names.
+
+    Args:
+        path: As the configuration says it, relative to where the run was started or absolute.
+        old_run: The folder of the run, said likewise.
+        model_folder: A checkpoint of the run, where it is now.
+    """
+    run = model_folder.resolve().parent.parent
+    if path.is_absolute() != old_run.is_absolute() or model_folder.resolve().parent.name != CHECKPOINTS_NAME:
+        return None
+    moved = Path(os.path.normpath(run / os.path.relpath(path, old_run)))
+    return moved if moved.exists() else None
+
+
+def _explain_no_model(path: Path) -> str:
+    if not path.exists():
+        return f"`{path}` must be a model folder, but is missing. Name one, such as RUN/checkpoints/best."
+    if not path.is_dir():
+        return f"`{path}` must be a model folder, but is a file. Name a folder, such as RUN/checkpoints/best."
+    return (
+        f"`{path}` must be a model folder, but has no {MODEL_NAME}. Name the folder of a run, a checkpoint such "
+        "as RUN/checkpoints/best, or what nmt-average or nmt-convert wrote."
+    )
