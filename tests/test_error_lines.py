@@ -15,6 +15,7 @@ from tiny_translation_model import write_tiny_model
 import nmt
 from nmt.cli.generate import _Report
 from nmt.cli.generate import main as generate
+from nmt.cli.options import GenerateOptions
 from nmt.cli.preprocess import main as preprocess
 from nmt.cli.train import main as train
 from nmt.cli.validate import main as validate
@@ -23,7 +24,7 @@ from nmt.errors import UserError
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.options import DecodingOptions
 from nmt.task import load_task
-from nmt.translation.translator import Translation
+from nmt.translation.translator import Translation, Translator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PACKAGE = Path(nmt.__file__).parent
@@ -178,9 +179,10 @@ def test_a_prefix_that_is_cut_is_told(tiny: Path, tmp_path: Path, capsys: pytest
     ("size", "said"), [(1, "`no-repeat-ngram-size` 1 leaves no token"), (0, "not a number")]
 )
 def test_rules_that_leave_no_token_are_named(
-    size: int, said: str, capsys: pytest.CaptureFixture[str]
+    size: int, said: str, translator: Translator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = _Report([], DecodingOptions(no_repeat_ngram_size=size, min_len=600))
+    decoding = DecodingOptions(no_repeat_ngram_size=size, min_len=600)
+    report = _Report([], translator, GenerateOptions(model="", decoding=decoding))
     nothing = Hypothesis(tokens=[5], score=-math.inf, token_scores=[-math.inf])
     report.add(Translation("a", [""], [nothing], np.array([5])), 0)
     report.print()

@@ -26,7 +26,8 @@ WITH_EXAMPLES = {
     for path in (ROOT / "nmt").rglob("*.py")
     if ">>>" in path.read_text(encoding="utf-8")
 }
-RUN_ELSEWHERE = {"nmt.translation.translator"}  # needs a model: tests/test_translator.py
+# They need a model.
+RUN_ELSEWHERE = {"nmt.translation.translator", "nmt.vision.classifier"}
 
 
 @pytest.mark.parametrize("module", sorted(WITH_EXAMPLES - RUN_ELSEWHERE))
