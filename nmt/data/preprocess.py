@@ -222,14 +222,14 @@ def _describe(name: str, report: SplitReport, options: PreprocessOptions, second
             f"{name}.{lang}: {side.num_tokens:,} tokens, unk {side.rate(side.num_unk):.4%}, "
             f"byte fallback {side.rate(side.num_bytes):.4%}"
         )
-    if report.num_long:
-        yield f"{name}: {report.num_long:,} pairs are longer than {options.max_length:,} pieces, and kept"
         for what, count in (("unknown", side.num_unk), ("bytes", side.num_bytes)):
             if side.rate(count) > _LARGE_SHARE_UNKNOWN:
                 yield (
                     f"warning: {side.rate(count):.1%} of the pieces of {name}.{lang} are {what}: the model "
                     "hardly knows this text. Is it the right model, and is the text of this language?"
                 )
+    if report.num_long:
+        yield f"{name}: {report.num_long:,} pairs are longer than {options.max_length:,} pieces, and kept"
     if report.dropped["too_long"] > _LARGE_SHARE_TOO_LONG * report.num_read:
         share = report.dropped["too_long"] / report.num_read
         yield (
