@@ -1,10 +1,15 @@
 """What many tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: kernels run on a CPU then
+
 from tiny_translation_model import write_tiny_model
 
 from nmt.translation.translator import Translator

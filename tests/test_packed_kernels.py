@@ -1,13 +1,9 @@
 """Attention by our own kernels, beside plain masks: on a GPU, or elsewhere by Triton's interpreter."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 pytest.importorskip("triton")
 
 from nmt.data.packing import PackedShape, PackedTranslationBatch, pack_pairs

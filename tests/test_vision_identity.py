@@ -9,7 +9,8 @@ from test_vision_training import config
 
 from nmt.train_loop import train
 from nmt.vision.identity import fingerprint
-from nmt.vision.sources import FolderImages, IdxImages
+from nmt.vision.idx import open_idx
+from nmt.vision.sources import FolderImages
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -46,7 +47,7 @@ def test_files_of_mnist_are_told_apart_by_pixels_and_labels(tmp_path: Path) -> N
         ("labels", images, 1 - labels),
     ):
         folder = write_idx(tmp_path / name, "train", own_images, own_labels)
-        prints.append(fingerprint(IdxImages(folder, "train")))
+        prints.append(fingerprint(open_idx(folder, "train")))
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
