@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nmt.task import Examples
 
 _FIRST_TOKENS = 512  # the search for the largest batch begins here
+_UPDATES_AN_EPOCH = 300  # at least, where `max-tokens` is found
+_FEWEST_TOKENS = 1024  # however small the data
 _SAFETY = 0.9  # of what fits: allocations break into pieces as a run goes on
 
 
@@ -104,15 +106,16 @@ def find_packed_split(
 
 
 def find_max_tokens(
-    trainer: Trainer, examples: "Examples[Any]", window: Indices, *, multiple: int, world: World
+    trainer: Trainer, examples: "Examples[Any]", window: Indices, *, multiple: int, most: int, world: World
 ) -> int:
-    """Return the largest `max_tokens` for which the worst batch fits, with a margin: `--max-tokens auto`.
+    """Return the largest `max_tokens` for which the worst batch fits, with a margin, but no more than `most`.
 
     Args:
         trainer: Runs the batches, of one and a half times the size each, until one does not fit.
         examples: The training examples.
         window: A sample of them, (n,) indices.
         multiple: As `required_batch_size_multiple`.
+        most: What is good to train with, see `most_tokens`.
         world: The ranks, which must all find room.
 
     Raises:
@@ -124,13 +127,27 @@ def find_max_tokens(
         lambda batch: fits(trainer, examples, window[batch]),
         examples.sizes[window],
         multiple=multiple,
+        most=most,
         world=world,
     )
 
 
-def search_max_tokens(does_fit: Callable[[Indices], bool], sizes: Any, *, multiple: int, world: World) -> int:
+def most_tokens(num_tokens: int, *, longest_example: int, batches_an_update: int) -> int:
+    """Return the largest `max_tokens` for which an epoch has some hundred updates: fewer learn little from it.
+
+    Args:
+        num_tokens: Of an epoch, the longer side of each example.
+        longest_example: Has room in any case.
+        batches_an_update: Of all ranks.
+    """
+    return max(_FEWEST_TOKENS, longest_example, num_tokens // (_UPDATES_AN_EPOCH * batches_an_update))
+
+
+def search_max_tokens(
+    does_fit: Callable[[Indices], bool], sizes: Any, *, multiple: int, most: int, world: World
+) -> int:
     """The search of `find_max_tokens`, over batches of rows of `sizes`, (n, C)."""
-    found, tokens = 0, _FIRST_TOKENS
+    found, tokens = 0, min(_FIRST_TOKENS, most)
     while True:
         lengths = longest(sizes)
         batches = cut_batches(sizes[lengths <= tokens], max_tokens=tokens, multiple=multiple)
@@ -143,13 +160,15 @@ def search_max_tokens(does_fit: Callable[[Indices], bool], sizes: Any, *, multip
             found = tokens
             if is_everything:
                 break
-        tokens += tokens // 2
+        if tokens == most:
+            break
+        tokens = min(tokens + tokens // 2, most)
     if not found:
         raise UserError(
             f"The training examples must fit into memory, but a batch of {tokens} tokens does not. "
             "Make the model smaller."
         )
-    return int(found * _SAFETY)
+    return most if found == most else int(found * _SAFETY)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

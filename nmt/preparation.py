@@ -13,10 +13,10 @@ from torch import nn
 from nmt.checkpoint import CheckpointFolder, load_config
 from nmt.config import changed_fixed_options
 from nmt.data.batch_iterator import BatchIterator, packed_limits
-from nmt.data.batching import BatchLimits, Window, window_examples
+from nmt.data.batching import BatchLimits, Window, longest, window_examples
 from nmt.distributed import World, single
 from nmt.errors import UserError
-from nmt.memory import find_max_tokens
+from nmt.memory import find_max_tokens, most_tokens
 from nmt.options import TrainConfig
 from nmt.task import CheckingTask, Examples, PackingTask, Task
 from nmt.task_extras import is_same_asset
@@ -120,10 +120,16 @@ def with_max_tokens(
     *,
     world: World,
     checkpoints: CheckpointFolder,
-) -> TrainConfig[Any]:
-    """Return the configuration with a number for `max-tokens` auto: that of the run so far, or what fits."""
-    if config.batching.max_tokens != "auto":
-        return config
+) -> tuple[TrainConfig[Any], list[str]]:
+    """Find a number for `max-tokens` auto: that of the run so far, or what is good to train with and fits.
+
+    Returns:
+        The configuration with it, and a line on what was chosen, if something was.
+    """
+    batching = config.batching
+    if batching.max_tokens != "auto":
+        return config, []
+    lines = []
     saved = world.broadcast(checkpoints.updates())
     if saved:
         max_tokens = load_config(checkpoints.at(saved[-1])).batching.max_tokens
@@ -137,12 +143,24 @@ def with_max_tokens(
             seed=config.seed,
             updates_per_epoch=1,
         )
-        window = Window(seed=config.seed, epoch=1, number=0, size=config.batching.window_size)
+        window = Window(seed=config.seed, epoch=1, number=0, size=batching.window_size)
+        sample = np.sort(window_examples(window, num_examples=len(examples)))
+        lengths = longest(examples.sizes[sample])
+        most = most_tokens(
+            round(float(lengths.mean()) * len(examples)),
+            longest_example=int(lengths.max()),
+            batches_an_update=world.size * batching.update_freq,
+        )
         max_tokens = find_max_tokens(
             trainer,
             examples,
-            np.sort(window_examples(window, num_examples=len(examples))),
-            multiple=config.batching.required_batch_size_multiple,
+            sample,
+            multiple=batching.required_batch_size_multiple,
+            most=most,
             world=world,
         )
-    return replace(config, batching=replace(config.batching, max_tokens=max_tokens))
+        why = (
+            "for some 300 updates an epoch at least" if max_tokens == most else "what the memory has room for"
+        )
+        lines = [f"max-tokens auto: {max_tokens:,}, {why}"]
+    return replace(config, batching=replace(batching, max_tokens=max_tokens)), lines

@@ -107,9 +107,10 @@ class Run:
         torch.manual_seed(config.seed)
         model = self.task.build_model().to(world.device)
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
-        self.config = config = with_max_tokens(
+        self.config, self.chosen = with_max_tokens(
             config, self.task, model, self.train_examples, world=world, checkpoints=self.checkpoints
         )
+        config = self.config
         self.packing = packing(config, self.task, self.train_examples, world.device)
         if config.optimization.compile and self.packing is None:
             sizes = self.train_examples.sizes
@@ -172,6 +173,7 @@ class Run:
     def describe(self) -> list[str]:
         """Return the lines that tell what the run is going to be; changes nothing."""
         lines = left_out(self.batches, self.config)  # first, since it ends the run if nothing is left
+        lines += self.chosen
         lines += [*notes_of(self.train_examples), *notes_of(self.valid_examples)]
         if isinstance(self.task, LooksOver):
             lines += self.task.look_over(self.train_examples, self.valid_examples, self.world)

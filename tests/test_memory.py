@@ -21,7 +21,7 @@ from nmt.data.options import BatchingOptions
 from nmt.distributed import single
 from nmt.errors import UserError
 from nmt.forecast import parameter_counts
-from nmt.memory import search_max_tokens
+from nmt.memory import most_tokens, search_max_tokens
 from nmt.task import LossOutput
 from nmt.train_loop import train
 
@@ -142,7 +142,7 @@ def test_max_tokens_auto_is_refused_on_a_cpu(tmp_path: Path) -> None:
 def test_the_search_finds_most_of_what_fits(room: int, multiple: int) -> None:
     sizes = np.random.default_rng(room).integers(1, 100, (3000, 2), dtype=np.int32)
     found = search_max_tokens(
-        lambda batch: padded_size(sizes, batch) <= room, sizes, multiple=multiple, world=CPU
+        lambda batch: padded_size(sizes, batch) <= room, sizes, multiple=multiple, most=10**9, world=CPU
     )
     # Steps of one and a half, then a margin of a tenth: never more than fits, never less than 0.6 / 1.1 of it.
     assert found <= room and found >= 0.5 * room
@@ -150,7 +150,28 @@ def test_the_search_finds_most_of_what_fits(room: int, multiple: int) -> None:
 
 def test_the_search_ends_where_everything_fits() -> None:
     sizes = np.full((50, 1), 10, dtype=np.int32)
-    assert search_max_tokens(lambda batch: True, sizes, multiple=1, world=CPU) >= 450
+    assert search_max_tokens(lambda batch: True, sizes, multiple=1, most=10**9, world=CPU) >= 450
+
+
+@given(st.integers(100, 20_000))
+@settings(max_examples=30, deadline=None)
+def test_the_search_ends_at_what_is_good_to_train_with(most: int) -> None:
+    sizes = np.random.default_rng(most).integers(1, 100, (3000, 2), dtype=np.int32)
+    tried = []
+
+    def does_fit(batch: Any) -> bool:
+        tried.append(padded_size(sizes, batch))
+        return True
+
+    assert search_max_tokens(does_fit, sizes, multiple=1, most=most, world=CPU) == most
+    assert max(tried) <= most
+
+
+def test_an_epoch_keeps_300_updates_where_max_tokens_is_found() -> None:
+    # 29,000 pairs of 15 tokens on 2 ranks with 2 batches each: 435,000 / 1,200 = 362, but no fewer than 1,024.
+    assert most_tokens(435_000, longest_example=50, batches_an_update=4) == 1024
+    assert most_tokens(435_000, longest_example=1500, batches_an_update=1) == 1500
+    assert most_tokens(30_000_000, longest_example=256, batches_an_update=4) == 25_000
 
 
 class Lengths:

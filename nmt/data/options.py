@@ -113,7 +113,7 @@ class BatchingOptions:
     max_tokens: int | Literal["auto"] | None = 4096
     """Largest size of a batch on one device: its number of examples times its longest side, padding included;
     where batches are packed, the sum of either side. Longer examples are left out of training and counted.
-    auto: as much as fits into the memory of the GPU."""
+    auto: as much as fits into the memory of the GPU, but no more than leaves an epoch some 300 updates."""
 
     batch_size: int | None = None
     """Largest number of examples in a batch."""
