@@ -174,7 +174,7 @@ def test_ranges() -> None:
 def test_the_products_of_a_layer_are_of_integers() -> None:
     """Else the tests of whole models would pass with floats too."""
     model = InferenceTransformer(random_transformer(2, torch.float32), torch.int8)
-    with torch.inference_mode(), torch.profiler.profile() as profile:
+    with torch.inference_mode(), torch.profiler.profile(acc_events=True) as profile:
         memory, state = model.encode(padded([[5, 6], [7]])), model.start_state()
         model.project(model.features(torch.tensor([[2], [2]]), memory, state))
     counts = {event.key: event.count for event in profile.key_averages()}

@@ -322,7 +322,7 @@ def test_cudnn_is_not_asked_for_attention(tmp_path: Path) -> None:
     train(data_config(tmp_path / "run", device="cuda", max_update=2))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     query = torch.zeros(2, 2, 8, 64, device="cuda", dtype=torch.bfloat16)
-    with torch.profiler.profile() as profiler:
+    with torch.profiler.profile(acc_events=True) as profiler:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
     names = [event.key for event in profiler.key_averages()]
     assert names and not any("cudnn" in name.lower() for name in names)

@@ -55,7 +55,8 @@ def slow_sample(
         if options.sampling_topp is not None:
             all_mass = sum(math.exp(log_probs[token]) for token in order)
             mass, count = 0.0, 0
-            while mass < options.sampling_topp * all_mass:
+            # Python sums more exactly than by adding up, so that adding may fall short of the sum.
+            while count < len(order) and mass < options.sampling_topp * all_mass:
                 mass += math.exp(log_probs[order[count]])
                 count += 1
             order = order[:count]

@@ -38,7 +38,7 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
         body()
         sys.stdout.flush()  # so that a closed pipe shows here, not when the interpreter ends
     except LostRankError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        _say_error(prog, str(error))
         # At once: what waits for the lost rank in other threads cannot be ended in any other way.
         sys.stderr.flush()
         os._exit(error.exit_code)
@@ -94,7 +94,7 @@ def announce_models(prog: str, models: Sequence[FoundModel]) -> list[Path]:
 
 
 def _fail(prog: str, text: str) -> None:
-    print(f"{prog}: error: {one_line(text)}", file=sys.stderr)
+    _say_error(prog, text)
     raise SystemExit(_EXIT_USER_ERROR) from None
 
 
@@ -121,3 +121,8 @@ def _first_line(error: Exception) -> str:
 def _let_stdout_go() -> None:
     """Point stdout at the null device, because Python flushes it once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+
+
+def _say_error(prog: str, text: str) -> None:
+    # In one piece, with its newline, or the lines of several ranks would run into one another.
+    sys.stderr.write(f"{prog}: error: {one_line(text)}\n")

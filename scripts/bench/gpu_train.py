@@ -258,7 +258,7 @@ def flops_of(done: list[MicroBatch], pairs: ParallelDataset, options: Transforme
 
 def profile(trainer: Trainer, updates: Iterator[list[MicroBatch]]) -> None:
     ready = [next(updates) for _ in range(5)]
-    with torch.profiler.profile() as profiler:
+    with torch.profiler.profile(acc_events=True) as profiler:
         for micro_batches in ready:
             trainer.train_step(micro_batches)
         synchronize(trainer.world.device)

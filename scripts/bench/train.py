@@ -244,7 +244,7 @@ class Job:
         """Take one more turn and say what it spends its time on."""
         import torch
 
-        with torch.profiler.profile() as profiler:
+        with torch.profiler.profile(acc_events=True) as profiler:
             self.take_turn()
         order = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         table: str = profiler.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=60)
