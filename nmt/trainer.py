@@ -180,6 +180,7 @@ class Trainer:
             examples: The whole split.
             batches: This rank's share of its batches.
         """
+        self.gradients.give_back()
         for tensor in self.statistics:  # what is measured is what is saved: rank 0's
             self.world.copy_from_main_(tensor)
         with self.evaluated_weights():
