@@ -112,7 +112,7 @@ class Run:
             config, self.task, model, self.train_examples, world=world, checkpoints=self.checkpoints
         )
         config = self.config
-        self.packing = packing(config, self.task, self.train_examples, world.device)
+        self.packing = packing(config, self.task, model, self.train_examples, world.device)
         if config.optimization.compile and self.packing is None:
             sizes = self.train_examples.sizes
             compile_model(model, has_one_shape=bool((sizes == sizes[:1]).all()))

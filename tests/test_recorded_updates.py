@@ -21,14 +21,17 @@ from nmt.errors import UserError
 from nmt.gradients import FlatGradients
 from nmt.memory import find_packed_split
 from nmt.models import packed
+from nmt.models.attention import CrossAttention
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions, TrainConfig, train_config
 from nmt.precision import Precision
+from nmt.preparation import packing
 from nmt.task import LossOutput
 from nmt.train_loop import train
 from nmt.trainer import Trainer
 from nmt.translation.loss import packed_translation_loss, translation_loss
+from nmt.translation.task import TranslationTask
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [(3, 4), (7, 5), (2, 9), (12, 11), (1, 1), (6, 6)]
@@ -152,8 +155,8 @@ def test_a_run_trains_on_packed_batches_and_goes_on_bit_by_bit(tmp_path: Path) -
 
 def test_packed_batches_hold_more_than_padded_ones(tmp_path: Path) -> None:
     ends = []
-    for packing in ("on", "off"):
-        result = train(data_config(tmp_path / packing, packing=packing, max_update=None, max_epoch=1))
+    for wanted in ("on", "off"):
+        result = train(data_config(tmp_path / wanted, packing=wanted, max_update=None, max_epoch=1))
         ends.append(max(record["update"] for record in result.history))
     packed, padded = ends
     assert packed < padded
@@ -162,6 +165,42 @@ def test_packed_batches_hold_more_than_padded_ones(tmp_path: Path) -> None:
 def test_a_task_that_cannot_pack_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`packing` must be auto or off"):
         train(data_config(tmp_path / "run", r_drop=1.0, label_smoothing=0.0, dropout=0.1))
+
+
+class DoublingAttention(CrossAttention):
+    """Has a way of its own for padded batches alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return 2 * super().forward(*args, **kwargs)
+
+
+class HalvingTask(TranslationTask):
+    """Has a loss of its own for padded batches alone."""
+
+    def compute_loss(self, model: torch.nn.Module, batch: Any) -> LossOutput:
+        output = super().compute_loss(model, batch)
+        return LossOutput(output.loss / 2, output.sums)
+
+
+def test_what_is_made_for_padded_batches_is_not_packed(tmp_path: Path) -> None:
+    """Packing would train another model than the one that translates, or another loss, without a word."""
+    config = data_config(tmp_path / "run", packing="auto")
+    task = config.task_options.build(None)
+    examples = task.open_split("train")
+
+    def is_packed(task: Any, model: Any, device: torch.device = GPU) -> bool:
+        return packing(config, task, model, examples, device) is not None
+
+    assert is_packed(task, task.build_model())
+    assert not is_packed(task, task.build_model(), CPU)
+    attention, hooked = task.build_model(), task.build_model()
+    attention.decoder.layers[1].cross_attention.__class__ = DoublingAttention
+    hooked.encoder.register_forward_hook(lambda *_: None)
+    assert not is_packed(task, attention)
+    assert not is_packed(task, hooked)
+    assert not is_packed(HalvingTask(task.options, task.assets), task.build_model())
+    with pytest.raises(UserError, match="`packing` must be auto or off"):
+        packing(data_config(tmp_path / "run"), task, attention, examples, CPU)
 
 
 def test_packing_needs_a_size(tmp_path: Path) -> None:
