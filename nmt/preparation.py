@@ -109,8 +109,8 @@ def packing(
     if pack(1) is None:
         if batching.packing == "on":
             raise UserError(
-                "`packing` must be auto or off where the task, its loss or its model takes no packed batches, but is "
-                "on. Leave it out."
+                "`packing` must be auto or off where the task, its loss or its model takes no packed batches, but "
+                "is on. Leave it out."
             )
         return None
     return Packing(limits, cast(Callable[[int], Examples[Any]], pack))
