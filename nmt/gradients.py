@@ -26,6 +26,8 @@ class Gradients(Protocol):
 
     loss_factor: float
     """What undoes, in the factor of each loss, that a mean is taken over ranks: their number, or 1."""
+    num_copies: int
+    """How many tensors as large as all parameters there are besides, at most, while a gradient is summed."""
 
     def start(self) -> None:
         """Take in the weights as they are now; before the first micro-batch of an update."""
@@ -77,6 +79,7 @@ class ReducedGradients:
             has_statistics: Whether buffers of the objective, such as batch norm's, are to be rank 0's.
         """
         self.loss_factor = float(world.size)
+        self.num_copies = 1 if world.size > 1 else 0  # DDP's buckets
         self._objective: nn.Module = objective
         self._parameters = parameters
         self._precision = precision
@@ -130,6 +133,7 @@ class FlatGradients:
     """
 
     loss_factor = 1.0
+    num_copies = 2  # the gradients of a micro-batch one by one, and side by side
 
     def __init__(
         self, task: Task[Any], model: nn.Module, precision: Precision, world: World, *, is_compiled: bool

@@ -303,6 +303,24 @@ def test_a_large_recording_is_forgotten_before_a_validation(monkeypatch: pytest.
     assert_bit_equal(trained(trainer, given), trained(make_trainer(CPU), given))
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_probe_has_no_less_memory_at_its_disposal_than_an_update(
+    is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(CPU, is_packed=is_packed)
+    plain, sizes = torch.empty_like, []
+
+    def empty_like(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        sizes.append(tensor.numel() if isinstance(tensor, torch.nn.Parameter) else 0)
+        return plain(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    trainer.probe(updates(is_packed=is_packed)[0][0].batch)
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    # Adam's two means; of gradients in one tensor their parts, and the whole that these are joined to.
+    assert sum(sizes) == (4 if is_packed else 2) * num_parameters
+
+
 def test_kernels_that_do_not_work_are_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         @staticmethod
