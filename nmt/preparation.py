@@ -101,8 +101,10 @@ def packing(
     max_sentences = limits.max_sentences
     assert max_sentences is not None
 
+    can_pack = isinstance(task, PackingTask) and task.can_pack(model)
+
     def pack(max_tokens: int) -> Examples[Any] | None:
-        if not (isinstance(task, PackingTask) and task.can_pack(model)):
+        if not (isinstance(task, PackingTask) and can_pack):
             return None
         return task.pack(examples, max_tokens=max_tokens, max_sentences=max_sentences)
 
