@@ -60,9 +60,8 @@ def forecast(
         ("memory", f"{peak_memory(world.device) / 2**20:,.0f} MiB at most, after the largest batch"),
     ]
     if batches.split_above is not None:
-        rows.append(
-            ("", f"batches above {batches.split_above:,} (examples x longest) are run in parts to fit")
-        )
+        size = "tokens" if batches.limits.is_packed else "examples x longest"
+        rows.append(("", f"batches above {batches.split_above:,} ({size}) are run in parts to fit"))
     return [_row(name, text) for name, text in rows]
 
 

@@ -18,6 +18,7 @@ from nmt.distributed import World
 from nmt.precision import Precision
 from nmt.recording import Recording
 from nmt.task import Batch, LossOutput, StaticBatch, Task
+from nmt.weights import weights
 
 
 class Gradients(Protocol):
@@ -25,6 +26,8 @@ class Gradients(Protocol):
 
     loss_factor: float
     """What undoes, in the factor of each loss, that a mean is taken over ranks: their number, or 1."""
+    num_copies: int
+    """How many tensors as large as all parameters there are besides, at most, while a gradient is summed."""
 
     def start(self) -> None:
         """Take in the weights as they are now; before the first micro-batch of an update."""
@@ -46,6 +49,9 @@ class Gradients(Protocol):
 
     def clear(self) -> None:
         """Begin anew."""
+
+    def give_back(self) -> None:
+        """Give memory back that nothing else can use, if it is much, before work of another kind."""
 
     def close(self) -> None:
         """Let go of what keeps the ranks' connections open."""
@@ -73,6 +79,7 @@ class ReducedGradients:
             has_statistics: Whether buffers of the objective, such as batch norm's, are to be rank 0's.
         """
         self.loss_factor = float(world.size)
+        self.num_copies = 1 if world.size > 1 else 0  # DDP's buckets
         self._objective: nn.Module = objective
         self._parameters = parameters
         self._precision = precision
@@ -109,6 +116,9 @@ class ReducedGradients:
         for parameter in self._parameters:
             parameter.grad = None
 
+    def give_back(self) -> None:
+        """Nothing is to be done: what was used is free for all."""
+
     def close(self) -> None:
         """Let go of DDP, which keeps the process group."""
         self._objective = nn.Identity()
@@ -123,6 +133,7 @@ class FlatGradients:
     """
 
     loss_factor = 1.0
+    num_copies = 2  # the gradients of a micro-batch one by one, and side by side
 
     def __init__(
         self, task: Task[Any], model: nn.Module, precision: Precision, world: World, *, is_compiled: bool
@@ -148,21 +159,26 @@ class FlatGradients:
         self._flat = torch.zeros(num_numbers, dtype=dtype, device=world.device)
         self._computing = precision.copy_of(model)
         self._weights: list[Tensor] = [p for p in self._computing.parameters() if p.requires_grad]
+        self._copies = [] if self._computing is model else _values(self._computing)
+        self._originals = _values(model)
         if is_compiled:
             compile_layers(self._computing)
         self._factor = torch.zeros((), dtype=world.sum_dtype, device=world.device)
         self._batch: Any = None  # made by the first micro-batch
         self._sum_names: list[str] = []
         self._sums = self._factor  # likewise
-        self._recording = Recording(self._compute, world.device)
+        # What is computed again in the backward pass draws its random numbers again: the host turns the generator
+        # back, which a recording may forbid.
+        is_recorded = not any(getattr(x, "activation_checkpointing", False) for x in model.modules())
+        self._recording = Recording(self._compute, world.device if is_recorded else torch.device("cpu"))
         self.clear()
 
     @torch.no_grad()
     def start(self) -> None:
-        """Turn the weights to the type that is computed in."""
+        """Turn the weights to the type that is computed in, those that are not trained too: they may be loaded."""
         self._computing.train()
-        if self._weights[0] is not self._parameters[0]:
-            torch._foreach_copy_(self._weights, self._parameters)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._originals)
 
     def add(self, batch: StaticBatch, factor: Tensor, *, is_last: bool) -> LossOutput:
         """Run forward and backward by the recording."""
@@ -189,6 +205,13 @@ class FlatGradients:
             if parameter.grad is None or parameter.grad.data_ptr() != part.data_ptr():
                 parameter.grad = part.view_as(parameter)
 
+    def give_back(self) -> None:
+        """Forget a recording that holds more than half of the GPU's memory."""
+        if self._recording.num_bytes > _most_recorded_bytes(self._world.device):
+            self._sums = self._factor  # they lie in that memory
+            self._recording.forget()
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -201,6 +224,16 @@ class FlatGradients:
         self._sum_names = list(output.sums)
         values = [output.loss.detach(), *output.sums.values()]
         self._sums = torch.stack([_scalar(value, like=self._factor) for value in values])
+
+
+def _most_recorded_bytes(device: torch.device) -> int:
+    """Return how much memory a recording of updates may keep during a validation."""
+    return torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else 0
+
+
+def _values(model: nn.Module) -> list[Tensor]:
+    """Return the parameters of a model, and the buffers that are saved with it, tied ones once."""
+    return list(weights(model).values())
 
 
 def _scalar(value: Tensor | float, *, like: Tensor) -> Tensor:

@@ -79,7 +79,12 @@ def find_split(trainer: Trainer, examples: "Examples[Any]", batches: Sequence[In
 
 
 def find_packed_split(
-    trainer: Trainer, pack: Callable[[int], "Examples[Any]"], example: Indices, *, max_tokens: int
+    trainer: Trainer,
+    pack: Callable[[int], "Examples[Any]"],
+    example: Indices,
+    *,
+    longest: int,
+    max_tokens: int,
 ) -> int | None:
     """Return the number of tokens above which packed batches have to be split, or None if they fit as they are.
 
@@ -87,20 +92,20 @@ def find_packed_split(
         trainer: Runs them.
         pack: Returns the training examples, to be collated into rows for so many tokens.
         example: Any one of them, (1,): each row takes as much memory.
+        longest: The length of the longest example, which a row must hold.
         max_tokens: What a row is to hold.
 
     Raises:
         UserError: There is no memory for a row of the longest example.
     """
-    longest_example = int(pack(max_tokens).sizes[example].max())
     tokens = max_tokens
     while not fits(trainer, pack(tokens), example):
-        tokens //= 2
-        if tokens < longest_example:
+        if tokens == longest:
             raise UserError(
-                f"The training examples must fit into memory, but a row of {2 * tokens} tokens does not. "
-                "Make the model smaller, or leave out long examples (`max-tokens`)."
+                f"The training examples must fit into memory, but a row of {tokens} tokens, the length of the "
+                "longest one, does not. Make the model smaller, or leave out long examples (`max-tokens`)."
             )
+        tokens = max(tokens // 2, longest)
     limits = trainer.world.gather(tokens)
     return None if min(limits) == max_tokens else min(limits)
 

@@ -82,7 +82,11 @@ class Packing(NamedTuple):
 
 
 def packing(
-    config: TrainConfig[Any], task: Task[Any], examples: Examples[Any], device: torch.device
+    config: TrainConfig[Any],
+    task: Task[Any],
+    model: nn.Module,
+    examples: Examples[Any],
+    device: torch.device,
 ) -> Packing | None:
     """Return how training batches are packed, or None if they are to be padded.
 
@@ -97,16 +101,18 @@ def packing(
     max_sentences = limits.max_sentences
     assert max_sentences is not None
 
+    can_pack = isinstance(task, PackingTask) and task.can_pack(model)
+
     def pack(max_tokens: int) -> Examples[Any] | None:
-        if not isinstance(task, PackingTask):
+        if not (isinstance(task, PackingTask) and can_pack):
             return None
         return task.pack(examples, max_tokens=max_tokens, max_sentences=max_sentences)
 
     if pack(1) is None:
         if batching.packing == "on":
             raise UserError(
-                "`packing` must be auto or off where the task, or its loss, takes no packed batches, but is on. "
-                "Leave it out."
+                "`packing` must be auto or off where the task, its loss or its model takes no packed batches, but "
+                "is on. Leave it out."
             )
         return None
     return Packing(limits, cast(Callable[[int], Examples[Any]], pack))

@@ -41,6 +41,18 @@ class Recording:
         self._pool = pool
         self._num_plain = 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._num_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory the recording holds, which serves nothing else; 0 with a pool from outside."""
+        return self._num_bytes
+
+    def forget(self) -> None:
+        """Give the memory of the recording back, once its results are let go of; it is made anew later."""
+        if self._graph is not None:
+            torch.cuda.synchronize()  # it may still be at work
+        self._graph, self._num_plain, self._num_bytes = None, 0, 0
 
     def __call__(self) -> None:
         """Do the work: plainly at first, then by a replay."""
@@ -53,6 +65,8 @@ class Recording:
             _run_plainly(self._function)
         else:
             self._graph = _record(self._function, self._pool)
+            if self._pool is None:  # all that was kept for later has been given back
+                self._num_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             self._graph.replay()
 
 

@@ -145,6 +145,9 @@ class Task(Protocol[B]):
 class PackingTask(Protocol):
     """A task that can pack its training examples into batches of one shape."""
 
+    def can_pack(self, model: nn.Module, /) -> bool:
+        """Return whether the loss of packed batches is sure to be that of padded ones, with this model too."""
+
     def pack(self, examples: Any, /, *, max_tokens: int, max_sentences: int) -> Examples[StaticBatch] | None:
         """Return the examples of a split so that `collate` packs them, or None if this task's loss needs padding.
 

@@ -16,6 +16,7 @@ from nmt.checkpoint import CheckpointFolder, load_config, load_weights
 from nmt.compilation import compile_failures, compile_model
 from nmt.config import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
+from nmt.data.batching import longest_within
 from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError, UserError, one_line
@@ -111,7 +112,7 @@ class Run:
             config, self.task, model, self.train_examples, world=world, checkpoints=self.checkpoints
         )
         config = self.config
-        self.packing = packing(config, self.task, self.train_examples, world.device)
+        self.packing = packing(config, self.task, model, self.train_examples, world.device)
         if config.optimization.compile and self.packing is None:
             sizes = self.train_examples.sizes
             compile_model(model, has_one_shape=bool((sizes == sizes[:1]).all()))
@@ -202,14 +203,16 @@ class Run:
             found = find_split(self.trainer, self.train_examples, first_batches)
         else:
             assert isinstance(max_tokens, int)
+            longest = longest_within(self.train_examples.sizes, self.packing.limits)
             found = find_packed_split(
-                self.trainer, self.packing.pack, first_batches[0][:1], max_tokens=max_tokens
+                self.trainer, self.packing.pack, first_batches[0][:1], longest=longest, max_tokens=max_tokens
             )
         # What a run was split by stays, or it would round otherwise when it is resumed with more memory.
-        limits = [limit for limit in (found, self.batches.split_above) if limit is not None]
-        self.batches.split_above = min(limits, default=None)
+        self.batches.split_above = split_above = _lower(found, self.batches.split_above)
         if self.packing is not None and isinstance(max_tokens, int):
-            self.batches.collate_with(self.packing.pack(min([max_tokens, *limits])))
+            # A run that was padded so far may have been split by less.
+            size = max_tokens if split_above is None else min(max_tokens, max(split_above, longest))
+            self.batches.collate_with(self.packing.pack(size))
 
     def close(self) -> None:
         """End the processes that read batches ahead, and close the log."""
@@ -425,7 +428,8 @@ class Run:
         load_weights(self.trainer.model, self.checkpoints.at(update))
         self.trainer.load_state_dict(optimizer, state["trainer"])
         self.batches.load_state_dict(position)
-        self.batches.split_above = state["split_above"]
+        # What has been found too large for this device stays so where an earlier process had more memory.
+        self.batches.split_above = _lower(state["split_above"], self.batches.split_above)
         self.progress = Progress.from_json(state["progress"])
         self.clock = Clock(**state["clock"])
         # That of the last update; a run may have been saved after an epoch whose validation could not be made.
@@ -475,6 +479,10 @@ def _num_workers(config: TrainConfig[Any], world: World) -> int:
     if chosen != "auto":
         return chosen
     return _GPU_WORKERS if world.device.type == "cuda" else 0
+
+
+def _lower(one: int | None, other: int | None) -> int | None:
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 def _is_due(count: int, interval: int | None) -> bool:

@@ -151,13 +151,13 @@ class Trainer:
     def probe(self, batch: Batch) -> None:
         """Run a batch forward and backward, as an update would, and change nothing.
 
-        The memory that an update needs besides is reserved meanwhile: the optimizer's state, DDP's buckets.
+        The memory that an update needs besides is reserved meanwhile: the optimizer's state, copies of gradients.
         """
         self.model.train()
         device = self.world.device
         before = [tensor.clone() for tensor in self.statistics]
         has_state = bool(self.optimizer.state)
-        num_copies = (0 if has_state else 2) + (1 if self.world.size > 1 else 0)
+        num_copies = (0 if has_state else 2) + self.gradients.num_copies
         reserved = [torch.empty_like(p) for _ in range(num_copies) for p in self.model.parameters()]
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -180,6 +180,7 @@ class Trainer:
             examples: The whole split.
             batches: This rank's share of its batches.
         """
+        self.gradients.give_back()
         for tensor in self.statistics:  # what is measured is what is saved: rank 0's
             self.world.copy_from_main_(tensor)
         with self.evaluated_weights():

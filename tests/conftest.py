@@ -15,6 +15,12 @@ from tiny_translation_model import write_tiny_model
 from nmt.translation.translator import Translator
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Let PyTorch compute on one thread: for small products it is the fastest, and test processes share cores."""

@@ -81,6 +81,42 @@ def test_a_run_in_parts_is_resumed_in_the_same_parts(tmp_path: Path, monkeypatch
     assert_bit_equal(tensors(tmp_path / "whole", 30), tensors(tmp_path / "parts", 30))
 
 
+class FailingTask(SmallMemoryTask):
+    """Its losses are not numbers for sixteen small batches, after so many good ones."""
+
+    num_good = 1000
+
+    def __init__(self) -> None:
+        self.num_seen = 0
+
+    def compute_loss(self, model: nn.Module, batch: Points) -> LossOutput:
+        output = super().compute_loss(model, batch)
+        if not model.training or batch.num_examples > 8:
+            return output
+        self.num_seen += 1
+        is_bad = self.num_good < self.num_seen <= self.num_good + 16
+        return LossOutput(output.loss * (torch.nan if is_bad else 1.0), output.sums)
+
+
+@dataclass(frozen=True)
+class FailingOptions(PointOptions):
+    def build(self, assets: Path | None) -> PointTask:
+        return FailingTask()
+
+
+@pytest.mark.usefixtures("points_plugin")
+def test_a_run_that_goes_back_to_when_there_was_more_memory_still_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint knows nothing of parts."""
+    for room, num_good, max_update in ((1000, 1000, 13), (8, 16, 30)):
+        monkeypatch.setattr(SmallMemoryTask, "room", room)
+        monkeypatch.setattr(FailingTask, "num_good", num_good)
+        optimization = {"max_update": max_update, "max_bad_updates": 3}
+        train(config(tmp_path, optimization=optimization, task_options=FailingOptions()))
+    assert records(tmp_path, "back") and records(tmp_path, "train")[-1]["update"] == 30
+
+
 @pytest.mark.usefixtures("points_plugin")
 def test_without_room_for_one_example_the_run_does_not_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

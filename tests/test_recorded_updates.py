@@ -18,15 +18,20 @@ from nmt.data.preprocess import preprocess
 from nmt.determinism import deterministic_algorithms
 from nmt.distributed import single
 from nmt.errors import UserError
+from nmt.gradients import FlatGradients
 from nmt.memory import find_packed_split
 from nmt.models import packed
+from nmt.models.attention import CrossAttention
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions, TrainConfig, train_config
+from nmt.precision import Precision
+from nmt.preparation import packing
 from nmt.task import LossOutput
 from nmt.train_loop import train
 from nmt.trainer import Trainer
 from nmt.translation.loss import packed_translation_loss, translation_loss
+from nmt.translation.task import TranslationTask
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [(3, 4), (7, 5), (2, 9), (12, 11), (1, 1), (6, 6)]
@@ -150,8 +155,8 @@ def test_a_run_trains_on_packed_batches_and_goes_on_bit_by_bit(tmp_path: Path) -
 
 def test_packed_batches_hold_more_than_padded_ones(tmp_path: Path) -> None:
     ends = []
-    for packing in ("on", "off"):
-        result = train(data_config(tmp_path / packing, packing=packing, max_update=None, max_epoch=1))
+    for wanted in ("on", "off"):
+        result = train(data_config(tmp_path / wanted, packing=wanted, max_update=None, max_epoch=1))
         ends.append(max(record["update"] for record in result.history))
     packed, padded = ends
     assert packed < padded
@@ -160,6 +165,42 @@ def test_packed_batches_hold_more_than_padded_ones(tmp_path: Path) -> None:
 def test_a_task_that_cannot_pack_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`packing` must be auto or off"):
         train(data_config(tmp_path / "run", r_drop=1.0, label_smoothing=0.0, dropout=0.1))
+
+
+class DoublingAttention(CrossAttention):
+    """Has a way of its own for padded batches alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return 2 * super().forward(*args, **kwargs)
+
+
+class HalvingTask(TranslationTask):
+    """Has a loss of its own for padded batches alone."""
+
+    def compute_loss(self, model: torch.nn.Module, batch: Any) -> LossOutput:
+        output = super().compute_loss(model, batch)
+        return LossOutput(output.loss / 2, output.sums)
+
+
+def test_what_is_made_for_padded_batches_is_not_packed(tmp_path: Path) -> None:
+    """Packing would train another model than the one that translates, or another loss, without a word."""
+    config = data_config(tmp_path / "run", packing="auto")
+    task = config.task_options.build(None)
+    examples = task.open_split("train")
+
+    def is_packed(task: Any, model: Any, device: torch.device = GPU) -> bool:
+        return packing(config, task, model, examples, device) is not None
+
+    assert is_packed(task, task.build_model())
+    assert not is_packed(task, task.build_model(), CPU)
+    attention, hooked = task.build_model(), task.build_model()
+    attention.decoder.layers[1].cross_attention.__class__ = DoublingAttention
+    hooked.encoder.register_forward_hook(lambda *_: None)
+    assert not is_packed(task, attention)
+    assert not is_packed(task, hooked)
+    assert not is_packed(HalvingTask(task.options, task.assets), task.build_model())
+    with pytest.raises(UserError, match="`packing` must be auto or off"):
+        packing(data_config(tmp_path / "run"), task, attention, examples, CPU)
 
 
 def test_packing_needs_a_size(tmp_path: Path) -> None:
@@ -183,11 +224,13 @@ def test_rows_that_do_not_fit_into_memory_are_halved(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(trainer, "probe", probe)
     example = torch.tensor([0]).numpy()
-    assert find_packed_split(trainer, pack, example, max_tokens=100) == 25
-    assert find_packed_split(trainer, pack, example, max_tokens=30) is None
+    assert find_packed_split(trainer, pack, example, longest=10, max_tokens=100) == 25
+    assert find_packed_split(trainer, pack, example, longest=10, max_tokens=30) is None
+    # Another example is longer, and a row must hold it too.
+    assert find_packed_split(trainer, pack, example, longest=28, max_tokens=100) == 28
     monkeypatch.setattr(trainer, "probe", out_of_memory)
-    with pytest.raises(UserError, match="a row of 12 tokens does not"):
-        find_packed_split(trainer, pack, example, max_tokens=100)
+    with pytest.raises(UserError, match="a row of 10 tokens, the length of the longest one, does not"):
+        find_packed_split(trainer, pack, example, longest=10, max_tokens=100)
 
 
 def out_of_memory(_: Any) -> None:
@@ -208,6 +251,74 @@ class _Examples:
 
     def collate(self, items: list[int]) -> list[int]:
         return items
+
+
+def test_weights_that_are_not_trained_are_those_that_were_loaded() -> None:
+    """In low precision a copy of the model computes, which is made before a checkpoint is loaded."""
+    found = []
+    for is_loaded_later in (False, True):
+        model = make_model()
+        frozen = model.encoder.embedding.tokens.weight.requires_grad_(False).detach()
+        if not is_loaded_later:
+            frozen.mul_(2.0)
+        options = OptimizationOptions(lr=0.01, warmup_updates=4, precision="bf16")
+        world = single(CPU)
+        trainer = Trainer(
+            PairTask(), model, options, world=world, seed=1, updates_per_epoch=1, has_one_shape=True
+        )
+        if is_loaded_later:
+            frozen.mul_(2.0)
+        found.append(trained(trainer, updates(count=3)))
+    assert_bit_equal(*found)
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_what_is_computed_again_in_the_backward_pass_is_not_recorded(
+    is_wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It draws the same random numbers again, for which the host turns the generator back."""
+    devices: list[str] = []
+    monkeypatch.setattr("nmt.gradients.Recording", lambda _, device: devices.append(device.type))
+    nowhere = torch.device("meta")
+    model = make_model(activation_checkpointing=is_wanted).to(nowhere)
+    precision = Precision("fp32", nowhere)
+    FlatGradients(PairTask(), model, precision, single(nowhere), is_compiled=False)
+    assert devices == ["cpu" if is_wanted else "meta"]
+
+
+def test_a_large_recording_is_forgotten_before_a_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else could use its memory."""
+    trainer = make_trainer(CPU)
+    gradients = trainer.gradients
+    assert isinstance(gradients, FlatGradients)
+    forgotten: list[int] = []
+    work = gradients._recording
+    monkeypatch.setattr(work, "forget", lambda: forgotten.append(work.num_bytes))
+    given = updates(count=4)
+    monkeypatch.setattr("nmt.gradients._most_recorded_bytes", lambda _: 100)
+    for num_bytes in (0, 100, 101):
+        monkeypatch.setattr(work, "_num_bytes", num_bytes)
+        gradients.give_back()
+    assert forgotten == [101]
+    assert_bit_equal(trained(trainer, given), trained(make_trainer(CPU), given))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_probe_has_no_less_memory_at_its_disposal_than_an_update(
+    is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(CPU, is_packed=is_packed)
+    plain, sizes = torch.empty_like, []
+
+    def empty_like(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        sizes.append(tensor.numel() if isinstance(tensor, torch.nn.Parameter) else 0)
+        return plain(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    trainer.probe(updates(is_packed=is_packed)[0][0].batch)
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    # Adam's two means; of gradients in one tensor their parts, and the whole that these are joined to.
+    assert sum(sizes) == (4 if is_packed else 2) * num_parameters
 
 
 def test_kernels_that_do_not_work_are_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +389,93 @@ def test_a_deterministic_run_on_a_gpu_resumes_bit_by_bit(tmp_path: Path, precisi
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_that_are_computed_again_on_a_gpu_make_the_same_updates(precision: str) -> None:
+    found = []
+    for is_wanted in (False, True):
+        with deterministic_algorithms(True):
+            model = {"dropout": 0.3, "attention_dropout": 0.1, "activation_checkpointing": is_wanted}
+            found.append(trained(make_trainer(GPU, precision=precision, model=model), updates()))
+    assert_close(*found, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_recording_that_is_forgotten_is_made_anew(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for most in (0, 2**60):
+        monkeypatch.setattr("nmt.gradients._most_recorded_bytes", lambda _, most=most: most)
+        with deterministic_algorithms(True):
+            trainer = make_trainer(GPU, precision=precision, model={"dropout": 0.3})
+            for micro_batches in updates(count=5):
+                trainer.train_step(micro_batches)
+            gradients = trainer.gradients
+            assert isinstance(gradients, FlatGradients) and gradients._recording.num_bytes > 0
+            trainer.gradients.give_back()
+            assert (gradients._recording.num_bytes == 0) == (most == 0)
+            found.append(trained(trainer, updates(count=6)))
+    assert_bit_equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "bf16", "ema_decay": 0.9}])
+def test_recorded_updates_go_back_to_an_earlier_state(options: dict[str, Any]) -> None:
+    with deterministic_algorithms(True):
+        trainer = make_trainer(GPU, model={"dropout": 0.3}, **options)
+        for micro_batches in updates(count=5):
+            trainer.train_step(micro_batches)
+        with trainer.evaluated_weights():
+            tensors, values = trainer.state_dict()
+            saved = {name: tensor.clone() for name, tensor in tensors.items()}
+            weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        found = [trained(trainer, updates(count=6))]
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                parameter.copy_(weights[name])
+        trainer.load_state_dict(saved, values)
+        found.append(trained(trainer, updates(count=6)))
+    assert_bit_equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "adafactor"},
+        {"optimizer": "sgd", "momentum": 0.9},
+        {"optimizer": "adamw", "weight_decay": 0.1, "decay_matrices_only": True},
+    ],
+)
+def test_any_optimizer_steps_on_a_gpu_as_on_the_cpu(options: dict[str, Any]) -> None:
+    given = {"precision": "fp32", **options}
+    assert_close(
+        trained(make_trainer(GPU, **given), updates()), trained(make_trainer(CPU, **given), updates()), 2e-4
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # the compiler of torch warns of itself
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"compile": True, "precision": "fp32"},
+        {"activation_checkpointing": True},
+        {"word_dropout": 0.1, "attention_dropout": 0.1, "ema_decay": 0.9, "update_freq": 2},
+        {"encoder_learned_pos": True, "decoder_learned_pos": True, "deterministic": True},
+        {"encoder_normalize_before": True, "decoder_normalize_before": True, "precision": "fp16"},
+        {"max_tokens": 50, "optimizer": "adafactor"},
+    ],
+)
+def test_a_run_on_a_gpu_validates_in_the_middle(tmp_path: Path, options: dict[str, Any]) -> None:
+    defaults = {"device": "cuda", "packing": "auto", "eval_bleu": True, "max_update": 24}
+    result = train(data_config(tmp_path / "run", validate_interval_updates=8, **defaults, **options))
+    found = [record for record in result.history if record["kind"] == "valid"]
+    assert {8, 16, 24} <= {record["update"] for record in found}  # besides the ends of epochs
+    assert all(0.0 < record["loss"] < 20.0 and "bleu" in record for record in found)
+
+
+@pytest.mark.gpu
 def test_an_overflow_in_fp16_is_cancelled_in_a_recording() -> None:
     trainer = make_trainer(GPU, precision="fp16")
     assert trainer.precision._scale is not None
@@ -309,7 +507,7 @@ def test_a_row_that_fills_the_gpu_is_split() -> None:
             examples.collate = lambda _: pack_pairs(pairs, shape)  # type: ignore[method-assign]
             return examples
 
-        found = find_packed_split(trainer, pack, torch.tensor([0]).numpy(), max_tokens=400_000)
+        found = find_packed_split(trainer, pack, torch.tensor([0]).numpy(), longest=10, max_tokens=400_000)
         assert found is not None and 1000 < found < 400_000
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -226,6 +226,12 @@ def too_long(sizes: Sizes, limits: BatchLimits) -> NDArray[np.bool_]:
     return result
 
 
+def longest_within(sizes: Sizes, limits: BatchLimits, *, block: int = 2**20) -> int:
+    """Return the longest length, of any column, of the examples within the limits; 0 if there are none."""
+    blocks = (sizes[start : start + block] for start in range(0, len(sizes), block))
+    return max(int(longest(block[~too_long(block, limits)]).max(initial=0)) for block in blocks)
+
+
 def count_too_long(sizes: Sizes, limits: BatchLimits, *, block: int = 2**20) -> int:
     """Count the examples of the whole data set that are beyond the limits, reading a block at a time."""
     return sum(

@@ -131,6 +131,8 @@ class _Known:
         recording = self.recordings.get(key)
         if recording is None:
             if self._pool is None and self._device.type == "cuda":
+                # While something is recorded, no memory that is kept for later is given back to make room.
+                torch.cuda.empty_cache()
                 self._pool = torch.cuda.graph_pool_handle()
             recording = self.recordings[key] = Recording(function, self._device, pool=self._pool)
             if len(self.recordings) > _MOST_RECORDINGS:

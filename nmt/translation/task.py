@@ -22,6 +22,7 @@ from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
+from nmt.models.known_parts import find_stranger
 from nmt.models.search_form import search_form
 from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
@@ -137,6 +138,15 @@ class TranslationTask:
                     f"`{directory.path}`, but is {limit}. Raise it, or preprocess with `--max-length {limit}`."
                 )
         return dataset
+
+    def can_pack(self, model: nn.Module) -> bool:
+        """Return whether the loss and all parts of a model are ours: others may know padded batches alone."""
+        is_own_loss = type(self).compute_loss is TranslationTask.compute_loss
+        return (
+            is_own_loss
+            and isinstance(model, Transformer)
+            and find_stranger(model, within_encoder=True) is None
+        )
 
     def pack(self, examples: ParallelDataset, *, max_tokens: int, max_sentences: int) -> PackedDataset | None:
         """Return training examples to be packed, or None for a loss that is made for padded batches."""
