@@ -148,7 +148,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, spans: Spans, *, dropou
     starts = (spans.queries.starts, spans.keys.starts, spans.queries.longest, spans.keys.longest)
     by_token = [x.transpose(1, 2) for x in (query, keys, values)]  # (1, H, N, E) -> (1, N, H, E)
     is_half = query.dtype in (torch.bfloat16, torch.float16)
-    if is_half and query.size(3) % 8 == 0 and query.size(3) <= 256:
+    has_flash = torch.cuda.get_device_capability(query.device) >= (8, 0)  # Ampere and newer
+    if has_flash and is_half and query.size(3) % 8 == 0 and query.size(3) <= 256:
         heads = torch.ops.aten._flash_attention_forward(
             *(x.squeeze(0) for x in by_token), *starts, dropout, is_causal, False
         )[0]
