@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nmt.cli.options import AverageOptions
-from nmt.config import check_options
+from nmt.config import check_options, from_mapping
 from nmt.data.options import PreprocessOptions
-from nmt.errors import UserError
+from nmt.errors import UserError, shown
 
 if TYPE_CHECKING:
     from nmt.translation.scoring import Score
@@ -48,24 +48,24 @@ def preprocess(
     """
     from nmt.data import preprocess as story
 
-    options = PreprocessOptions(
-        source_lang=source_lang,
-        target_lang=target_lang,
-        destdir=Path(destdir),
-        trainpref=trainpref,
-        validpref=validpref,
-        testpref=testpref,
-        sentencepiece_model=None if sentencepiece_model is None else Path(sentencepiece_model),
-        vocab_size=vocab_size,
-        model_type=model_type,
-        character_coverage=character_coverage,
-        extra_symbols=tuple(extra_symbols),
-        normalization=normalization,
-        max_length=max_length,
-        workers=workers,
-        overwrite=overwrite,
-    )
-    check_options(options)
+    given = {
+        "source_lang": source_lang,
+        "target_lang": target_lang,
+        "destdir": Path(destdir),
+        "trainpref": trainpref,
+        "validpref": validpref,
+        "testpref": testpref,
+        "sentencepiece_model": None if sentencepiece_model is None else Path(sentencepiece_model),
+        "vocab_size": vocab_size,
+        "model_type": model_type,
+        "character_coverage": character_coverage,
+        "extra_symbols": tuple(extra_symbols),
+        "normalization": normalization,
+        "max_length": max_length,
+        "workers": workers,
+        "overwrite": overwrite,
+    }
+    options = from_mapping(PreprocessOptions, given, where="preprocess")
     story.preprocess(options, log=log or _ignore)
     return options.destdir
 
@@ -121,6 +121,8 @@ def score(translations: Sequence[str], references: Sequence[str], *, target_lang
     for name, lines in (("translations", translations), ("references", references)):
         if isinstance(lines, str):
             raise UserError(f"`{name}` must be a list of lines, but is one string. Put it in a list.")
+        if (stranger := next((line for line in lines if not isinstance(line, str)), "")) != "":
+            raise UserError(f"`{name}` must be lines of text, but one is {shown(stranger)}.")
     if len(translations) != len(references) or not references:
         raise UserError(
             "`references` must have a line for each translation, and at least one, but there are "

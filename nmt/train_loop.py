@@ -68,6 +68,11 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
         LostRankError: Another rank has ended, or does not answer.
         UserError: The configuration, the data or the checkpoint to go on from do not fit.
     """
+    if not isinstance(config, TrainConfig):
+        raise UserError(
+            f"`config` must be a configuration, but is a {type(config).__name__}. "
+            "Make one with nmt.train_config(data=..., save_dir=...)."
+        )
     check_options(config)
     timeout = timedelta(minutes=config.rank_timeout)
     with (

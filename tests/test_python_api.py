@@ -134,11 +134,32 @@ def test_what_the_commands_do_is_done_from_python(tmp_path: Path) -> None:
         (["a"], "a", "must be a list of lines"),
         (["a"], ["a", "b"], "2 for 1"),
         ([], [], "0 for 0"),
+        ([None], ["a"], "`translations` must be lines of text, but one is None"),
     ],
 )
 def test_scores_of_what_does_not_fit_are_refused(translations: Any, references: Any, text: str) -> None:
     with pytest.raises(UserError, match=text):
         nmt.score(translations, references)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"model_type": "words"}, "`model-type` must be .*but is"),
+        ({"normalization": "nfd"}, "`normalization` must be .*but is"),
+        ({"vocab_size": "many"}, "`vocab-size` must be a whole number, but is 'many'"),
+        ({"workers": 1.5}, "`workers` must be a whole number, but is 1.5"),
+    ],
+)
+def test_preprocess_refuses_values_of_another_kind(option: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=text):
+        nmt.preprocess(source_lang="en", target_lang="de", trainpref="T", destdir=tmp_path / "D", **option)
+    assert not (tmp_path / "D").exists()
+
+
+def test_train_refuses_what_is_no_configuration() -> None:
+    with pytest.raises(UserError, match=r"`config` must be a configuration, but is a dict\."):
+        nmt.train({"data": "DATA"})  # type: ignore[arg-type]
 
 
 def code_blocks(page: str) -> list[str]:

@@ -220,6 +220,24 @@ def test_one_string_is_not_taken_for_a_list_of_letters(translator: Translator) -
         translator.translate("the dog")
 
 
+def test_a_line_that_is_no_text_is_refused(translator: Translator) -> None:
+    with pytest.raises(UserError, match="`lines` must be lines of text, but one is None"):
+        translator.translate(["a", None])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("path", "device", "text"),
+    [
+        ([], "cpu", "`path` must name a model folder"),
+        ("MODEL", "gpu", "`device` must be a device of torch.*but is"),
+        ("MODEL", "cuda:100", "`device` cuda:100 must be a GPU of this machine"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(path: Any, device: str, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        Translator.load(path, device)
+
+
 def test_keywords_are_the_decoding_options_with_their_types() -> None:
     options = {field.name: field.type for field in dataclasses.fields(DecodingOptions)}
     assert typing.get_type_hints(DecodingKeywords) == options

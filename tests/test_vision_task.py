@@ -124,6 +124,8 @@ def test_a_model_that_does_not_exist_or_fit_is_refused_in_a_line(monkeypatch: py
     assert "must be a model of torchvision, but is" in model_refusal("torchvision/resnet10t")
     assert "must be timm/NAME or torchvision/NAME" in model_refusal("keras/resnet18")
     assert "`model-args` must be arguments that `resnet18` takes" in model_refusal("resnet18", ["colour=red"])
+    missing = model_refusal("timm/resnet10t", ["checkpoint_path=none.pt"])
+    assert "`model-args` must be arguments that `timm/resnet10t` takes" in missing
     assert "must have values in YAML" in model_refusal("resnet18", ["drop_rate=[1"])
     assert "must take images of 3x32x32, but `timm/vit_tiny_patch16_224` says" in model_refusal(
         "timm/vit_tiny_patch16_224"

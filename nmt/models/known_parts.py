@@ -74,7 +74,7 @@ def _strangers(
 ) -> Iterator[str]:
     """Yield what is strange about a part that should be of one of these classes, and about the parts in it."""
     if type(module) not in types:
-        known = " or ".join(type_.__name__ for type_ in types)
+        known = " or ".join(dict.fromkeys(type_.__name__ for type_ in types))
         yield f"`{name}`, which is of the class {type(module).__name__} and not {known},"
         return
     assert isinstance(module, nn.Module)

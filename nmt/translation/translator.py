@@ -151,11 +151,14 @@ class Translator:
 
         Raises:
             UserError: A folder is no model folder, is damaged, or holds a model that does not translate; or the
-                vocabularies of several differ; or there is no such precision.
+                vocabularies of several differ; or there is no such precision or device.
         """
         keep_prepared_shapes(_SHAPES_A_THREAD * torch.get_num_threads())
+        _check_device(device)
         _check_precision(precision, device)  # before weights are read
         paths = [path] if isinstance(path, (str, Path)) else list(path)
+        if not paths:
+            raise UserError("`path` must name a model folder, but the list is empty.")
         models, tasks = zip(*(_load(Path(path), device) for path in paths), strict=True)
         for other, other_path in zip(tasks[1:], paths[1:], strict=True):
             if (other.source_vocabulary, other.target_vocabulary) != (
@@ -209,6 +212,8 @@ class Translator:
             raise UserError(
                 f"`lines` must be a list of lines, but is one string. Put it in a list: [{shown(lines)}]."
             )
+        if (stranger := next((line for line in lines if not isinstance(line, str)), "")) != "":
+            raise UserError(f"`lines` must be lines of text, but one is {shown(stranger)}.")
         return self.translate_lines(lines, options)
 
     def translate_lines(
@@ -505,6 +510,22 @@ class _Work:
 
 _NOTHING: NDArray[Any] = np.empty(0, dtype=np.int32)
 _END: NDArray[Any] = np.array([EOS_ID], dtype=np.int32)
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"`device` must be a device of torch, such as cpu or cuda, but is {shown(device)}."
+        ) from error
+    num_gpus = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+        raise UserError(
+            f"`device` {chosen} must be a GPU of this machine, but torch finds {num_gpus}. Use `cpu`."
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("`device` mps must be an Apple GPU, but there is none. Use `cpu`.")
 
 
 def _check_precision(precision: str, device: torch.device | str) -> None:

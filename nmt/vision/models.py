@@ -119,6 +119,7 @@ def _call(name: str, create: Any, *args: Any, **options: Any) -> nn.Module:
         AttributeError,
         KeyError,
         IndexError,
+        OSError,  # a file that an argument names, such as timm's checkpoint_path
     ) as error:
         raise UserError(
             f"`model-args` must be arguments that `{name}` takes, but it says: {_first_line(error)}."
