@@ -31,6 +31,7 @@ from nmt.model_folders import MODEL_NAME, find_model, follow_link, write_link
 from nmt.new_folder import new_folder, remove_folder, remove_leftovers, sync
 from nmt.old_checkpoints import upgrade_state
 from nmt.options import TrainConfig
+from nmt.places import check_new_folder
 from nmt.records import check_record, read_record
 from nmt.run_state import ANY_VERSION, FIRST_VERSION, RUN_STATE
 from nmt.task import Task
@@ -306,8 +307,7 @@ def write_model_folder(
     Raises:
         UserError: The folder exists.
     """
-    if folder.exists():
-        raise UserError(f"`{folder}` must not exist yet. Remove it or name another folder.")
+    check_new_folder(folder, name="output")
     with new_folder(folder) as temporary:
         _write_model(temporary, tensors, config=config, task=task)
 

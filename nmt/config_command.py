@@ -127,6 +127,8 @@ def _to_value(option: Option, given: Sequence[str], prog: str) -> Any:
     text: Any = list(given) if is_tuple else given[0]
     if given == ["None"] and type(None) in typing.get_args(option.hint):
         return None
+    if "" in given:  # mostly a variable of the shell that is not set
+        raise UserError(f"`{option.label}` must have a value, but it is empty. {see_help(prog)}")
     try:
         return convert(option.hint, text)
     except MismatchError as error:

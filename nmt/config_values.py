@@ -124,7 +124,7 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
         if hint in (int, float):
             with suppress(ValueError):  # also of thousands of digits
                 return hint(value)
-        if hint is str or (hint is Path and "\0" not in value):
+        if hint is str or (hint is Path and value and "\0" not in value):
             return hint(value)
     elif hint in (int, float) and isinstance(value, (int, hint)) and not isinstance(value, bool):
         with suppress(OverflowError):

@@ -26,6 +26,7 @@ from nmt.going_back import checkpoint_to_go_back_to
 from nmt.memory import find_packed_split, find_split
 from nmt.options import TrainConfig
 from nmt.pace import try_updates
+from nmt.places import check_save_dir
 from nmt.preparation import check_model, left_out, packing, refuse_other_run, with_max_tokens
 from nmt.progress import Progress
 from nmt.reports import Clock, Reports
@@ -74,6 +75,7 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
             "Make one with nmt.train_config(data=..., save_dir=...)."
         )
     check_options(config)
+    check_save_dir(config.save_dir)
     timeout = timedelta(minutes=config.rank_timeout)
     with (
         compile_failures(config.optimization.compile),

@@ -45,6 +45,7 @@ LAYERS = {
     "nmt.metrics": 0,
     "nmt.new_folder": 0,
     "nmt.other_names": 0,
+    "nmt.places": 0,
     "nmt.allocator": 0,
     "nmt.prepared_shapes": 0,
     "nmt.records": 0,

@@ -47,7 +47,7 @@ def test_the_mean_of_models_is_the_mean(folder: Path, tmp_path: Path) -> None:
     original, mean = weights(load_model(folder)[0]), weights(load_model(tmp_path / "mean")[0])
     for name, tensor in original.items():
         torch.testing.assert_close(mean[name], 2 * tensor)  # (1 + 2 + 3) / 3
-    with pytest.raises(UserError, match="must not exist"):
+    with pytest.raises(UserError, match="must be new"):
         average_models(others, tmp_path / "mean")
 
 

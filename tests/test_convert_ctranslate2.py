@@ -204,7 +204,7 @@ def test_a_direction_must_be_given(fails: Convert) -> None:
 
 def test_what_is_there_is_not_overwritten(fails: Convert, model: Path, tmp_path: Path) -> None:
     (tmp_path / "ct2").mkdir()
-    assert "must not exist, but does" in fails(model, "--to", "ctranslate2", tmp_path / "ct2")
+    assert "`to` must be new" in fails(model, "--to", "ctranslate2", tmp_path / "ct2")
 
 
 def test_a_missing_package_is_named(

@@ -158,7 +158,7 @@ def test_the_average_is_a_model_folder_like_any_other(files: Files, tmp_path: Pa
     for name, mean in load_file(output / "model.safetensors").items():
         torch.testing.assert_close(mean, torch.stack([each[name] for each in weights]).mean(0))
     assert succeed("nmt-generate", "--model", output, text="1 2 3 4 5\n").stdout == "5 4 3 2 1\n"
-    assert "must not exist" in refused("nmt-average", files.run / "checkpoints", "--output", output)
+    assert "must be new" in refused("nmt-average", files.run / "checkpoints", "--output", output)
     few = refused("nmt-average", files.run / "checkpoints", "--last", 99, "--output", tmp_path / "other")
     assert "at least 99 saved checkpoints" in few
 

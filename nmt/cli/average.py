@@ -9,6 +9,7 @@ from nmt.cli.options import AverageOptions
 from nmt.config import parse_command
 from nmt.errors import UserError
 from nmt.model_folders import find_checkpoints
+from nmt.places import check_new_folder
 
 if TYPE_CHECKING:
     from nmt.checkpoint import CheckpointFolder
@@ -37,6 +38,7 @@ def average_run(options: AverageOptions) -> list[int]:
     """Write the mean of some checkpoints of a run as a model folder, and return their updates."""
     from nmt.checkpoint import CheckpointFolder, average_models
 
+    check_new_folder(options.output, name="output")
     folder = CheckpointFolder(find_checkpoints(options.checkpoints) or options.checkpoints)
     if not folder.updates():
         raise UserError(

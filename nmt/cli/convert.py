@@ -11,6 +11,7 @@ from nmt.config import asks_for, parse_command, peek, print_version
 from nmt.config_fields import list_options
 from nmt.errors import UserError, one_line
 from nmt.model_folders import find_model
+from nmt.places import check_new_folder
 
 PROG = "nmt-convert"
 _EXIT_DISAGREEMENT = 1
@@ -35,6 +36,7 @@ def import_model(options: ImportOptions) -> None:
     """Convert a checkpoint of fairseq to a model folder."""
     from nmt.interop.fairseq import convert_checkpoint
 
+    check_new_folder(options.to, name="to")
     done = convert_checkpoint(
         options.checkpoint,
         options.dict_dir,

@@ -8,6 +8,7 @@ from nmt.cli.command import run_command
 from nmt.cli.options import PlotOptions
 from nmt.config import parse_command
 from nmt.errors import UserError, one_line
+from nmt.places import check_output_file
 
 PROG = "nmt-plot"
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prog=PROG,
             description="Draw loss, metrics, learning rate and speed of runs into one picture.",
         )
+        check_output_file(options.output)
         if find_spec("matplotlib") is None:
             raise UserError(
                 f"`{PROG}` must have matplotlib, which is not installed. Run pip install matplotlib."

@@ -14,6 +14,7 @@ from typing import BinaryIO, TextIO
 from nmt.cli.command import WRITE_ERRORS
 from nmt.data.blocks import check_file, decode_lines, read_lines, unequal_counts
 from nmt.errors import UserError
+from nmt.places import check_output_file
 
 STANDARD_INPUT = Path("<stdin>")  # its name in error texts
 
@@ -39,10 +40,18 @@ def check_parallel(*files: Path | None) -> int | None:
         Their number of lines; None if none of them is a plain file. A pipe can be read but once.
 
     Raises:
-        UserError: One is missing, empty or no UTF-8, or they have different numbers of lines.
+        UserError: One is missing, empty or no UTF-8, or they have different numbers of lines; two are one pipe.
     """
     first: tuple[Path, int] | None = None
+    pipes: list[Path] = []
     for path in files:
+        if path is not None and path.is_fifo():
+            if any(path.samefile(pipe) for pipe in pipes):
+                raise UserError(
+                    f"{path} must be read once, because it is a pipe, but is named for two texts. "
+                    "Save it as a file, or name another for one of them."
+                )
+            pipes.append(path)
         if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
             continue
         if not path.exists():
@@ -70,15 +79,12 @@ def open_output(path: Path | None) -> Iterator[BinaryIO]:
             raise UserError("The standard output must be open, but is closed. Name a file by `output`.")
         yield sys.stdout.buffer
         return
+    check_output_file(path)
     path = path.resolve()  # so that a symbolic link stays one
     if path.exists() and not path.is_file():  # a pipe or a device
         with path.open("wb") as file:
             yield file
         return
-    if not path.parent.is_dir():
-        raise UserError(
-            f"`output` must be in a folder that exists, but there is no {path.parent}. Make it first."
-        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

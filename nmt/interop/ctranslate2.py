@@ -27,6 +27,7 @@ from nmt.models.blocks import Embedding, FeedForward, Residual
 from nmt.models.known_parts import find_stranger
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 from nmt.new_folder import new_folder
+from nmt.places import check_new_folder
 from nmt.translation.translator import Translation, Translator
 
 Quantization = Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"]
@@ -96,8 +97,7 @@ def export(
         UserError: CTranslate2 is missing or cannot hold the model, or the sample is blank.
         DisagreementError: The two do not translate alike. Nothing is written then.
     """
-    if output.exists():
-        raise UserError(f"{output} must not exist, but does. Name another folder, or remove it.")
+    check_new_folder(output, name="to")
     if all(map(is_blank, sample)):
         raise UserError("`sample` must have lines to translate, but is blank. Name other text.")
     engine = _import()
