@@ -378,7 +378,7 @@ def test_a_misspelt_option_is_refused_with_the_nearest(argv: list[str], said: st
         (["--save-dir", "s"], "`DATA` must be given, but is missing."),
         (["d", "e", "--save-dir", "s"], "`nmt-x` takes DATA and options, but 'e' is left over."),
         (["d", "--save-dir", "s", "--lr", "1e-3x"], "`--lr` must be a number, but is '1e-3x'."),
-        (["d", "--save-dir", "s", "--lr="], "`--lr` must be a number, but is ''."),
+        (["d", "--save-dir", "s", "--lr="], "`--lr` must have a value, but it is empty."),
         (["d", "--save-dir", "s", "--lr"], "`--lr` must have a value, but none follows."),
         (["d", "--save-dir", "--lr", "3"], "`--save-dir` must have a value, but none follows."),
         (["d", "--save-dir", "s", "--config"], "`--config` must have a value, but none follows."),
