@@ -11,6 +11,7 @@ _CHECKPOINT = re.compile(r"update-\d+")
 # What a model folder or a data directory is made of.
 _OWN_ENDINGS = (".safetensors", ".yaml", ".json", ".model", ".bin", ".idx")
 _RECORD_OF_DATA, _MODEL = "preprocess.json", "model.safetensors"
+_LONGEST_KIND = 100  # bytes, enough for the beginning of a record
 _OPTIONS_OF_EACH_RUN = ("save-dir", "seed", "task")
 
 
@@ -71,7 +72,7 @@ def check_save_dir(path: Path) -> None:
             f"`save-dir` must be the folder of a run, but `{path}` is a model folder. Name another."
         )
     config, records = folder / "config.yaml", folder / "metrics.jsonl"
-    for file, is_of_run in ((config, _is_of_run(config)), (records, _is_of_run(config))):
+    for file, is_of_run in ((config, _is_of_run(config)), (records, _are_of_run(records))):
         if file.is_file() and file.stat().st_size and not is_of_run:
             raise UserError(
                 f"`save-dir` must have no {file.name} but that of a run, which nmt-train replaces, but "
@@ -87,6 +88,15 @@ def _is_of_run(config: Path) -> bool:
         return False
     keys = {line.partition(":")[0] for line in lines}
     return keys.issuperset(_OPTIONS_OF_EACH_RUN) and not any(line.lstrip().startswith("#") for line in lines)
+
+
+def _are_of_run(records: Path) -> bool:
+    """Return whether a file of records is one that a run has written, by its first line."""
+    try:
+        with records.open("rb") as file:
+            return file.readline(_LONGEST_KIND).startswith(b'{"kind": ')
+    except OSError:
+        return False
 
 
 def _check_not_in_checkpoint(path: Path, name: str) -> None:
