@@ -86,7 +86,7 @@ def test_a_run_does_not_begin_over_files_of_another_origin(tmp_path: Path, name:
 
 def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("save-dir: r\nseed: '1'\ntask: translation\n", encoding="utf-8")
-    (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n', encoding="utf-8")
     check_save_dir(tmp_path)
 
 
