@@ -189,3 +189,15 @@ def test_a_reference_whose_language_must_be_named_is_warned_of(
     chinese = write(tmp_path / "chinese", ["我喜歡狗。", "我喜歡貓。"])
     main(["--hypothesis", chinese, "--reference", chinese, *flags])
     assert ("warning: the reference looks like `zh`" in capsys.readouterr().err) == is_warned
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "reference", "side"), [("", "a b c d", "translations"), ("a b", "\u00ad", "references")]
+)
+def test_a_score_of_nothing_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hypothesis: str, reference: str, side: str
+) -> None:
+    for name, text in (("h", hypothesis), ("r", reference)):
+        (tmp_path / name).write_text(f"{text}\n" * 3)
+    main(["--hypothesis", str(tmp_path / "h"), "--reference", str(tmp_path / "r")])
+    assert f"warning: nothing was compared: all 3 {side} are blank\n" in capsys.readouterr().err

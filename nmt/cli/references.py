@@ -16,7 +16,7 @@ from nmt.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from nmt.translation.scoring import Comparison, Score
+    from nmt.translation.scoring import Comparison, RunningScores
     from nmt.translation.translator import Translation, Translator
 
 
@@ -98,7 +98,7 @@ class References:
         """Print what the translations are worth, and whether they differ from the baseline's."""
         if self._scores is None:
             return
-        print_scores(self._scores.scores(), file=file)
+        print_scores(self._scores, file=file)
         if self._options.baseline is not None:
             from nmt.translation.scoring import compare
 
@@ -126,14 +126,17 @@ class References:
             raise UserError("The reference must have lines to score against, but is empty.")
 
 
-def print_scores(scores: Sequence[Score], *, file: TextIO) -> None:
-    """Print scores, BLEU and chrF2 among them, and to stderr where the first is too low to be looked at."""
+def print_scores(running: RunningScores, *, file: TextIO) -> None:
+    """Print scores, and say on stderr if BLEU is too low to be looked at, or if there was nothing to score."""
     from nmt.translation.scoring import low_bleu_note
 
+    scores = running.scores()
     for score in scores:
         print(score, file=file)
     by_name = {score.name: score.score for score in scores}
-    if (note := low_bleu_note(by_name["BLEU"], by_name["chrF2"])) is not None:
+    if (nothing := running.nothing_compared()) is not None:
+        print(f"warning: {nothing}", file=sys.stderr)
+    elif (note := low_bleu_note(by_name["BLEU"], by_name["chrF2"])) is not None:
         print(note, file=sys.stderr)
 
 

@@ -65,7 +65,7 @@ def score_by_reference(options: ScoreOptions) -> None:
         )
     running = RunningScores(target_lang=language)
     running.add(hypotheses, references)
-    print_scores(running.scores(), file=sys.stdout)
+    print_scores(running, file=sys.stdout)
     if options.baseline is not None:
         baseline = list(read_text(options.baseline))
         _check_count(options.hypothesis, len(hypotheses), options.baseline, len(baseline))

@@ -12,6 +12,7 @@ from sacrebleu.metrics.ter import TER
 from sacrebleu.significance import PairedTest, Result
 
 from nmt.data.languages import has_own_writing, is_written_without_blanks, language_of
+from nmt.data.text import is_blank
 from nmt.errors import UserError
 
 _SIGNIFICANT = 0.05
@@ -77,6 +78,7 @@ class RunningScores:
     def __init__(self, *, target_lang: str) -> None:
         """Choose the tokenisation, as `bleu` does."""
         self.num_lines = 0
+        self._has_text = {"translations": False, "references": False}
         self._num_left_out = 0
         self._metrics = list(_metrics(target_lang).values())
         self._sums: list[Any] = [None for _ in self._metrics]
@@ -87,6 +89,8 @@ class RunningScores:
         if not translations:
             return
         self.num_lines += len(translations)
+        for side, lines in (("translations", translations), ("references", references)):
+            self._has_text[side] |= not all(map(is_blank, lines))
         for index, metric in enumerate(self._metrics):
             texts = [list(translations), list(references)]
             if isinstance(metric, TER):
@@ -98,6 +102,13 @@ class RunningScores:
             statistics = np.array(metric._extract_corpus_statistics(texts[0], [texts[1]])).sum(axis=0)
             sums = self._sums[index]
             self._sums[index] = statistics if sums is None else sums + statistics
+
+    def nothing_compared(self) -> str | None:
+        """Return a line if one side has no text at all: its score of 0 says nothing of a system."""
+        blank = [side for side, has_text in self._has_text.items() if not has_text]
+        if not blank or not self.num_lines:
+            return None
+        return f"nothing was compared: all {self.num_lines:,} {' and '.join(blank)} are blank"
 
     def scores(self) -> list[Score]:
         """Return the scores of all lines so far, at least one; without TER if all are too long for it."""
