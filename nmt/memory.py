@@ -80,7 +80,7 @@ def find_split(trainer: Trainer, examples: "Examples[Any]", batches: Sequence[In
 
 def find_packed_split(
     trainer: Trainer,
-    pack: Callable[[int], "Examples[Any]"],
+    pack: Callable[..., "Examples[Any]"],
     example: Indices,
     *,
     longest: int,
@@ -90,7 +90,7 @@ def find_packed_split(
 
     Args:
         trainer: Runs them.
-        pack: Returns the training examples, to be collated into rows for so many tokens.
+        pack: Returns the training examples, to be collated into rows for `max_tokens`.
         example: Any one of them, (1,): each row takes as much memory.
         longest: The length of the longest example, which a row must hold.
         max_tokens: What a row is to hold.
@@ -99,7 +99,7 @@ def find_packed_split(
         UserError: There is no memory for a row of the longest example.
     """
     tokens = max_tokens
-    while not fits(trainer, pack(tokens), example):
+    while not fits(trainer, pack(max_tokens=tokens), example):
         if tokens == longest:
             raise UserError(
                 f"The training examples must fit into memory, but a row of {tokens} tokens, the length of the "

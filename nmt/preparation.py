@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,8 +78,8 @@ class Packing(NamedTuple):
 
     limits: BatchLimits
     """What a batch may hold."""
-    pack: Callable[[int], Examples[Any]]
-    """Returns the training examples, to be collated into rows for so many tokens."""
+    pack: Callable[..., Examples[Any]]
+    """Returns the training examples, to be collated into rows for `max_tokens`."""
 
 
 def packing(
@@ -97,25 +98,16 @@ def packing(
     is_wanted = batching.packing == "on" or (batching.packing == "auto" and device.type == "cuda")
     if not is_wanted or batching.max_tokens is None:
         return None
-    limits = packed_limits(batching, examples.sizes)
-    max_sentences = limits.max_sentences
-    assert max_sentences is not None
-
-    can_pack = isinstance(task, PackingTask) and task.can_pack(model)
-
-    def pack(max_tokens: int) -> Examples[Any] | None:
-        if not (isinstance(task, PackingTask) and can_pack):
-            return None
-        return task.pack(examples, max_tokens=max_tokens, max_sentences=max_sentences)
-
-    if pack(1) is None:
+    if not (isinstance(task, PackingTask) and task.can_pack(model)):
         if batching.packing == "on":
             raise UserError(
                 "`packing` must be auto or off where the task, its loss or its model takes no packed batches, but "
                 "is on. Leave it out."
             )
         return None
-    return Packing(limits, cast(Callable[[int], Examples[Any]], pack))
+    limits = packed_limits(batching, examples.sizes)
+    assert limits.max_sentences is not None
+    return Packing(limits, partial(task.pack, examples, max_sentences=limits.max_sentences))
 
 
 def with_max_tokens(

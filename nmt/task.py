@@ -148,8 +148,8 @@ class PackingTask(Protocol):
     def can_pack(self, model: nn.Module, /) -> bool:
         """Return whether the loss of packed batches is sure to be that of padded ones, with this model too."""
 
-    def pack(self, examples: Any, /, *, max_tokens: int, max_sentences: int) -> Examples[StaticBatch] | None:
-        """Return the examples of a split so that `collate` packs them, or None if this task's loss needs padding.
+    def pack(self, examples: Any, /, *, max_tokens: int, max_sentences: int) -> Examples[StaticBatch]:
+        """Return the examples of a split so that `collate` packs them; called if they can be packed.
 
         Args:
             examples: From `open_split`.

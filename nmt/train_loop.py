@@ -219,7 +219,7 @@ class Run:
         if self.packing is not None and isinstance(max_tokens, int):
             # A run that was padded so far may have been split by less.
             size = max_tokens if split_above is None else min(max_tokens, max(split_above, longest))
-            self.batches.collate_with(self.packing.pack(size))
+            self.batches.collate_with(self.packing.pack(max_tokens=size))
 
     def close(self) -> None:
         """End the processes that read batches ahead, and close the log."""

@@ -122,11 +122,11 @@ class BatchingOptions:
     """Number of batches per device that are summed into one update."""
 
     required_batch_size_multiple: int = 8
-    """Where more than this many examples fit into a batch, their number is a multiple of it."""
+    """Where more than this many examples fit into a padded batch, their number is a multiple of it."""
 
     min_batch_size: int = 1
     """A batch of fewer examples, at the end of an epoch, goes with the one before it. Batch norm may need two.
-    Without effect where `batch-size` is smaller."""
+    Without effect where `batch-size` is smaller, and where batches are packed."""
 
     packing: Literal["auto", "on", "off"] = "auto"
     """Training batches without padding, all of one shape: sentences one after another in one row. auto: on a GPU,

@@ -51,12 +51,13 @@ def packed_translation_loss(
 
 def packed_features(model: Transformer, batch: PackedTranslationBatch) -> Tensor:
     """Run the model on a packed batch, and return the decoder's last hidden states (L, D)."""
+    longest = batch.shape.longest
     source = PackedTokens(
         ids=batch.source,
         positions=batch.source_positions,
         parts=batch.source_parts,
         starts=batch.source_starts,
-        longest=batch.shape.longest,
+        longest=longest,
         items=batch.source_items,
         is_target=False,
     )
@@ -65,7 +66,7 @@ def packed_features(model: Transformer, batch: PackedTranslationBatch) -> Tensor
         positions=batch.target_positions,
         parts=batch.target_parts,
         starts=batch.target_starts,
-        longest=batch.shape.longest,
+        longest=longest,
         items=batch.target_items,
         is_target=True,
     )

@@ -144,14 +144,13 @@ class TranslationTask:
         is_own_loss = type(self).compute_loss is TranslationTask.compute_loss
         return (
             is_own_loss
+            and self.packed_loss is not None
             and isinstance(model, Transformer)
             and find_stranger(model, within_encoder=True) is None
         )
 
-    def pack(self, examples: ParallelDataset, *, max_tokens: int, max_sentences: int) -> PackedDataset | None:
-        """Return training examples to be packed, or None for a loss that is made for padded batches."""
-        if self.packed_loss is None:
-            return None
+    def pack(self, examples: ParallelDataset, *, max_tokens: int, max_sentences: int) -> PackedDataset:
+        """Return training examples to be packed."""
         longest = min(int(examples.sizes.max()), max_tokens)
         shape = PackedShape.of(max_tokens=max_tokens, max_sentences=max_sentences, longest=longest)
         return PackedDataset(examples, shape)

@@ -199,14 +199,13 @@ def ours(
     losses: list[float] = []
     with batches:
         updates = forever(batches)
-        first = train(trainer, updates, 1, losses)
+        train(trainer, updates, 1, losses)
         first_seconds = time.perf_counter() - start
         train(trainer, updates, 40, losses)
         seconds, num_targets, done = train(trainer, updates, args.updates, losses)
         if args.profile:
             profile(trainer, updates)
         flops = flops_of(done, pairs, options)
-    del first
     dtype = trainer.precision.dtype
     trainer.close()
     memory = torch.cuda.max_memory_reserved() if is_gpu else 0
