@@ -17,6 +17,7 @@ from nmt.compilation import compile_failures, compile_model
 from nmt.config import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.data.batching import longest_within
+from nmt.data.loading import refuse_import_by_worker
 from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError, UserError, one_line
@@ -74,6 +75,7 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
             f"`config` must be a configuration, but is a {type(config).__name__}. "
             "Make one with nmt.train_config(data=..., save_dir=...)."
         )
+    refuse_import_by_worker()
     check_options(config)
     check_save_dir(config.save_dir)
     timeout = timedelta(minutes=config.rank_timeout)

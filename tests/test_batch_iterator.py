@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import random
+import signal
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.data.batching import Window, window_examples
 from nmt.data.options import BatchingOptions
-from nmt.errors import UserError
+from nmt.errors import UnreadableExamplesError, UserError
 
 # This machine may have fewer cores than the tests have workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -362,6 +364,30 @@ class Noisy(Lengths):
 
     def __getitem__(self, index):
         return index, torch.rand(()).item(), np.random.random(), random.random()
+
+
+class KilledWhileReading(Lengths):
+    """Examples of which one ends the process that reads it, as a system without memory does."""
+
+    def __getitem__(self, index):
+        if index == 17:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_worker_that_is_killed_is_a_refusal_and_the_position_stays_before_it():
+    examples = KilledWhileReading(some_lengths(60).sizes)
+    seen = []
+    with BatchIterator(examples, replace(OPTIONS, num_workers=1, update_freq=2), seed=1) as batches:
+        with pytest.raises(UnreadableExamplesError, match="one has ended"):
+            for update in batches:
+                seen += [batch.indices for batch in update]
+        assert all(17 not in indices for indices in seen)
+        state = batches.state_dict()
+    with BatchIterator(some_lengths(60), replace(OPTIONS, update_freq=2), seed=1) as resumed:
+        resumed.load_state_dict(through_json(state))
+        rest = [index for update in resumed for batch in update for index in batch.indices]
+    assert sorted(rest + [index for indices in seen for index in indices]) == list(range(60))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

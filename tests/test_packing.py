@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_transformer import VOCABULARY_SIZE, random_transformer
 
+from nmt.data.batch_iterator import packed_limits
 from nmt.data.batching import BatchLimits, Window, cut_packed, plan_window
+from nmt.data.options import BatchingOptions
 from nmt.data.packing import PackedShape, pack_pairs
 from nmt.data.parallel_dataset import collate_pairs
 from nmt.data.vocabulary import EOS_ID, PAD_ID
@@ -112,3 +114,12 @@ def test_packed_windows_hold_every_pair_once_in_random_order():
 def test_a_batch_that_does_not_fit_its_shape_is_a_fault_of_the_program():
     with pytest.raises(AssertionError):
         pack_pairs(make_pairs([(5, 5)] * 20), PackedShape.of(max_tokens=20, max_sentences=4, longest=12))
+
+
+@pytest.mark.parametrize("max_tokens", [400_000, 40_000_000])
+def test_a_row_has_no_more_parts_than_a_gpu_starts_programs(max_tokens):
+    sizes = np.full((1000, 2), 1, np.int32)
+    limits = packed_limits(BatchingOptions(max_tokens=max_tokens), sizes)
+    shape = PackedShape.of(max_tokens=max_tokens, max_sentences=limits.max_sentences, longest=1)
+    assert 30_000 < limits.max_sentences < shape.num_parts <= 65_535
+    assert (shape.num_parts - limits.max_sentences) * shape.longest >= shape.length  # fillers fill a row

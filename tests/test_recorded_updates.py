@@ -1,5 +1,7 @@
 """Updates of one shape: by a run on the CPU, and on a GPU, where they are recorded, beside plain ones."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from toy_run import assert_bit_equal, records, tensors
 from nmt import recording
 from nmt.data.batch_iterator import MicroBatch
 from nmt.data.options import PreprocessOptions
-from nmt.data.packing import PackedTranslationBatch, pack_pairs
+from nmt.data.packing import PackedShape, PackedTranslationBatch, pack_pairs
 from nmt.data.parallel_dataset import collate_pairs
 from nmt.data.preprocess import preprocess
 from nmt.determinism import deterministic_algorithms
@@ -151,6 +153,21 @@ def test_a_run_trains_on_packed_batches_and_goes_on_bit_by_bit(tmp_path: Path) -
     losses = [record["loss"] for record in records(whole, "train")]
     assert losses == [record["loss"] for record in records(parts, "train")]
     assert losses[-1] < losses[0]
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import nmt\n"
+        "nmt.train(nmt.train_config(data='data', save_dir='run', num_workers=1, arch='transformer_tiny',"
+        " max_tokens=200, max_update=2, device='cpu', eval_bleu=False))\n"
+    )
+    command = [sys.executable, script.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0
+    assert 'must begin its training under `if __name__ == "__main__":`' in done.stderr
+    assert "must live as long as the training, but one has ended" in done.stderr
 
 
 def test_packed_batches_hold_more_than_padded_ones(tmp_path: Path) -> None:
@@ -503,7 +520,7 @@ def test_a_row_that_fills_the_gpu_is_split() -> None:
 
         def pack(max_tokens: int) -> Any:
             examples = _Examples()
-            shape = shape_for(LENGTHS, slack=max_tokens)
+            shape = PackedShape.of(max_tokens=max_tokens, max_sentences=len(LENGTHS), longest=12)
             examples.collate = lambda _: pack_pairs(pairs, shape)  # type: ignore[method-assign]
             return examples
 

@@ -30,6 +30,7 @@ from nmt.data.batching import (
 )
 from nmt.data.loading import Feed, PlannedBatch, Refusal, end_workers, make_loader, read_batches
 from nmt.data.options import BatchingOptions
+from nmt.data.packing import most_sentences
 from nmt.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
@@ -471,7 +472,7 @@ def packed_limits(options: BatchingOptions, sizes: Sizes) -> BatchLimits:
     mean = (
         float(lengths[lengths <= limits.max_tokens].mean()) if (lengths <= limits.max_tokens).any() else 1.0
     )
-    room = int(1.25 * limits.max_tokens / mean) + 8
+    room = min(int(1.25 * limits.max_tokens / mean) + 8, most_sentences(limits.max_tokens))
     most = room if limits.max_sentences is None else min(room, limits.max_sentences)
     return replace(limits, max_sentences=most, is_packed=True)
 

@@ -5,6 +5,7 @@ plan gives the same batches for any number of worker processes, interrupted or n
 """
 
 import atexit
+import multiprocessing
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,12 @@ from nmt.signals import shielded_from_signals
 
 if TYPE_CHECKING:
     from nmt.task import Examples
+
+_LOST_WORKER = (
+    "The processes that read batches (`num-workers`) must live as long as the training, but one has ended: the "
+    "system may have killed it for want of memory, or it says why above. The same command goes on from the last "
+    "checkpoint; `num-workers: 0` reads in the training process."
+)
 
 
 class PlannedBatch(NamedTuple):
@@ -92,10 +99,33 @@ def _end_workers_of(loader: "ref[DataLoader[Any]]") -> None:
 
 
 def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """Yield the batches of a loader, or a `Refusal` for one that cannot be read."""
+    """Yield the batches of a loader, or a `Refusal` for one that cannot be read.
+
+    When a worker process has ended, refusals follow without end.
+    """
     with shielded_from_signals() if loader.num_workers else nullcontext():  # the first time it starts them
         batches = iter(loader)
-    yield from batches
+    try:
+        yield from batches
+        return
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # an error within it has its own type and traceback
+            raise
+    while True:
+        yield Refusal(_LOST_WORKER)
+
+
+def refuse_import_by_worker() -> None:
+    """Refuse to go on where a worker process imports the script that started it.
+
+    Raises:
+        UserError: It does: the script would start all over in each worker.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as Python's own check has it
+        raise UserError(
+            'The script must begin its training under `if __name__ == "__main__":`, but began it when it was '
+            "imported by a process that reads batches. Put the call there, or take `num_workers=0`."
+        )
 
 
 @contextmanager

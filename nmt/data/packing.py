@@ -19,6 +19,8 @@ from nmt.data.batching import cut_packed
 from nmt.data.parallel_dataset import Pair, ParallelDataset
 from nmt.data.vocabulary import EOS_ID, PAD_ID
 
+MOST_PARTS = 65_535
+"""Of a row: CUDA starts no more programs than this along the axis on which PyTorch's attention puts them."""
 _TOKENS_OF_A_FILLER = 256
 _NUM_ROWS = 7  # of `PackedTranslationBatch.content`, before the tables
 _BLOCK = 128  # tokens that one program of a kernel works on (`nmt/models/packed_kernels.py`)
@@ -47,9 +49,18 @@ class PackedShape:
     @classmethod
     def of(cls, *, max_tokens: int, max_sentences: int, longest: int) -> Self:
         """Return the shape for batches of at most so many tokens a side, sentences, and tokens a sentence."""
-        num_fillers = max(8, -(-max_tokens // _TOKENS_OF_A_FILLER))
+        num_fillers = _num_fillers(max_tokens)
         length = -(-(max_tokens + num_fillers) // 64) * 64  # in which GPUs multiply
         return cls(length, max_sentences + num_fillers, max(longest, -(-length // num_fillers)))
+
+
+def most_sentences(max_tokens: int) -> int:
+    """Return how many sentences a row of so many tokens may hold at most, whatever their length."""
+    return MOST_PARTS - _num_fillers(max_tokens)
+
+
+def _num_fillers(max_tokens: int) -> int:
+    return max(8, min(-(-max_tokens // _TOKENS_OF_A_FILLER), MOST_PARTS // 2))
 
 
 @dataclass(frozen=True)
