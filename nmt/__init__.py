@@ -15,7 +15,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from nmt.prepared_shapes import keep_prepared_shapes
+from nmt.system.prepared_shapes import keep_prepared_shapes
 
 keep_prepared_shapes(16)
 # Tensors of 2 MB and more begin at huge pages: what one batch frees fits the next one better.

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from nmt.cudnn_attention import leave_out_cudnn_attention
 from nmt.errors import LostRankError, UserError, shown
-from nmt.signs_of_life import SignsOfLife, lost_rank_line
+from nmt.system.cudnn_attention import leave_out_cudnn_attention
+from nmt.system.lost_ranks import SignsOfLife, lost_rank_line
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from nmt.config import from_mapping
-from nmt.config_ranges import ANY, check_ranges
+from nmt.config.mapping import from_mapping
+from nmt.config.ranges import ANY, check_ranges
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.task import load_task

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nmt.cli.options import AverageOptions
-from nmt.config import check_options, from_mapping
+from nmt.config.mapping import check_options, from_mapping
 from nmt.data.options import PreprocessOptions
 from nmt.errors import UserError, shown
 

@@ -1,7 +1,7 @@
 """What the trainer asks of a task, and how a task is found by its name.
 
 A task is any object with the methods of `Task`. It is made by its options: the entry point of the group
-`nmt.tasks` names an options dataclass (see `nmt.config`) with a method `build`. Nothing here imports torch,
+`nmt.tasks` names an options dataclass (see `nmt/config/`) with a method `build`. Nothing here imports torch,
 since the command line looks up the options.
 """
 
@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
-from nmt.config_values import shorten, suggest
+from nmt.config.values import shorten, suggest
 from nmt.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,33 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmt.advice import advice
-from nmt.checkpoint import CheckpointFolder, load_config, load_weights
-from nmt.compilation import compile_failures, compile_model
-from nmt.config import check_options, write_yaml
+from nmt.checkpoints.run_folder import CheckpointFolder, load_config, load_weights
+from nmt.config.mapping import check_options, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
+from nmt.data.batch_loader import refuse_import_by_worker
 from nmt.data.batching import longest_within
-from nmt.data.loading import refuse_import_by_worker
-from nmt.determinism import deterministic_algorithms
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError, UserError, one_line
-from nmt.following import Followed
-from nmt.forecast import forecast, time_row
-from nmt.going_back import checkpoint_to_go_back_to
-from nmt.memory import find_packed_split, find_split
 from nmt.options import TrainConfig
-from nmt.pace import try_updates
-from nmt.places import check_save_dir
-from nmt.preparation import check_model, left_out, packing, refuse_other_run, with_max_tokens
-from nmt.progress import Progress
-from nmt.reports import Clock, Reports
-from nmt.resume import Position, Surroundings, compare, position_in_data, surroundings
-from nmt.run_log import RunLog, read_records
-from nmt.signals import StopRequest
-from nmt.stopping import reason_to_stop
+from nmt.run.advice import advice
+from nmt.run.following import Followed
+from nmt.run.forecast import forecast, time_row
+from nmt.run.going_back import checkpoint_to_go_back_to
+from nmt.run.memory_probe import find_packed_split, find_split
+from nmt.run.pace import try_updates
+from nmt.run.preparation import check_model, left_out, packing, refuse_other_run, with_max_tokens
+from nmt.run.reports import Clock, Reports
+from nmt.run.resume import Position, Surroundings, compare, position_in_data, surroundings
+from nmt.run.run_log import RunLog, read_records
+from nmt.run.stopping import reason_to_stop
+from nmt.run.validation_history import Progress
+from nmt.system.determinism import deterministic_algorithms
+from nmt.system.places import check_save_dir
+from nmt.system.signals import StopRequest
 from nmt.task import Examples, LooksOver, Task
 from nmt.task_extras import notes_of
 from nmt.trainer import Trainer
+from nmt.update.compilation import compile_failures, compile_model
 
 _GPU_WORKERS = 2  # a GPU takes batches faster than the process that launches its work could read them
 

@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nmt.cancellations import Cancellations
+from nmt.checkpoints.weights import AveragedWeights, weights
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World
 from nmt.errors import DamagedError, shown
-from nmt.gradients import FlatGradients, Gradients, ReducedGradients
-from nmt.late import LateNumber
-from nmt.metrics import Metrics, merge_states
-from nmt.optim import build_optimizer, can_be_recorded, fits, step
 from nmt.options import OptimizationOptions
-from nmt.precision import Precision
-from nmt.recording import Recording
-from nmt.schedule import Plateau, build_schedule, num_warmup_updates
+from nmt.system.cuda_graphs import Recording
+from nmt.system.deferred import LateNumber
 from nmt.task import Batch, Examples, Illustrations, LossOutput, Task, batch_sums
-from nmt.validation import validate
-from nmt.weights import AveragedWeights, weights
+from nmt.update.cancellations import Cancellations
+from nmt.update.gradients import FlatGradients, Gradients, ReducedGradients
+from nmt.update.metrics import Metrics, merge_states
+from nmt.update.optim import build_optimizer, can_be_recorded, fits, step
+from nmt.update.precision import Precision
+from nmt.update.schedule import Plateau, build_schedule, num_warmup_updates
+from nmt.update.validation import validate
 
 _RESTORE = "Restore the checkpoint, or begin a new run."
 _TRAINED = "trained"  # key of the weights in training, where those of the checkpoint are their mean

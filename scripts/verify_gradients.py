@@ -33,15 +33,15 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from nmt.cli.command import run_command
-from nmt.config import parse_command, peek, read_yaml
+from nmt.config.mapping import parse_command, peek, read_yaml
 from nmt.data.batch_iterator import BatchIterator, MicroBatch
 from nmt.distributed import World, join_world
 from nmt.errors import UserError
-from nmt.optim import build_optimizer
 from nmt.options import TrainConfig
-from nmt.schedule import build_schedule
 from nmt.task import Examples, Task, load_task
 from nmt.trainer import Trainer
+from nmt.update.optim import build_optimizer
+from nmt.update.schedule import build_schedule
 
 PROG = "verify_gradients"
 LAYOUTS = [(1, 1), (1, 4), (2, 2), (4, 1)]  # ranks x micro-batches; 1x1 gets the update in one batch

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nmt.cli.command import run_command
-from nmt.config import parse_command, peek, read_yaml
+from nmt.config.mapping import parse_command, peek, read_yaml
 from nmt.errors import UserError
 from nmt.options import TrainConfig
 from nmt.task import load_task
@@ -91,7 +91,7 @@ def read_config(path: Path, overrides: Sequence[str], num_updates: int) -> Train
 
 def run(config: TrainConfig[Any], *, how: str, at: int) -> None:
     """Train as one of the ranks; after update `at` ask for the end, or end without a word."""
-    from nmt.signals import StopRequest
+    from nmt.system.signals import StopRequest
     from nmt.train_loop import train
     from nmt.trainer import Trainer
 
@@ -170,7 +170,7 @@ def checkpoint(folder: Path, update: int) -> Path:
 
 def outcome(folder: Path, update: int) -> dict[str, Any]:
     """Return what a run has come to, times apart: the files of its last checkpoint and its records."""
-    from nmt.run_log import TIMES
+    from nmt.run.run_log import TIMES
 
     found: dict[str, Any] = {}
     for path in sorted(checkpoint(folder, update).rglob("*")):

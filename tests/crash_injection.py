@@ -23,11 +23,11 @@ import torch._dynamo  # which the first optimizer imports, for a second: not in 
 from disk_faults import KILLED, DiskFaults, Fault
 from toy_task import PointOptions
 
-from nmt.checkpoint import CheckpointFolder
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.cli.command import run_command
 from nmt.data.options import BatchingOptions
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
-from nmt.run_log import TIMES
+from nmt.run.run_log import TIMES
 from nmt.train_loop import train
 
 # 500 examples in batches of 100: 5 updates an epoch. There is a checkpoint after updates 2, 4, 5, 6, 7 and 8.

@@ -30,14 +30,14 @@ import numpy as np
 import torch
 from test_fairseq_data import write_split
 
-from nmt.config import from_mapping, read_yaml
+from nmt.config.mapping import from_mapping, read_yaml
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.blocks import check_file, decode_lines, read_blocks
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.interop.fairseq import convert_checkpoint
 from nmt.options import TrainConfig
-from nmt.plot import open_runs
+from nmt.run.plot import open_runs
 from nmt.train_loop import train
 from nmt.translation.options import TranslationOptions
 from nmt.translation.translator import Translator

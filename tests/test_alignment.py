@@ -19,7 +19,7 @@ from nmt.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
 from nmt.models import attention as attention_module
-from nmt.models.cross_attention import cross_attention_weights
+from nmt.models.attention_weights import cross_attention_weights
 from nmt.translation.alignment import (
     Membership,
     align,

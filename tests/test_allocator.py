@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 PROGRAM = """
 import ctypes, sys
 import torch
-from nmt.allocator import give_back_tensors
+from nmt.system.allocator import give_back_tensors
 
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in

@@ -25,7 +25,7 @@ from nmt.generation.options import DecodingOptions
 from nmt.generation.select import best_candidates
 from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
-from nmt.translation.batches import Batching
+from nmt.translation.batch_runner import Batching
 from nmt.translation.long_sentences import split_ids
 from nmt.translation.translator import Translation, Translator
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmt.errors import UserError
-from nmt.translation.batches import Batching, BatchRunner
+from nmt.translation.batch_runner import Batching, BatchRunner
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,12 +11,12 @@ from ranks import run_ranks
 from torch import nn
 from toy_task import PointExamples, Points, PointTask
 
-from nmt.cancellations import Cancelled
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, single
 from nmt.options import OptimizationOptions
 from nmt.task import LossOutput
 from nmt.trainer import Trainer
+from nmt.update.cancellations import Cancelled
 
 Precision = Literal["fp32", "bf16", "fp16"]
 CPU = single(torch.device("cpu"))

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_translation_model import write_tiny_model
 
-from nmt.checkpoint import CheckpointFolder, average_models, load_config, load_model, load_weights
+from nmt.checkpoints.run_folder import CheckpointFolder, average_models, load_config, load_model, load_weights
+from nmt.checkpoints.weights import weights
 from nmt.errors import UserError
-from nmt.weights import weights
 
 # Of a whole run, which the folder of checkpoints does not look into.
 STATE = json.loads(

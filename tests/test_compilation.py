@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_trainer import PAD, SIZES, PairTask, collate
 from torch import Tensor, nn
 
-from nmt.compilation import compile_failures, compile_model, uncompiled
+from nmt.checkpoints.weights import weights
 from nmt.data.batch_iterator import MicroBatch
 from nmt.data.options import BatchingOptions
 from nmt.distributed import World, single
@@ -26,8 +26,8 @@ from nmt.models.transformer import Transformer
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
 from nmt.train_loop import train
 from nmt.trainer import Stepped, Trainer
+from nmt.update.compilation import compile_failures, compile_model, uncompiled
 from nmt.vision.options import ImageClassificationOptions
-from nmt.weights import weights
 
 # torch's compiler uses what torch warns of, and hides that from those who have not made warnings errors.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_translation_model import write_learned_model, write_tiny_model
 
-from nmt.checkpoint import load_config, write_model_folder
+from nmt.checkpoints.run_folder import load_config, write_model_folder
+from nmt.checkpoints.weights import weights
 from nmt.cli.convert import main
 from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError
 from nmt.translation.translator import Translator
-from nmt.weights import weights
 
 ctranslate2 = pytest.importorskip("ctranslate2")
 from nmt.interop import ctranslate2 as exporter  # noqa: E402

@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from nmt import distributed
-from nmt.cudnn_attention import leave_out_cudnn_attention
 from nmt.models import static_decoder
+from nmt.system.cudnn_attention import leave_out_cudnn_attention
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from toy_run import config
 
+from nmt.checkpoints.run_state import RUN_STATE
 from nmt.cli.average import main as average
 from nmt.errors import DamagedError, UserError
-from nmt.run_state import RUN_STATE
 from nmt.train_loop import train
 
 pytestmark = pytest.mark.usefixtures("points_plugin")

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from nmt.determinism import deterministic_algorithms
 from nmt.errors import UserError
+from nmt.system.determinism import deterministic_algorithms
 
 
 def flags() -> tuple[bool, bool, bool]:

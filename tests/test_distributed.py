@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from nmt.distributed import World, join_world, meet, single
 from nmt.errors import LostRankError, UserError
-from nmt.metrics import Metrics
+from nmt.update.metrics import Metrics
 
 SIZE = 2
 

@@ -6,8 +6,8 @@ from test_trainer import ALL, SIZES, PairTask, collate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nmt.flops import FlopCounter
 from nmt.models.transformer import Transformer
+from nmt.run.flops import FlopCounter
 
 
 def test_a_product_takes_two_operations_a_multiply_add_forward_and_two_such_products_backward() -> None:

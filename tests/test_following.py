@@ -10,9 +10,9 @@ from torch import nn
 from toy_run import config, log, records
 from toy_task import PointExamples, PointOptions, PointTask
 
-from nmt.checkpoint import MEASURED, CheckpointFolder
+from nmt.checkpoints.run_folder import MEASURED, CheckpointFolder
 from nmt.errors import UserError
-from nmt.progress import Progress
+from nmt.run.validation_history import Progress
 from nmt.train_loop import train
 
 pytestmark = pytest.mark.usefixtures("points_plugin")

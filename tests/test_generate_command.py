@@ -18,7 +18,7 @@ from nmt.cli.generate import _buffer_size, main
 from nmt.cli.options import GenerateOptions
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator
-from nmt.models import int8
+from nmt.models import inference_int8 as int8
 from nmt.translation.translator import Translator
 
 pytestmark = pytest.mark.usefixtures("one_thread")

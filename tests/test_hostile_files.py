@@ -16,13 +16,13 @@ from fuzz_mutations import NUMBERS, odd_pickles, replaced_pickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nmt.checkpoint import build_model, load_model
-from nmt.config import from_mapping, read_yaml
+from nmt.checkpoints.run_folder import build_model, load_model
+from nmt.config.mapping import from_mapping, read_yaml
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.errors import UserError
 from nmt.interop.fairseq import convert_checkpoint
 from nmt.options import TrainConfig
-from nmt.run_log import read_records
+from nmt.run.run_log import read_records
 from nmt.translation.options import TranslationOptions
 
 SIZES = {"source_size": 16, "target_size": 24}
@@ -258,7 +258,9 @@ def test_weights_are_compared_by_the_header(model: Path, kind: str, monkeypatch:
     else:
         tensors[name] = torch.ones(5, 8) if kind == "shape" else torch.ones(16, 8, dtype=torch.int64)
     save_file(tensors, path, metadata={"format": "nmt 2"})
-    monkeypatch.setattr("nmt.checkpoint.load_file", lambda _: pytest.fail("the weights were read"))
+    monkeypatch.setattr(
+        "nmt.checkpoints.run_folder.load_file", lambda _: pytest.fail("the weights were read")
+    )
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load_model(model)
 

@@ -17,7 +17,7 @@ from nmt.data.parallel_dataset import ParallelDataset
 from nmt.data.vocabulary import EOS_ID
 from nmt.distributed import World, single
 from nmt.task import Illustrations
-from nmt.translation.table import Row, markdown_table
+from nmt.translation.illustration import Row, markdown_table
 from nmt.translation.translator import Translator
 
 CPU = torch.device("cpu")

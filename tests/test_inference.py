@@ -17,7 +17,7 @@ from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator, TranslationModel
 from nmt.generation.options import DecodingOptions
-from nmt.models import int8
+from nmt.models import inference_int8 as int8
 from nmt.models.inference import InferenceTransformer, _attend
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
@@ -91,7 +91,7 @@ def test_finds_what_the_plain_model_finds(
     """With tables of the past that are used whole, as bfloat16's on a CPU, and others; in several groups."""
     model = seldom_ending(seed, torch.float64)
     with (
-        mock.patch("nmt.models.beam_state.multiplied_by_onednn", return_value=is_whole),
+        mock.patch("nmt.models.inference_state.multiplied_by_onednn", return_value=is_whole),
         mock.patch("nmt.models.inference._TOKENS_AT_ONCE", tokens_at_once),
         fresh_memory_is_not_a_number(),
     ):
@@ -135,7 +135,7 @@ def test_sentences_that_stay_go_on_as_if_the_others_had_never_been(is_whole: boo
 
     with (
         torch.inference_mode(),
-        mock.patch("nmt.models.beam_state.multiplied_by_onednn", return_value=is_whole),
+        mock.patch("nmt.models.inference_state.multiplied_by_onednn", return_value=is_whole),
     ):
         *_, (_, memory, state) = steps(sources, 3)
         state.reorder_(rows)

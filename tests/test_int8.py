@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from nmt.data.vocabulary import PAD_ID
 from nmt.errors import UserError
-from nmt.models import int8
+from nmt.models import inference_int8 as int8
 from nmt.models.blocks import Embedding, FeedForward
 from nmt.models.inference import InferenceTransformer
-from nmt.models.int8 import check_int8, int8_feed_forward, int8_map, ranges
+from nmt.models.inference_int8 import check_int8, int8_feed_forward, int8_map, ranges
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 

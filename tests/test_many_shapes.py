@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_translation_model import write_tiny_model
 
-from nmt.prepared_shapes import keep_prepared_shapes
+from nmt.system.prepared_shapes import keep_prepared_shapes
 from nmt.translation.translator import Translator
 
 PROGRAM = """
@@ -71,7 +71,7 @@ def test_a_translator_keeps_some_for_each_thread(monkeypatch: pytest.MonkeyPatch
 def test_a_process_that_was_started_by_another_sets_its_own() -> None:
     program = """
 import os, subprocess, sys
-from nmt.prepared_shapes import keep_prepared_shapes
+from nmt.system.prepared_shapes import keep_prepared_shapes
 keep_prepared_shapes(256)
 child = "import nmt, os; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
 subprocess.run([sys.executable, "-c", child], check=True)

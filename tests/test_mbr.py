@@ -12,7 +12,7 @@ from tiny_translation_model import MAX_POSITIONS, WORDS
 
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
-from nmt.translation.batches import Batching
+from nmt.translation.batch_runner import Batching
 from nmt.translation.mbr import PairScores, choose, pair_scores
 from nmt.translation.translator import Translator
 

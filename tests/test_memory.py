@@ -14,14 +14,14 @@ from torch import nn
 from toy_run import assert_bit_equal, config, log, records, tensors
 from toy_task import PointOptions, Points, PointTask
 
-from nmt.checkpoint import CheckpointFolder
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batching import padded_size
 from nmt.data.options import BatchingOptions
 from nmt.distributed import single
 from nmt.errors import UserError
-from nmt.forecast import parameter_counts
-from nmt.memory import most_tokens, search_max_tokens
+from nmt.run.forecast import parameter_counts
+from nmt.run.memory_probe import most_tokens, search_max_tokens
 from nmt.task import LossOutput
 from nmt.train_loop import train
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nmt.distributed import single
-from nmt.metrics import Metrics, merge_states
+from nmt.update.metrics import Metrics, merge_states
 
 WORLD = single(torch.device("cpu"))
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_translation_model import NOUNS
 
-from nmt.checkpoint import average_models, load_config, load_model
+from nmt.checkpoints.run_folder import average_models, load_config, load_model
 from nmt.cli.preprocess import main as preprocess
 from nmt.cli.train import main as train
 from nmt.cli.validate import main as validate
-from nmt.config import changed_fixed_options, from_mapping, path_options, to_mapping
+from nmt.config.mapping import changed_fixed_options, from_mapping, path_options, to_mapping
 from nmt.data.segmenter_file import without_paths
 from nmt.interop.fairseq import convert_checkpoint
 

@@ -16,10 +16,10 @@ from tiny_translation_model import write_tiny_model
 from toy_run import config, log
 
 import nmt
-from nmt.checkpoint import CheckpointFolder
+from nmt.checkpoints.find_folder import find_model, find_models, moved_path, split_models
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.cli import average, convert, generate, score, validate
 from nmt.errors import UserError
-from nmt.model_folders import find_model, find_models, moved_path, split_models
 from nmt.train_loop import train
 
 

@@ -17,9 +17,9 @@ from tiny_translation_model import write_tiny_model
 
 from nmt.cli.generate import main as generate
 from nmt.cli.options import AverageOptions, ExportOptions, GenerateOptions, ScoreOptions
-from nmt.config import parse_command
-from nmt.config_fields import MISSING, Option, list_options
-from nmt.config_ranges import ANY, check_numbers, check_ranges
+from nmt.config.fields import MISSING, Option, list_options
+from nmt.config.mapping import parse_command
+from nmt.config.ranges import ANY, check_numbers, check_ranges
 from nmt.data.options import PreprocessOptions
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions

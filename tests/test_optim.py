@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nmt.errors import UserError
-from nmt.optim import build_optimizer, step
 from nmt.options import OptimizationOptions
+from nmt.update.optim import build_optimizer, step
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from nmt.cli.options import (
     PlotOptions,
     ScoreOptions,
 )
-from nmt.config_fields import list_options
-from nmt.config_values import suggest
+from nmt.config.fields import list_options
+from nmt.config.other_names import answer, flags_in, read_table
+from nmt.config.values import suggest
 from nmt.data.options import PreprocessOptions
 from nmt.errors import UserError
 from nmt.options import TrainConfig, train_config
-from nmt.other_names import answer, flags_in, read_table
 from nmt.translation.options import TranslationOptions
 from nmt.vision.options import ImageClassificationOptions
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_run import config, log, records
 
-from nmt.pace import Pace
+from nmt.run.pace import Pace
 from nmt.train_loop import train
 
 
@@ -75,7 +75,7 @@ def test_a_dry_run_tells_the_time_from_where_the_run_stands(
 
 @pytest.mark.usefixtures("points_plugin")
 def test_epochs_shorter_than_the_interval_of_reports_are_drawn(tmp_path: Path) -> None:
-    from nmt.plot import draw, open_runs
+    from nmt.run.plot import draw, open_runs
 
     folder = tmp_path / "run"
     train(config(folder, optimization={"max_update": None, "max_epoch": 3}, log_interval=1000))

@@ -7,9 +7,9 @@ import pytest
 
 from nmt.cli.options import AverageOptions, ScoreOptions
 from nmt.cli.text_files import check_parallel, open_output
-from nmt.config import parse_command
+from nmt.config.mapping import parse_command
 from nmt.errors import UserError
-from nmt.places import check_new_folder, check_output_file, check_save_dir
+from nmt.system.places import check_new_folder, check_output_file, check_save_dir
 
 
 def _checkpoint(run: Path) -> Path:

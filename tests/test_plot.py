@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from nmt.cli.plot import main
 from nmt.errors import UserError
-from nmt.plot import RunRecords, draw, open_runs, without_font_warnings
+from nmt.run.plot import RunRecords, draw, open_runs, without_font_warnings
 
 
 def train(update: int, epoch: int = 1, **values: Any) -> dict[str, Any]:

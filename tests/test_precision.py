@@ -16,10 +16,10 @@ from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, single
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions
-from nmt.precision import Precision
 from nmt.task import LossOutput
 from nmt.train_loop import train
 from nmt.trainer import Stepped, Trainer
+from nmt.update.precision import Precision
 
 CPU = single(torch.device("cpu"))
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}

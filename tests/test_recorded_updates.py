@@ -11,29 +11,29 @@ from test_packing import make_pairs, shape_for
 from tiny_translation_model import WORDS
 from toy_run import assert_bit_equal, records, tensors
 
-from nmt import recording
 from nmt.data.batch_iterator import MicroBatch
 from nmt.data.options import PreprocessOptions
 from nmt.data.packing import PackedShape, PackedTranslationBatch, pack_pairs
 from nmt.data.parallel_dataset import collate_pairs
 from nmt.data.preprocess import preprocess
-from nmt.determinism import deterministic_algorithms
 from nmt.distributed import single
 from nmt.errors import UserError
-from nmt.gradients import FlatGradients
-from nmt.memory import find_packed_split
 from nmt.models import packed
 from nmt.models.attention import CrossAttention
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions, TrainConfig, train_config
-from nmt.precision import Precision
-from nmt.preparation import packing
+from nmt.run.memory_probe import find_packed_split
+from nmt.run.preparation import packing
+from nmt.system import cuda_graphs as recording
+from nmt.system.determinism import deterministic_algorithms
 from nmt.task import LossOutput
 from nmt.train_loop import train
 from nmt.trainer import Trainer
 from nmt.translation.loss import packed_translation_loss, translation_loss
 from nmt.translation.task import TranslationTask
+from nmt.update.gradients import FlatGradients
+from nmt.update.precision import Precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [(3, 4), (7, 5), (2, 9), (12, 11), (1, 1), (6, 6)]
@@ -295,7 +295,7 @@ def test_what_is_computed_again_in_the_backward_pass_is_not_recorded(
 ) -> None:
     """It draws the same random numbers again, for which the host turns the generator back."""
     devices: list[str] = []
-    monkeypatch.setattr("nmt.gradients.Recording", lambda _, device: devices.append(device.type))
+    monkeypatch.setattr("nmt.update.gradients.Recording", lambda _, device: devices.append(device.type))
     nowhere = torch.device("meta")
     model = make_model(activation_checkpointing=is_wanted).to(nowhere)
     precision = Precision("fp32", nowhere)
@@ -312,7 +312,7 @@ def test_a_large_recording_is_forgotten_before_a_validation(monkeypatch: pytest.
     work = gradients._recording
     monkeypatch.setattr(work, "forget", lambda: forgotten.append(work.num_bytes))
     given = updates(count=4)
-    monkeypatch.setattr("nmt.gradients._most_recorded_bytes", lambda _: 100)
+    monkeypatch.setattr("nmt.update.gradients._most_recorded_bytes", lambda _: 100)
     for num_bytes in (0, 100, 101):
         monkeypatch.setattr(work, "_num_bytes", num_bytes)
         gradients.give_back()
@@ -421,7 +421,7 @@ def test_layers_that_are_computed_again_on_a_gpu_make_the_same_updates(precision
 def test_a_recording_that_is_forgotten_is_made_anew(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for most in (0, 2**60):
-        monkeypatch.setattr("nmt.gradients._most_recorded_bytes", lambda _, most=most: most)
+        monkeypatch.setattr("nmt.update.gradients._most_recorded_bytes", lambda _, most=most: most)
         with deterministic_algorithms(True):
             trainer = make_trainer(GPU, precision=precision, model={"dropout": 0.3})
             for micro_batches in updates(count=5):

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmt.errors import DamagedError
-from nmt.records import (
+from nmt.config.records import (
     LANGUAGE,
     NAME,
     Flag,
@@ -26,6 +25,7 @@ from nmt.records import (
     parse_json,
     read_record,
 )
+from nmt.errors import DamagedError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

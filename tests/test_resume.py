@@ -18,10 +18,10 @@ from nmt.data.indexed_dataset import IndexedDatasetWriter
 from nmt.data.options import BatchingOptions
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
-from nmt.resume import Surroundings, changed_options, compare
-from nmt.schedule import build_schedule
+from nmt.run.resume import Surroundings, changed_options, compare
 from nmt.train_loop import train
 from nmt.translation.assets import is_same_file
+from nmt.update.schedule import build_schedule
 
 pytestmark = pytest.mark.usefixtures("points_plugin")
 
@@ -155,7 +155,7 @@ def test_other_data_within_an_epoch_are_refused_though_they_are_as_many(
     before = of_data(folder, 8)  # 2 updates into the second epoch
     train(before)
     monkeypatch.setattr("nmt.train_loop.load_config", lambda _: before)
-    monkeypatch.setattr("nmt.preparation.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.run.preparation.load_config", lambda _: before)
     with pytest.raises(UserError, match=r"differ from those that epoch 2 began with \(96 then, 96 now\)"):
         train(of_data(folder, 12, train_seed=3))
     train(of_data(folder, 12))  # the run has taken no harm
@@ -169,7 +169,7 @@ def test_other_data_within_an_epoch_begin_it_anew_if_that_is_wanted(
     before = of_data(folder, 8)
     train(before)
     monkeypatch.setattr("nmt.train_loop.load_config", lambda _: before)
-    monkeypatch.setattr("nmt.preparation.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.run.preparation.load_config", lambda _: before)
     again = of_data(folder, 14, train_seed=3, accept_changed_data=True)
     monkeypatch.setattr("nmt.train_loop.Run.describe", lambda self: [])  # which reads some batches
     train(again)
@@ -185,7 +185,7 @@ def test_other_data_between_epochs_are_taken_and_said(
     before = of_data(folder, 6)  # the end of the first epoch
     train(before)
     monkeypatch.setattr("nmt.train_loop.load_config", lambda _: before)
-    monkeypatch.setattr("nmt.preparation.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.run.preparation.load_config", lambda _: before)
     again = of_data(folder, 12, train_seed=3, valid_seed=4)
     monkeypatch.setattr("nmt.train_loop.Run.describe", lambda self: [])
     train(again)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmt.errors import UserError
-from nmt.run_log import RunLog, read_records
+from nmt.run.run_log import RunLog, read_records
 
 RECORDS = [{"kind": "train", "update": 10, "loss": 1.5}, {"kind": "valid", "update": 10, "name": "ä"}]
 
@@ -63,7 +63,7 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
 SHOW_PROGRESS = """
 import sys
 from pathlib import Path
-from nmt.run_log import RunLog
+from nmt.run.run_log import RunLog
 log = RunLog(Path(sys.argv[1]), is_writer=True)
 log.open()
 for update in range(5, 11):

@@ -14,7 +14,7 @@ from nmt.generation import generator as generator_module
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
-from nmt.generation.random import start_streams, uniform
+from nmt.generation.random_streams import start_streams, uniform
 
 MASK = 2**64 - 1
 

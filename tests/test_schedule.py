@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmt.options import OptimizationOptions
-from nmt.schedule import Plateau, build_schedule, num_warmup_updates
+from nmt.update.schedule import Plateau, build_schedule, num_warmup_updates
 
 
 def factors(updates: list[int], *, updates_per_epoch: int = 1, **options: object) -> list[float]:

@@ -15,19 +15,19 @@ from tiny_translation_model import write_tiny_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nmt.compilation import compile_layers, compile_model
 from nmt.data.vocabulary import EOS_ID, UNK_ID
 from nmt.distributed import World
 from nmt.generation.options import DecodingOptions
-from nmt.models import int8
+from nmt.models import inference_int8 as int8
 from nmt.models.attention import SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
-from nmt.models.fused import Linear
 from nmt.models.inference import InferenceTransformer
 from nmt.models.search_form import relative_difference, search_form
+from nmt.models.training_ops import Linear
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
-from nmt.preparation import check_model
+from nmt.run.preparation import check_model
 from nmt.translation.translator import Translator
+from nmt.update.compilation import compile_layers, compile_model
 
 needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor multiplies no 8-bit integers")
 SENTENCES = [[5, 6, 7, 8], [9, 4], [7]]
@@ -213,7 +213,7 @@ def test_a_method_of_one_model_alone_makes_it_a_stranger() -> None:
 )
 def test_what_torch_compiles_is_no_stranger(compile_: Callable[[nn.Module], None]) -> None:
     model = random_transformer(3, torch.float64)
-    with mock.patch("nmt.compilation._compiled", lambda function, **_: function):
+    with mock.patch("nmt.update.compilation._compiled", lambda function, **_: function):
         compile_(model)
     assert any("forward" in vars(module) for module in model.modules())
     form, remark = search_form(model)
@@ -292,7 +292,7 @@ def test_any_number_of_tokens_goes_into_the_state_at_once(
         tokens[:, 0] = EOS_ID
     with (
         torch.inference_mode(),
-        mock.patch("nmt.models.beam_state.multiplied_by_onednn", return_value=is_whole),
+        mock.patch("nmt.models.inference_state.multiplied_by_onednn", return_value=is_whole),
     ):
         expected = model.features(tokens, model.encode(sources))
         memory, state = form.encode(sources), form.start_state()

@@ -20,7 +20,7 @@ from nmt.cli.train import main
 from nmt.data.options import BatchingOptions
 from nmt.errors import EXIT_RESUMABLE
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
-from nmt.signals import StopRequest
+from nmt.system.signals import StopRequest
 from nmt.train_loop import train
 from nmt.trainer import Trainer
 

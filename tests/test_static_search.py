@@ -28,7 +28,7 @@ from nmt.models.options import TransformerOptions
 from nmt.models.reserve import Reserve
 from nmt.models.static_decoder import Sizes, StaticDecoder
 from nmt.models.transformer import Transformer
-from nmt.translation.batches import Batching
+from nmt.translation.batch_runner import Batching
 from nmt.translation.translator import Translator
 
 pytestmark = pytest.mark.usefixtures("one_thread")

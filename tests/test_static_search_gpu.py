@@ -18,7 +18,7 @@ from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
-from nmt.translation.batches import Batching, BatchRunner
+from nmt.translation.batch_runner import Batching, BatchRunner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,7 +100,7 @@ def test_recorded_equals_plain(dtype: torch.dtype, beam: int, monkeypatch: pytes
     some = sentences(50)
     recorded = Generator(fast, options, **IDS, static_search=StaticSearch(fast))
     found = [translate(recorded, some, "cuda") for _ in range(4)]
-    monkeypatch.setattr("nmt.recording._NUM_PLAIN_CALLS", 10**9)
+    monkeypatch.setattr("nmt.system.cuda_graphs._NUM_PLAIN_CALLS", 10**9)
     plain = Generator(fast, options, **IDS, static_search=StaticSearch(fast))
     expected = translate(plain, some, "cuda")
     for results in found:

@@ -14,7 +14,7 @@ from torch import nn
 from toy_run import assert_bit_equal, config, log, records, tensors, without_time
 from toy_task import PointOptions, Points, PointTask
 
-from nmt.checkpoint import CheckpointFolder
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.cli import average, validate
 from nmt.errors import UserError
 from nmt.task import LossOutput

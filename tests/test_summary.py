@@ -13,9 +13,9 @@ from torch import nn
 from toy_run import config, records
 from toy_task import PointOptions, Points, PointTask
 
-from nmt.summary import summarize
 from nmt.task import LossOutput
 from nmt.train_loop import train
+from nmt.update.summary import summarize
 
 NUMBERS = st.floats(-1e6, 1e6)
 

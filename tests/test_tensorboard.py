@@ -13,11 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toy_run import config, records
 from toy_task import PointTask
 
-from nmt.checkpoint import CheckpointFolder
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.distributed import World
 from nmt.errors import UserError
-from nmt.run_log import RunLog
-from nmt.signals import StopRequest
+from nmt.run.run_log import RunLog
+from nmt.system.signals import StopRequest
 from nmt.train_loop import Run, train
 
 pytestmark = pytest.mark.usefixtures("points_plugin")

@@ -13,11 +13,11 @@ from torch import nn
 from toy_run import assert_bit_equal, config, log, records, tensors, without_time
 from toy_task import PointExamples, PointOptions, Points, PointTask
 
-from nmt.checkpoint import CheckpointFolder
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
-from nmt.progress import Progress
-from nmt.run_log import RunLog
+from nmt.run.run_log import RunLog
+from nmt.run.validation_history import Progress
 from nmt.task import LossOutput
 from nmt.train_loop import train
 

@@ -15,10 +15,10 @@ from tiny_translation_model import MAX_POSITIONS, WORDS, write_learned_model
 from nmt.errors import UserError
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingKeywords, DecodingOptions
-from nmt.models import int8
+from nmt.models import inference_int8 as int8
 from nmt.models.inference import InferenceTransformer
 from nmt.translation import translator as translator_module
-from nmt.translation.batches import Batching
+from nmt.translation.batch_runner import Batching
 from nmt.translation.long_sentences import split_ids
 from nmt.translation.translator import Precision, Translator
 

@@ -9,7 +9,7 @@ import pytest
 from toy_run import assert_bit_equal, config, log, records, tensors, without_time
 from toy_task import PointExamples, PointOptions, PointTask
 
-from nmt.checkpoint import CheckpointFolder
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.errors import UserError
 from nmt.options import TrainConfig
 from nmt.train_loop import train

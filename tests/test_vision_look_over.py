@@ -14,7 +14,7 @@ from torch import nn
 
 from nmt.distributed import World, single
 from nmt.errors import UserError
-from nmt.validation import validate
+from nmt.update.validation import validate
 from nmt.vision.dataset import UNREADABLE
 from nmt.vision.options import ImageClassificationOptions
 from nmt.vision.task import ImageClassificationTask

@@ -15,10 +15,10 @@ import torch
 from image_files import bars, write_folders, write_idx
 from safetensors.torch import load_file
 
-from nmt.checkpoint import load_model
+from nmt.checkpoints.run_folder import load_model
 from nmt.cli.train import main
-from nmt.config import parse_command
-from nmt.config_fields import list_options
+from nmt.config.fields import list_options
+from nmt.config.mapping import parse_command
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError

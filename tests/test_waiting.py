@@ -7,8 +7,8 @@ import pytest
 import torch
 from toy_run import config, records
 
+from nmt.run.waiting import WaitForData
 from nmt.train_loop import train
-from nmt.waiting import WaitForData
 
 
 def test_asking_counts_and_what_is_done_with_a_batch_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

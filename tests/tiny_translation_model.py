@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from nmt.checkpoint import write_model_folder
+from nmt.checkpoints.run_folder import write_model_folder
+from nmt.checkpoints.weights import weights
 from nmt.data.parallel_dataset import collate_pairs
 from nmt.data.segmenter import read_vocabulary, train_segmenter
 from nmt.data.vocabulary import EOS_ID
@@ -18,7 +19,6 @@ from nmt.models.options import TransformerOptions
 from nmt.options import TrainConfig
 from nmt.translation.options import TranslationOptions
 from nmt.translation.task import TranslationTask
-from nmt.weights import weights
 
 NOUNS = ["dog", "cat", "bird", "tree", "house"]
 WORDS = ["the", "a", *NOUNS, "runs", "sleeps", "sings", "sees", "finds", "big", "small", "old", "red"]

@@ -4,15 +4,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nmt.checkpoints.find_folder import find_checkpoints
 from nmt.cli.command import run_command
 from nmt.cli.options import AverageOptions
-from nmt.config import parse_command
+from nmt.config.mapping import parse_command
 from nmt.errors import UserError
-from nmt.model_folders import find_checkpoints
-from nmt.places import check_new_folder
+from nmt.system.places import check_new_folder
 
 if TYPE_CHECKING:
-    from nmt.checkpoint import CheckpointFolder
+    from nmt.checkpoints.run_folder import CheckpointFolder
 
 PROG = "nmt-average"
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def average_run(options: AverageOptions) -> list[int]:
     """Write the mean of some checkpoints of a run as a model folder, and return their updates."""
-    from nmt.checkpoint import CheckpointFolder, average_models
+    from nmt.checkpoints.run_folder import CheckpointFolder, average_models
 
     check_new_folder(options.output, name="output")
     folder = CheckpointFolder(find_checkpoints(options.checkpoints) or options.checkpoints)
@@ -60,8 +60,8 @@ def average_run(options: AverageOptions) -> list[int]:
 
 def _best(folder: "CheckpointFolder") -> list[int]:
     """Return the updates of the checkpoints that were validated, best first by `best-checkpoint-metric`."""
-    from nmt.checkpoint import load_config
-    from nmt.progress import Progress
+    from nmt.checkpoints.run_folder import load_config
+    from nmt.run.validation_history import Progress
 
     saved = folder.updates()
     newest = folder.at(saved[-1])

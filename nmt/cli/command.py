@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nmt.checkpoints.find_folder import FoundModel
 from nmt.errors import LostRankError, UserError, one_line
-from nmt.model_folders import FoundModel
 
 # What the operating system says of a write without naming the file.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

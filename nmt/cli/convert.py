@@ -4,14 +4,14 @@ import itertools
 import sys
 from collections.abc import Sequence
 
+from nmt.checkpoints.find_folder import find_model
 from nmt.cli.command import announce_models, run_command
 from nmt.cli.options import ExportOptions, ImportOptions
 from nmt.cli.text_files import check_parallel, read_text
-from nmt.config import asks_for, parse_command, peek, print_version
-from nmt.config_fields import list_options
+from nmt.config.fields import list_options
+from nmt.config.mapping import asks_for, parse_command, peek, print_version
 from nmt.errors import UserError, one_line
-from nmt.model_folders import find_model
-from nmt.places import check_new_folder
+from nmt.system.places import check_new_folder
 
 PROG = "nmt-convert"
 _EXIT_DISAGREEMENT = 1

@@ -12,21 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nmt.checkpoints.find_folder import FoundModel, find_model, find_models
 from nmt.cli.command import run_command
 from nmt.cli.options import GenerateOptions
 from nmt.cli.references import References
 from nmt.cli.text_files import check_parallel, open_output, read_text
-from nmt.config import parse_command
+from nmt.config.mapping import parse_command
 from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError
-from nmt.model_folders import FoundModel, find_model, find_models
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
     from nmt.translation.alignment import Links
-    from nmt.translation.batches import Batching
+    from nmt.translation.batch_runner import Batching
     from nmt.translation.translator import Translation, Translator
 
 PROG = "nmt-generate"
@@ -79,7 +79,7 @@ def generate(options: GenerateOptions) -> None:
     from nmt.distributed import join_world
     from nmt.translation.alignment import check_layer
     from nmt.translation.attention_plot import check_plotting
-    from nmt.translation.batches import Batching
+    from nmt.translation.batch_runner import Batching
     from nmt.translation.translator import Translator
 
     if options.num_threads is not None:

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 
 from nmt.cli.command import run_command
 from nmt.cli.options import PlotOptions
-from nmt.config import parse_command
+from nmt.config.mapping import parse_command
 from nmt.errors import UserError, one_line
-from nmt.places import check_output_file
+from nmt.system.places import check_output_file
 
 PROG = "nmt-plot"
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"`{PROG}` must have matplotlib, which is not installed. Run pip install matplotlib."
             )
-        from nmt.plot import draw, open_runs, without_font_warnings
+        from nmt.run.plot import draw, open_runs, without_font_warnings
 
         runs, left_out = open_runs(options.runs)
         for line in left_out:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from nmt.cli.command import run_command
-from nmt.config import parse_command
+from nmt.config.mapping import parse_command
 from nmt.data.options import PreprocessOptions
 from nmt.errors import one_line
 

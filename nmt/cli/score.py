@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nmt.checkpoints.find_folder import find_models
 from nmt.cli.command import announce_models, run_command
 from nmt.cli.options import ScoreOptions
 from nmt.cli.text_files import check_parallel, open_output, read_text
-from nmt.config import parse_command
+from nmt.config.mapping import parse_command
 from nmt.data.blocks import unequal_counts
 from nmt.errors import UserError
-from nmt.model_folders import find_models
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,7 +79,7 @@ def score_by_model(options: ScoreOptions) -> None:
     import torch
 
     from nmt.distributed import join_world
-    from nmt.translation.batches import Batching
+    from nmt.translation.batch_runner import Batching
     from nmt.translation.translator import Translator
     from nmt.translation.unknown_pieces import UnknownPieces
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, TextIO
 from nmt.cli.command import WRITE_ERRORS
 from nmt.data.blocks import check_file, decode_lines, read_lines, unequal_counts
 from nmt.errors import UserError
-from nmt.places import check_output_file
+from nmt.system.places import check_output_file
 
 STANDARD_INPUT = Path("<stdin>")  # its name in error texts
 

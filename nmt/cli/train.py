@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nmt.cli.command import run_command
-from nmt.config import CONFIG_FLAG, parse_command, peek, read_yaml
+from nmt.config.mapping import CONFIG_FLAG, parse_command, peek, read_yaml
 from nmt.errors import EXIT_RESUMABLE, UserError
 from nmt.options import TrainConfig
-from nmt.signals import StopRequest
+from nmt.system.signals import StopRequest
 from nmt.task import load_task, task_names
 
 PROG = "nmt-train"

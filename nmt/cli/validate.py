@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nmt.checkpoints.find_folder import find_model, moved_path
+from nmt.checkpoints.model_config import CONFIG_NAME, read_model_config
 from nmt.cli.command import announce_models, run_command
-from nmt.config import asks_for, parse_command, peek, print_version
-from nmt.config_command import is_flag
-from nmt.config_fields import list_options
+from nmt.config.command_line import is_flag
+from nmt.config.fields import list_options
+from nmt.config.mapping import asks_for, parse_command, peek, print_version
 from nmt.errors import UserError
-from nmt.model_config import CONFIG_NAME, read_model_config
-from nmt.model_folders import find_model, moved_path
 from nmt.options import TrainConfig
 from nmt.task import load_task
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (folder,) = announce_models(PROG, [find_model(Path(arguments[0]))])
         split, options = _take_split(arguments[1:])
         config = _find_moved_data(_configure(folder, options), folder, options)
-        from nmt.validation import validate_model
+        from nmt.update.validation import validate_model
 
         results = validate_model(
             folder, config, split=split, say=lambda line: print(f"{PROG}: {line}", file=sys.stderr)

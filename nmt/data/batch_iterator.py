@@ -15,6 +15,7 @@ from weakref import ref
 
 import numpy as np
 
+from nmt.data.batch_loader import Feed, PlannedBatch, Refusal, end_workers, make_loader, read_batches
 from nmt.data.batching import (
     BatchLimits,
     Cut,
@@ -28,7 +29,6 @@ from nmt.data.batching import (
     plan_ordered,
     plan_window,
 )
-from nmt.data.loading import Feed, PlannedBatch, Refusal, end_workers, make_loader, read_batches
 from nmt.data.options import BatchingOptions
 from nmt.data.packing import most_sentences
 from nmt.errors import DamagedError, UserError
@@ -444,7 +444,7 @@ class OrderedBatches:
 
 def batch_limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None = None) -> BatchLimits:
     """Return what the options say that a batch may hold."""
-    assert options.max_tokens != "auto", "find it first (nmt/memory.py)"
+    assert options.max_tokens != "auto", "find it first (nmt/run/memory_probe.py)"
     can_have_least = options.batch_size is None or options.batch_size >= options.min_batch_size
     return BatchLimits(
         max_tokens=options.max_tokens,

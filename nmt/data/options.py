@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nmt.config_ranges import check_ranges
+from nmt.config.ranges import check_ranges
 from nmt.errors import UserError, shown
 
 MOST_PIECES = 10_000_000  # of a vocabulary; larger ones have not been heard of

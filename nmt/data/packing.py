@@ -1,7 +1,7 @@
 """Packed batches: sentences one after another in one row, without padding between them, and all rows of one size.
 
-Work of one shape is what a GPU is good at: one recording (`nmt/recording.py`), or one compiled program, serves all
-updates. What is left of a row after its last sentence is filled with parts that count for nothing.
+Work of one shape is what a GPU is good at: one recording (`nmt/system/cuda_graphs.py`), or one compiled program,
+serves all updates. What is left of a row after its last sentence is filled with parts that count for nothing.
 
 Legend: B sentences, L tokens of a row, P parts of a row: its sentences, then those that fill it, then empty ones.
 """

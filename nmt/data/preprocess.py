@@ -33,7 +33,7 @@ from nmt.data.segmenter import Segmenter, find_misnamed_pieces, read_vocabulary,
 from nmt.data.segmenter_file import without_paths
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
-from nmt.new_folder import new_folder
+from nmt.system.new_folder import new_folder
 
 MAX_TRAINING_SENTENCES = 10_000_000  # of both sides together, for SentencePiece
 _LARGE_SHARE_TOO_LONG = 0.01

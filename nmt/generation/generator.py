@@ -27,7 +27,7 @@ from nmt.generation.beam_search import (
 )
 from nmt.generation.choice import Rules, choose
 from nmt.generation.options import DecodingOptions
-from nmt.generation.random import start_streams, uniform
+from nmt.generation.random_streams import start_streams, uniform
 from nmt.generation.static_search import Job, StaticSearch
 
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.

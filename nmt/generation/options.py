@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-from nmt.config_ranges import ANY, check_numbers, check_ranges
+from nmt.config.ranges import ANY, check_numbers, check_ranges
 from nmt.errors import UserError
 
 # A million tokens to the power of 5 is 1e30, and a million times 1e30 is within float32, which ends at 3e38.

@@ -25,11 +25,11 @@ from nmt.generation.beam_search import Hypothesis
 from nmt.generation.choice import Rules
 from nmt.generation.record import best_of
 from nmt.generation.static_step import SearchTables, make_tables, move_on_, run_step, start_
-from nmt.late import Late
 from nmt.models.inference import InferenceTransformer
 from nmt.models.reserve import Reserve
 from nmt.models.static_decoder import Sizes, StaticDecoder
-from nmt.recording import Recording
+from nmt.system.cuda_graphs import Recording
+from nmt.system.deferred import Late
 
 # Each list goes on by steps of its last number. Attention wants its columns in multiples of 16.
 _SENTENCES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)

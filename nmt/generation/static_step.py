@@ -25,7 +25,7 @@ from nmt.generation.beam_search import (
     take,
 )
 from nmt.generation.choice import Rules, choose
-from nmt.generation.random import uniform
+from nmt.generation.random_streams import uniform
 from nmt.generation.record import Record
 from nmt.generation.select import num_candidates
 from nmt.models.reserve import Reserve

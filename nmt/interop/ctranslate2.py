@@ -26,8 +26,8 @@ from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
 from nmt.models.known_parts import find_stranger
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
-from nmt.new_folder import new_folder
-from nmt.places import check_new_folder
+from nmt.system.new_folder import new_folder
+from nmt.system.places import check_new_folder
 from nmt.translation.translator import Translation, Translator
 
 Quantization = Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"]

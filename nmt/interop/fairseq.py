@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nmt.checkpoint import write_model_folder
+from nmt.checkpoints.run_folder import write_model_folder
+from nmt.checkpoints.weights import weights
 from nmt.data.data_directory import dictionary_name, find_language_pair
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError, shown
@@ -28,7 +29,6 @@ from nmt.task import Task
 from nmt.translation.assets import TranslationAssets
 from nmt.translation.options import TranslationOptions
 from nmt.translation.task import TranslationTask
-from nmt.weights import weights
 
 _EMBEDDINGS = (  # one matrix may be stored under several of these names
     "encoder.embed_tokens.weight",

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nmt.config.records import LANGUAGE, Flag, Maybe, Number, Record, Schema, Text, Whole, check_record
 from nmt.errors import UserError, shown
 from nmt.models.options import LARGEST, TransformerOptions
-from nmt.records import LANGUAGE, Flag, Maybe, Number, Record, Schema, Text, Whole, check_record
 
 # Sizes that a checkpoint need not name: fairseq's base architecture.
 _DEFAULT_SIZES = {"embed_dim": 512, "ffn_embed_dim": 2048, "layers": 6, "attention_heads": 8}

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models import fused
+from nmt.models import training_ops as fused
 from nmt.models.decoder_state import LayerState
-from nmt.models.fused import Linear
 from nmt.models.packed import Spans, attend_to_other, attend_to_self
+from nmt.models.training_ops import Linear
 
 LEAST_WIDTH = 16
 """Rows of attention scores are best at least so wide: PyTorch's softmax on a CPU takes narrower ones one by one,

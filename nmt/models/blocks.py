@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from nmt.models.fused import Dropout, Linear, embed
 from nmt.models.options import TransformerOptions
+from nmt.models.training_ops import Dropout, Linear, embed
 
 
 class Residual(nn.Module):

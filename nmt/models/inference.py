@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.models.attention import LEAST_WIDTH
-from nmt.models.beam_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
 from nmt.models.blocks import FeedForward, Residual
-from nmt.models.int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
+from nmt.models.inference_int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
+from nmt.models.inference_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
 from nmt.models.known_parts import CONTAINERS, LINEAR, is_as_its_class, is_known
 from nmt.models.transformer import DecoderLayer, Transformer
 

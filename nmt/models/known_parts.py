@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
-from nmt.models.fused import Dropout, Linear
+from nmt.models.training_ops import Dropout, Linear
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 
 LINEAR = (Linear, nn.Linear)

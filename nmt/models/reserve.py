@@ -1,6 +1,6 @@
 """Memory that stays in place: tensors of many sizes, of each one at a time, are cut out of the same storage.
 
-What is recorded on a GPU (`nmt/recording.py`) finds its tensors at the addresses that they had.
+What is recorded on a GPU (`nmt/system/cuda_graphs.py`) finds its tensors at the addresses that they had.
 """
 
 import math

@@ -18,8 +18,8 @@ from nmt.data.piece_spans import Span
 from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError
-from nmt.models.cross_attention import cross_attention_weights
-from nmt.translation.batches import Batching, BatchRunner
+from nmt.models.attention_weights import cross_attention_weights
+from nmt.translation.batch_runner import Batching, BatchRunner
 from nmt.translation.long_sentences import joiner, split_ids
 from nmt.translation.translator import Translation, Translator
 

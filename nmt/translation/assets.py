@@ -7,11 +7,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from nmt.config.records import LANGUAGE, Flag, Record, read_record
 from nmt.data.data_directory import MODEL_NAME, DataDirectory, dictionary_name
 from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import DamagedError
-from nmt.records import LANGUAGE, Flag, Record, read_record
 
 _LANGUAGES = "languages.json"
 _RECORD = Record({"source_lang": LANGUAGE, "target_lang": LANGUAGE}, optional={"segmenter": Flag()})

@@ -53,7 +53,7 @@ def plot_attention(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from nmt.plot import plain_text, without_font_warnings
+    from nmt.run.plot import plain_text, without_font_warnings
 
     longest_source, longest_target = (max(map(len, side), default=1) for side in (source, target))
     width = len(source) * _INCHES_PER_PIECE + longest_target * _INCHES_PER_CHARACTER + _MARGIN_INCHES

@@ -10,8 +10,8 @@ from torch import Tensor
 from nmt.data.packing import PackedTranslationBatch
 from nmt.data.parallel_dataset import TranslationBatch
 from nmt.data.vocabulary import PAD_ID
-from nmt.models.fused import linear_cross_entropy
 from nmt.models.packed import PackedTokens
+from nmt.models.training_ops import linear_cross_entropy
 from nmt.models.transformer import Transformer
 from nmt.task import LossOutput
 

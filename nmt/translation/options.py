@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmt.config import Positional
-from nmt.config_ranges import check_ranges
+from nmt.config.mapping import Positional
+from nmt.config.ranges import check_ranges
 from nmt.errors import UserError
 from nmt.generation.options import MOST_HYPOTHESES
 from nmt.models.options import TransformerOptions

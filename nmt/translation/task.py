@@ -29,10 +29,10 @@ from nmt.task import Illustrations, LossOutput
 from nmt.task_extras import Words
 from nmt.translation.assets import TranslationAssets, is_same_file
 from nmt.translation.held_out import sample_lines, translate_held_out
+from nmt.translation.illustration import Row, markdown_table
 from nmt.translation.loss import TranslationLoss, packed_translation_loss, translation_loss
 from nmt.translation.options import TranslationOptions
 from nmt.translation.r_drop import r_drop_loss
-from nmt.translation.table import Row, markdown_table
 from nmt.translation.word_dropout import drop_words
 
 _BEAM = 5

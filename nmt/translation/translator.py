@@ -14,9 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nmt.allocator import give_back_tensors
-from nmt.checkpoint import load_model
-from nmt.cudnn_attention import leave_out_cudnn_attention
+from nmt.checkpoints.run_folder import load_model
 from nmt.data.parallel_dataset import collate_pairs, pad_right
 from nmt.data.segmenter import PieceSegmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
@@ -26,11 +24,13 @@ from nmt.generation.generator import ROWS_AT_ONCE, Generator, TranslationModel
 from nmt.generation.options import DecodingKeywords, DecodingOptions
 from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
-from nmt.models.int8 import check_int8
+from nmt.models.inference_int8 import check_int8
 from nmt.models.search_form import search_form
 from nmt.models.transformer import Transformer
-from nmt.prepared_shapes import keep_prepared_shapes
-from nmt.translation.batches import Batching, BatchRunner, free_memory
+from nmt.system.allocator import give_back_tensors
+from nmt.system.cudnn_attention import leave_out_cudnn_attention
+from nmt.system.prepared_shapes import keep_prepared_shapes
+from nmt.translation.batch_runner import Batching, BatchRunner, free_memory
 from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_text
 from nmt.translation.mbr import MinimumRisk, candidate_options, pair_scores
 from nmt.translation.task import TranslationTask

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nmt.config_ranges import check_ranges
+from nmt.config.ranges import check_ranges
 from nmt.errors import UserError, shown
 
 _LARGEST_SIDE = 16_384  # pixels

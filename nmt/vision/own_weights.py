@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nmt.checkpoints.weights import weights
 from nmt.errors import UserError
 from nmt.interop.safe_unpickle import StoredTensor, read_torch_file
-from nmt.weights import weights
 
 _MODEL = "model.safetensors"  # of a model folder
 _KEYS = ("state_dict", "model", "model_state_dict", "net", "weights")

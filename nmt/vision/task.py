@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nmt.config.records import ListOf, Number, Record, Whole, read_limited, read_record
 from nmt.distributed import World
 from nmt.errors import DamagedError, UserError
-from nmt.prepared_shapes import keep_prepared_shapes
-from nmt.records import ListOf, Number, Record, Whole, read_limited, read_record
+from nmt.system.prepared_shapes import keep_prepared_shapes
 from nmt.task import Illustrations, LossOutput
 from nmt.task_extras import Words
 from nmt.vision.dataset import UNREADABLE, ImageBatch, ImageExamples

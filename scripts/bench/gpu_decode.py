@@ -37,7 +37,7 @@ from nmt.generation.static_search import StaticSearch
 from nmt.models.inference import InferenceTransformer
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
-from nmt.translation.batches import Batching, BatchRunner, free_memory
+from nmt.translation.batch_runner import Batching, BatchRunner, free_memory
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

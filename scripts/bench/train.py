@@ -149,7 +149,7 @@ def serve(connection: Connection, flags: Sequence[str], precision: str, args: ar
     """Set up, then take a turn whenever the other end asks."""
     import torch
 
-    from nmt.config import parse_command
+    from nmt.config.mapping import parse_command
     from nmt.distributed import join_world
     from nmt.options import TrainConfig
     from nmt.translation.options import TranslationOptions
@@ -175,9 +175,9 @@ class Job:
     def __init__(self, config: Any, world: Any, *, updates: int) -> None:
         import torch
 
-        from nmt.compilation import compile_model
         from nmt.data.batch_iterator import BatchIterator
         from nmt.trainer import Trainer
+        from nmt.update.compilation import compile_model
 
         self.device = world.device
         self.model_options = config.task_options.model
@@ -232,7 +232,7 @@ class Job:
 
     def check_flops(self) -> str:
         """Count an update's products once more as they are made, with the padding."""
-        from nmt.flops import FlopCounter
+        from nmt.run.flops import FlopCounter
 
         micro_batches = self._next()
         with FlopCounter() as counter:

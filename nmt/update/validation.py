@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmt.checkpoint import build_model
+from nmt.checkpoints.run_folder import build_model
 from nmt.data.batch_iterator import OrderedBatches
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError
-from nmt.metrics import Metrics
 from nmt.options import TrainConfig
-from nmt.summary import summarize
 from nmt.task import Batch, Examples, Task, batch_sums
 from nmt.task_extras import notes_of
+from nmt.update.metrics import Metrics
+from nmt.update.summary import summarize
 
 
 @torch.no_grad()

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nmt.compilation import uncompiled
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batching import BatchLimits, padded_size, too_long
-from nmt.flops import FlopCounter
-from nmt.memory import peak_memory
 from nmt.options import TrainConfig
-from nmt.schedule import num_updates
+from nmt.run.flops import FlopCounter
+from nmt.run.memory_probe import peak_memory
 from nmt.task_extras import words_of
 from nmt.trainer import Trainer
+from nmt.update.compilation import uncompiled
+from nmt.update.schedule import num_updates
 
 if TYPE_CHECKING:
     from nmt.task import Examples
@@ -32,7 +32,7 @@ def forecast(
 ) -> list[str]:
     """Return the lines of a table; takes the time of a batch.
 
-    Call it after the worst batch has been probed (`nmt.memory`), so that the memory is known.
+    Call it after the worst batch has been probed (`nmt.run.memory_probe`), so that the memory is known.
     """
     world, words = trainer.world, words_of(trainer.task)
     per_epoch = batches.updates_per_epoch

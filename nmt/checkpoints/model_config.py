@@ -7,7 +7,7 @@ and taken from there as long as the model lies in it. Imports no torch.
 from pathlib import Path
 from typing import Any
 
-from nmt.config import from_mapping, path_options, read_yaml, write_yaml
+from nmt.config.mapping import from_mapping, path_options, read_yaml, write_yaml
 from nmt.errors import DamagedError
 from nmt.options import TrainConfig
 from nmt.task import load_task

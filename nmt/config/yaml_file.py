@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from nmt.config.records import is_unicode, read_limited
 from nmt.errors import UserError, shown
-from nmt.records import is_unicode, read_limited
 
 # Unquoted, these are None; `None` because the command line spells it so.
 _NONE_WORDS = ("", "~", "null", "Null", "NULL", "None")

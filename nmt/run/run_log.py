@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
+from nmt.config.records import Number, Record, RecordError, Text, Whole, parse_json
 from nmt.errors import UserError, one_line
-from nmt.records import Number, Record, RecordError, Text, Whole, parse_json
 from nmt.task import Illustrations
 
 if TYPE_CHECKING:
-    from nmt.tensorboard import EventWriter
+    from nmt.run.tensorboard import EventWriter
 
 TIMES = frozenset({"targets/s", "hours", "hours left", "memory MiB", "waited for data"})
 """The names in records that differ between runs that are otherwise equal."""
@@ -84,7 +84,7 @@ class RunLog:
             pass  # a file system without locks
         self._records = self._records_path.open("a", encoding="utf-8")
         if self._wants_events:
-            from nmt.tensorboard import EventWriter
+            from nmt.run.tensorboard import EventWriter
 
             self._events = EventWriter(self._folder / "tensorboard")
         self._shows_bar = sys.stderr.isatty() or _IS_NOTEBOOK

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from nmt.checkpoint import CheckpointFolder, load_config
-from nmt.config import changed_fixed_options
+from nmt.checkpoints.run_folder import CheckpointFolder, load_config
+from nmt.config.mapping import changed_fixed_options
 from nmt.data.batch_iterator import BatchIterator, packed_limits
 from nmt.data.batching import BatchLimits, Window, longest, window_examples
 from nmt.distributed import World, single
 from nmt.errors import UserError
-from nmt.memory import find_max_tokens, most_tokens
 from nmt.options import TrainConfig
+from nmt.run.memory_probe import find_max_tokens, most_tokens
 from nmt.task import CheckingTask, Examples, PackingTask, Task
 from nmt.task_extras import is_same_asset
 from nmt.trainer import Trainer

@@ -25,17 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from nmt.checkpoints.find_folder import MODEL_NAME, find_model, follow_link, write_link
+from nmt.checkpoints.model_config import CONFIG_NAME, load_model_config, write_model_config
+from nmt.checkpoints.old_formats import upgrade_state
+from nmt.checkpoints.run_state import ANY_VERSION, FIRST_VERSION, RUN_STATE
+from nmt.checkpoints.weights import weights
+from nmt.config.records import check_record, read_record
 from nmt.errors import DamagedError, UserError, shown
-from nmt.model_config import CONFIG_NAME, load_model_config, write_model_config
-from nmt.model_folders import MODEL_NAME, find_model, follow_link, write_link
-from nmt.new_folder import new_folder, remove_folder, remove_leftovers, sync
-from nmt.old_checkpoints import upgrade_state
 from nmt.options import TrainConfig
-from nmt.places import check_new_folder
-from nmt.records import check_record, read_record
-from nmt.run_state import ANY_VERSION, FIRST_VERSION, RUN_STATE
+from nmt.system.new_folder import new_folder, remove_folder, remove_leftovers, sync
+from nmt.system.places import check_new_folder
 from nmt.task import Task
-from nmt.weights import weights
 
 FORMAT_VERSION = "2"
 _READABLE_VERSIONS = ("1", FORMAT_VERSION)

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from nmt.data.batch_iterator import BatchIterator
-from nmt.following import Followed
-from nmt.forecast import duration
-from nmt.memory import peak_memory
 from nmt.options import TrainConfig
-from nmt.pace import Pace
-from nmt.progress import Progress
-from nmt.run_log import RunLog
-from nmt.summary import summarize
+from nmt.run.following import Followed
+from nmt.run.forecast import duration
+from nmt.run.memory_probe import peak_memory
+from nmt.run.pace import Pace
+from nmt.run.run_log import RunLog
+from nmt.run.validation_history import Progress
+from nmt.run.waiting import WaitForData
 from nmt.task import Examples
 from nmt.task_extras import next_command_of, remarks_of, words_of
 from nmt.trainer import Trainer
-from nmt.waiting import WaitForData
+from nmt.update.summary import summarize
 
 _NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 

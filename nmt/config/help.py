@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nmt.config_command import CONFIG_FLAG
-from nmt.config_fields import MISSING, Option, help_texts, list_groups
-from nmt.config_values import to_text
+from nmt.config.command_line import CONFIG_FLAG
+from nmt.config.fields import MISSING, Option, help_texts, list_groups
+from nmt.config.values import to_text
 
 _WIDEST, _NARROWEST = 110, 40
 _INDENT = 6

@@ -67,7 +67,7 @@ def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.opt
 
 
 def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a step can be recorded (`nmt/recording.py`), with a learning rate that is a tensor."""
+    """Return whether a step can be recorded (`nmt/system/cuda_graphs.py`): with a rate that is a tensor."""
     return all(group.get("capturable", False) for group in optimizer.param_groups)
 
 

@@ -1,6 +1,6 @@
 """What `state.json` of a checkpoint holds: the schema that it is read by."""
 
-from nmt.records import Either, Flag, ListOf, MapOf, Maybe, Number, Pair, Record, Text, Whole
+from nmt.config.records import Either, Flag, ListOf, MapOf, Maybe, Number, Pair, Record, Text, Whole
 
 _UPDATE = Text(longest=16, is_right=lambda text: text.isascii() and text.isdecimal(), rule="an update")
 _WINDOWS = Whole(0, 2**24)
@@ -38,7 +38,7 @@ _TRAINER = Record(
     }
 )
 
-# Of version 1, as much as it takes to bring a state up to date (`nmt.old_checkpoints`).
+# Of version 1, as much as it takes to bring a state up to date (`nmt.checkpoints.old_formats`).
 FIRST_VERSION = Record(
     {
         "trainer": Record({"metrics": ListOf(_METRICS, shortest=1)}),

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nmt.errors import UnreadableExamplesError, UserError
-from nmt.signals import shielded_from_signals
+from nmt.system.signals import shielded_from_signals
 
 if TYPE_CHECKING:
     from nmt.task import Examples

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nmt.compilation import compile_layers
+from nmt.checkpoints.weights import weights
 from nmt.distributed import World
-from nmt.precision import Precision
-from nmt.recording import Recording
+from nmt.system.cuda_graphs import Recording
 from nmt.task import Batch, LossOutput, StaticBatch, Task
-from nmt.weights import weights
+from nmt.update.compilation import compile_layers
+from nmt.update.precision import Precision
 
 
 class Gradients(Protocol):
@@ -127,9 +127,9 @@ class ReducedGradients:
 class FlatGradients:
     """The gradients of batches of one shape, side by side in one tensor.
 
-    A micro-batch is one recording (`nmt/recording.py`): the same kernels on the same memory each time. The weights
-    are turned to the precision's type once an update, into a model that is a copy of the one in training. Ranks
-    add up their tensors after the last micro-batch.
+    A micro-batch is one recording (`nmt/system/cuda_graphs.py`): the same kernels on the same memory each time.
+    The weights are turned to the precision's type once an update, into a model that is a copy of the one in
+    training. Ranks add up their tensors after the last micro-batch.
     """
 
     loss_factor = 1.0

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 from nmt.errors import UserError, shown
-from nmt.run_log import read_records
+from nmt.run.run_log import read_records
 
 Record = dict[str, Any]
 XAxis = Literal["update", "epoch", "hours"]
@@ -65,7 +65,7 @@ class RunRecords:
 
     name: str
     records: list[Record]
-    """What `nmt.run_log.read_records` gives, at least one."""
+    """What `nmt.run.run_log.read_records` gives, at least one."""
 
     @property
     def best_metric(self) -> str | None:

@@ -24,17 +24,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from nmt import __version__
-from nmt.config_command import CONFIG_FLAG as CONFIG_FLAG
-from nmt.config_command import is_flag, missing_options, read_arguments, see_help
-from nmt.config_fields import MISSING, Option, build_nest, list_options
-from nmt.config_fields import Positional as Positional
-from nmt.config_file import read_yaml as read_yaml
-from nmt.config_file import write_flat_yaml
-from nmt.config_help import format_help
-from nmt.config_ranges import check_numbers
-from nmt.config_values import MismatchError, convert, shorten, suggest, to_text
+from nmt.config.command_line import CONFIG_FLAG as CONFIG_FLAG
+from nmt.config.command_line import is_flag, missing_options, read_arguments, see_help
+from nmt.config.fields import MISSING, Option, build_nest, list_options
+from nmt.config.fields import Positional as Positional
+from nmt.config.help import format_help
+from nmt.config.other_names import answer
+from nmt.config.ranges import check_numbers
+from nmt.config.values import MismatchError, convert, shorten, suggest, to_text
+from nmt.config.yaml_file import read_yaml as read_yaml
+from nmt.config.yaml_file import write_flat_yaml
 from nmt.errors import UserError
-from nmt.other_names import answer
 
 T = TypeVar("T")
 

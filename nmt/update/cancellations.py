@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World
-from nmt.late import Late
+from nmt.system.deferred import Late
 from nmt.task import LossOutput
 
 

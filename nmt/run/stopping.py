@@ -1,8 +1,8 @@
 """When a run has reached an end that its options set."""
 
-from nmt.following import Followed
 from nmt.options import OptimizationOptions
-from nmt.progress import Progress
+from nmt.run.following import Followed
+from nmt.run.validation_history import Progress
 from nmt.trainer import Trainer
 
 

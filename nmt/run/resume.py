@@ -5,15 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nmt.config_values import to_text
+from nmt.config.values import to_text
 from nmt.data.batch_iterator import BatchIterator
 from nmt.errors import UserError
 from nmt.options import TrainConfig
-from nmt.run_log import RunLog
-from nmt.schedule import build_schedule, num_updates
+from nmt.run.run_log import RunLog
 from nmt.task import Examples
 from nmt.task_extras import fingerprint_of
 from nmt.trainer import Trainer
+from nmt.update.schedule import build_schedule, num_updates
 
 _SAYS_NOTHING = ("dry_run",)  # of what becomes of the run
 _WITH_AN_END = ("cosine", "polynomial")

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nmt.checkpoint import CheckpointFolder
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.errors import UserError
 from nmt.options import CheckpointOptions, TrainConfig
-from nmt.progress import Direction, Progress
+from nmt.run.validation_history import Direction, Progress
 from nmt.task import Task
 
 

@@ -5,10 +5,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from nmt.config_fields import Option
-from nmt.config_values import MismatchError, convert, shorten, suggest
+from nmt.config.fields import Option
+from nmt.config.other_names import answer
+from nmt.config.values import MismatchError, convert, shorten, suggest
 from nmt.errors import UserError
-from nmt.other_names import answer
 
 CONFIG_FLAG = "--config"
 _TRUE_WORDS, _FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
