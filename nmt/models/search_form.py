@@ -2,21 +2,24 @@
 
 `inference.py` copies weights out of a model's parts, so it must know what these compute. A part of another class,
 or one that is parametrised, hooked or patched, is a stranger. In the encoder strangers run as they are; with one
-in the decoder the whole model does. For what nobody can see in a model, both forms compute a small batch first.
+in the decoder the whole model does. Where there is anything that the tests of this package do not know
+(`untouched.py`), both forms compute a small batch first.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, D model, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from nmt.errors import UserError, shown
 from nmt.models.inference import InferenceTransformer
 from nmt.models.known_parts import find_stranger
-from nmt.models.transformer import Transformer
+from nmt.models.transformer import DecoderLayer, Transformer
+from nmt.models.untouched import is_untouched
 
 _BEAM = 2
 _SOURCE_LENGTH = 3
@@ -24,7 +27,18 @@ _NUM_STEPS = 2  # the one that is computed once a sentence, and one that looks a
 # Of the largest hidden state: rounding is far below, and what changes a translation far above.
 _TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
 _TOLERANCE = 0.1  # of types with less digits
+_TOLERANCE_OF_OTHER_TYPES = 0.3  # of a block alone: products that are wrong are wrong altogether
 _TOLERANCE_OF_TF32 = 0.03  # products on a GPU that leave out digits
+# What a part says that is called in a way, or with sizes, that it does not know.
+_FAULTS = (
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 class SearchForm(NamedTuple):
@@ -40,15 +54,26 @@ def search_form(model: Transformer, dtype: torch.dtype | None = None) -> SearchF
     Args:
         model: It is not changed.
         dtype: As for `InferenceTransformer`. The model itself keeps its own type.
+
+    Raises:
+        UserError: The model cannot compute a batch.
     """
     if (stranger := find_stranger(model, within_encoder=False)) is not None:
+        _compute_small_batch(model)
         return SearchForm(
             model, f"{stranger} is unknown to the fast form of the decoder: {_as_it_is(model, dtype)}"
         )
-    form = InferenceTransformer(model, dtype)
-    # Other types round by design. What is copied, and how it is put together, shows in the model's own type.
-    same_type = form if dtype is None else InferenceTransformer(model, packs=False)
-    if (difference := relative_difference(same_type, model)) > _tolerance(model.output_weight):
+    try:
+        form, difference, tolerance = _compared(model, dtype)
+    except _FAULTS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _compute_small_batch(model)
+        return SearchForm(
+            model,
+            f"the fast form of the decoder cannot compute it ({_named(error)}): {_as_it_is(model, dtype)}",
+        )
+    if difference > tolerance:
         return SearchForm(
             model,
             f"the fast form of the decoder computes something else than the model (hidden states differ by "
@@ -57,13 +82,71 @@ def search_form(model: Transformer, dtype: torch.dtype | None = None) -> SearchF
     return SearchForm(form, None)
 
 
+def _compared(model: Transformer, dtype: torch.dtype | None) -> tuple[InferenceTransformer, float, float]:
+    """Return the fast form of a model, how far it is from the model, and how far it may be."""
+    form = InferenceTransformer(model, dtype)
+    if is_untouched(model):
+        # Only what the packed products of this machine compute is left to be seen.
+        if dtype == torch.int8:
+            return form, 0.0, 0.0
+        return form, block_difference(form, model), _tolerance(model.output_weight, form.product_dtype)
+    # Other types round by design. What is copied, and how it is put together, shows in the model's own type.
+    same_type = form if dtype is None else InferenceTransformer(model, packs=False)
+    return form, relative_difference(same_type, model), _tolerance(model.output_weight)
+
+
+@torch.inference_mode()
+def block_difference(form: InferenceTransformer, model: Transformer) -> float:
+    """Let one feed-forward block compute two rows in both forms; return how far they are apart, likewise."""
+    layer = cast(DecoderLayer, model.decoder.layers[0])
+    table = model.decoder.embedding.tokens.weight
+    rows = model.decoder.embedding(_some_tokens(table, (2, 1), model.pad_id))[:, 0]  # (2, D)
+    with torch.autocast(rows.device.type, enabled=False):
+        found = form.layers[0].transform(rows.to(form.product_dtype))
+        return _difference(found.double(), layer.feed_forward(rows).double())
+
+
 @torch.inference_mode()
 def relative_difference(form: InferenceTransformer, model: Transformer) -> float:
     """Let both encode and decode a small batch; return how far they are apart, as a share of the largest number.
 
     Two sources of different lengths, for each two hypotheses that branch after their first token.
     """
-    device = model.output_weight.device
+    source, target = _small_batch(model)
+    with torch.autocast(source.device.type, enabled=False):
+        expected = model.features(target, model.encode(source))  # (R, T, D)
+        memory, state = form.encode(source), form.start_state()
+        found = torch.cat([form.features(x, memory, state) for x in target.split(1, dim=1)], dim=1)
+        parts = [(found, expected)]
+        # Logits of the last position alone, since all would take most of the time.
+        parts.append((form.project(found[:, -1]) + form.logit_offset, model.project(expected[:, -1])))
+    return max(_difference(a.double(), b.double()) for a, b in parts)
+
+
+@torch.inference_mode()
+def _compute_small_batch(model: Transformer) -> None:
+    """Raise `UserError` if a model cannot compute at all, as with a part that does not take what it is given."""
+    try:
+        source, target = _small_batch(model)
+        with torch.autocast(source.device.type, enabled=False):
+            model.project(model.features(target, model.encode(source))[:, -1])
+    except _FAULTS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        stranger = find_stranger(model, within_encoder=True)
+        look_at = "its sizes" if stranger is None else stranger.removesuffix(",")
+        raise UserError(
+            f"`model` must be able to compute a batch, but ends with {_named(error)}. Look at {look_at}."
+        ) from error
+
+
+def _named(error: Exception) -> str:
+    first_line = next(iter(str(error).splitlines()), "").rstrip(".")
+    return f"{type(error).__name__}: {shown(first_line)}"
+
+
+def _small_batch(model: Transformer) -> tuple[Tensor, Tensor]:
+    """Return sources (2, S) and targets (2K, T)."""
     num_steps = min(_NUM_STEPS, model.max_target_positions)
     source = _some_tokens(
         model.encoder.embedding.tokens.weight,
@@ -73,14 +156,7 @@ def relative_difference(form: InferenceTransformer, model: Transformer) -> float
     source[1, source.size(1) // 2 + 1 :] = model.pad_id
     target = _some_tokens(model.output_weight, (2 * _BEAM, num_steps), model.pad_id)
     target[1::_BEAM, 0] = target[::_BEAM, 0]  # the hypotheses of a sentence begin alike
-    with torch.autocast(device.type, enabled=False):
-        expected = model.features(target, model.encode(source))  # (R, T, D)
-        memory, state = form.encode(source), form.start_state()
-        found = torch.cat([form.features(x, memory, state) for x in target.split(1, dim=1)], dim=1)
-        parts = [(found, expected)]
-        # Logits of the last position alone, since all would take most of the time.
-        parts.append((form.project(found[:, -1]) + form.logit_offset, model.project(expected[:, -1])))
-    return max(_difference(a.double(), b.double()) for a, b in parts)
+    return source, target
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -98,7 +174,10 @@ def _some_tokens(table: Tensor, shape: tuple[int, int], pad_id: int) -> Tensor:
     return tokens.masked_fill_(tokens == pad_id, len(table) - 1)
 
 
-def _tolerance(weight: Tensor) -> float:
+def _tolerance(weight: Tensor, dtype: torch.dtype | None = None) -> float:
+    """Return how far two forms may be apart; `dtype` is that of the products, unless it is the weight's."""
+    if dtype is not None and dtype != weight.dtype:
+        return _TOLERANCE_OF_OTHER_TYPES
     if (
         weight.device.type == "cuda"
         and weight.dtype == torch.float32
