@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fairseq_model
+import fuzz_images
 import fuzz_mutations as mutations
 import numpy as np
 import torch
@@ -267,6 +268,25 @@ KINDS: dict[str, Kind] = {
         _read_run,
     ),
     "records": Kind(_make_run, {"run/metrics.jsonl": (_BYTES, mutations.damage_json_lines)}, _read_records),
+    "image-model": Kind(
+        fuzz_images.make_model,
+        {
+            "*.safetensors": _TENSORS,
+            "config.yaml": _YAML,
+            "classes.txt": _DICT,
+            "images.json": _JSON,
+            "split.json": _JSON,
+        },
+        fuzz_images.read_model,
+    ),
+    "mnist": Kind(
+        fuzz_images.make_idx,
+        {
+            "*.gz": (_BYTES, fuzz_images.damage_compressed, fuzz_images.damage_compressed),
+            "*-ubyte": (_BYTES, fuzz_images.damage_header),
+        },
+        fuzz_images.read_idx,
+    ),
     "yaml": Kind(_make_yaml, {"config.yaml": _YAML}, _read_yaml),
 }
 

@@ -24,7 +24,11 @@ def test_a_whole_file_is_read(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds",
-    [("fairseq", "fairseq-old", "yaml"), ("model", "records"), ("data", "fairseq-data", "text", "run")],
+    [
+        ("fairseq", "fairseq-old", "yaml"),
+        ("model", "records", "image-model", "mnist"),
+        ("data", "fairseq-data", "text", "run"),
+    ],
     ids=" ".join,
 )
 def test_damaged_files_are_read_or_refused_in_a_line(kinds: tuple[str, ...]) -> None:

@@ -2,6 +2,8 @@
 
 import gzip
 import pickle
+import struct
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,23 @@ def test_a_damaged_idx_file_is_refused(data: st.DataObject, gz: bool, tmp_path_f
     with pytest.raises(UserError) as caught:
         read_idx(path, num_dims=3)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_images", [1, 400_000, 2**32 - 1])
+def test_a_small_file_that_inflates_to_much_is_refused_without_being_inflated(
+    num_images: int, tmp_path: Path
+) -> None:
+    """Whether its header says little, what comes, or more than comes."""
+    head = idx_bytes(np.zeros((0, 28, 28)))[:4] + struct.pack(">3I", num_images, 28, 28)
+    zeros = gzip.compress(bytes(400_000 * 28 * 28 // 10))
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(head) + 10 * zeros)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"but has more|than a file of its size can"):
+        read_idx(path, num_dims=3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * 2**20
 
 
 def grid(side: int) -> torch.Tensor:

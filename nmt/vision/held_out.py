@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nmt.config.records import parse_json, read_limited
 from nmt.errors import UserError
 from nmt.vision.folders import FolderImages
 from nmt.vision.stored import StoredImages
@@ -74,8 +75,8 @@ def read_split(folder: Path) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["valid"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        names = parse_json(read_limited(path))["valid"]
+    except (ValueError, KeyError, TypeError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(

@@ -14,6 +14,10 @@ from nmt.vision.stored import Split, StoredImages
 
 _IDX_PARTS: dict[Split, str] = {"train": "train", "valid": "t10k"}
 _IDX_BYTES = 8  # the code for unsigned bytes in the header of an idx file
+# Digits become a fifth in a gzip file. One that holds a thousand times its size, the most there is, is made to
+# fill the memory.
+_LARGEST_RATIO = 100
+_LEAST_BOUND = 2**26
 
 
 def open_idx(folder: Path, split: Split) -> StoredImages:
@@ -48,23 +52,32 @@ def read_idx(path: Path, *, num_dims: int) -> NDArray[np.uint8]:
     Raises:
         UserError: It is cut short, damaged, or something else.
     """
+    length = 4 + 4 * num_dims
+    largest = path.stat().st_size
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if path.suffix == ".gz":
+                largest = max(_LEAST_BOUND, _LARGEST_RATIO * largest)
+            header = file.read(length)
+            if header[:4] != bytes((0, 0, _IDX_BYTES, num_dims)) or len(header) < length:
+                raise UserError(
+                    f"`{path}` must be an idx file of {num_dims} dimensions of bytes, but is not. Get it anew."
+                )
+            shape = struct.unpack(f">{num_dims}I", header[4:])
+            size = prod(shape)
+            if size > largest:
+                raise UserError(
+                    f"`{path}` must hold no more than a file of its size can ({largest:,} bytes), but its header "
+                    f"says {size:,}. Get it anew."
+                )
+            content = file.read(size + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"`{path}` must be a whole gzip file, but: {error}. Get it anew.") from error
-    header = 4 + 4 * num_dims
-    if content[:4] != bytes((0, 0, _IDX_BYTES, num_dims)) or len(content) < header:
-        raise UserError(
-            f"`{path}` must be an idx file of {num_dims} dimensions of bytes, but is not. Get it anew."
-        )
-    shape = struct.unpack(f">{num_dims}I", content[4:header])
-    if len(content) - header != prod(shape):
-        raise UserError(
-            f"`{path}` must hold {prod(shape):,} bytes after its header, but has {len(content) - header:,}. "
-            "Get it anew."
-        )
+    if len(content) != size:
+        found = "more" if len(content) > size else f"{len(content):,}"
+        raise UserError(f"`{path}` must hold {size:,} bytes after its header, but has {found}. Get it anew.")
     # A copy, because torch wants memory that can be written to.
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy()
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape).copy()
 
 
 def idx_folder(path: Path) -> Path | None:
