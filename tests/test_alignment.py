@@ -238,6 +238,32 @@ def test_alignments_are_printed_in_each_format(generate: Callable[..., list[str]
     ]
 
 
+@pytest.mark.parametrize("format_", ["jsonl", "fairseq"])
+def test_a_scored_reference_is_shown_and_numbered_as_it_is_given(
+    generate: Callable[..., list[str]], tmp_path: Path, format_: str
+) -> None:
+    """NFKC makes two words of the first of the second line."""
+    given = ["the big\u00a0dog", "old\u00b4s dog", "a cat", "the old  tree runs"]
+    (tmp_path / "reference").write_text("\n".join(given) + "\n", encoding="utf-8")
+    arguments = ("--score-reference", "--reference", str(tmp_path / "reference"), "--print-alignment")
+    lines = generate(*arguments, "--format", format_)
+    if format_ == "jsonl":
+        found = [json.loads(line)["hypotheses"] for line in lines]
+        texts = [hypotheses[0]["text"] for hypotheses in found if hypotheses]
+        links = [[target for _, target in hypotheses[0]["alignment"]] for hypotheses in found if hypotheses]
+    else:
+        texts = [line.split("\t")[2] for line in lines if line.startswith("D-")]
+        texts.remove("")  # of the blank line
+        links = [
+            [int(link.split("-")[1]) for link in line.split("\t")[1].split()]
+            for line in lines
+            if line.startswith("A-")
+        ]
+    given.pop(2)  # of a blank line
+    assert texts == given
+    assert links == [list(range(len(text.split()))) for text in given]
+
+
 def test_a_picture_is_drawn_for_each_line(generate: Callable[..., list[str]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     generate("--plot-attention", str(tmp_path / "plots"))

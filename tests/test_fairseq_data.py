@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from nmt.cli.train import main
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDatasetWriter
 from nmt.data.vocabulary import EOS_ID, Vocabulary
@@ -14,6 +15,7 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.models.options import TransformerOptions
 from nmt.translation.options import TranslationOptions
+from nmt.translation.unknown_pieces import about_unknown
 
 PAIRS = [("a b", "A B C"), ("b", "B"), ("", "C A")]
 
@@ -70,6 +72,43 @@ def test_a_task_takes_it_as_training_data(directory: Path, tmp_path: Path) -> No
     again = TranslationOptions(data=directory, model=model).build(saved)
     assert again.source_segmenter.encode(["a  b x"])[0].tolist() == [5, 4, 3]
     assert again.target_segmenter.decode([[5, 3, 6, 2, 1]]) == ["A <unk> B"]
+
+
+def look_over(directory: Path, *, rank: int = 0) -> list[str]:
+    task = TranslationOptions(data=directory).build(None)
+    world = World(rank=rank, size=2, device=torch.device("cpu"))
+    return task.look_over(task.open_split("train"), task.open_split("valid"), world)
+
+
+def test_the_share_of_what_is_unknown_is_said(directory: Path) -> None:
+    assert look_over(directory) == []
+    for lang in ("en", "de"):  # 1 word of 3, and 2 of 6
+        dictionary = directory / f"dict.{lang}.txt"
+        dictionary.write_text(dictionary.read_text().replace({"en": "a", "de": "A"}[lang], "x"))
+    write_split(directory, "train")
+    (line,) = look_over(directory)
+    assert line.startswith(
+        "warning: train: 33.33% of the source tokens and 33.33% of the target tokens are <unk>"
+    )
+    assert look_over(directory, rank=1) == []
+    assert about_unknown("valid", (0.1, 0.0)) == [
+        "valid: 10.00% of the source tokens and 0.00% of the target tokens are <unk>"
+    ]
+
+
+def test_a_run_on_raw_text_that_was_binarised_with_other_pieces_says_so_first(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / "dict.en.txt").write_text("\u2581b 2\n\u2581a 1\n")
+    for split in ("train", "valid"):
+        write_split(directory, split)
+    sizes = ["encoder-layers", "decoder-layers", "encoder-attention-heads", "decoder-attention-heads"]
+    sizes += ["encoder-embed-dim", "decoder-embed-dim", "encoder-ffn-embed-dim", "decoder-ffn-embed-dim"]
+    arguments = [x for name in sizes for x in (f"--{name}", "8" if "dim" in name else "1")]
+    main([str(directory), "--save-dir", str(tmp_path / "run"), *arguments, "--device", "cpu", "--dry-run"])
+    lines = capsys.readouterr()
+    told = [line for line in (lines.out + lines.err).splitlines() if "<unk>" in line]
+    assert [line.split(" of ")[0] for line in told] == ["warning: train: 100.00%", "warning: valid: 100.00%"]
 
 
 def test_a_file_that_is_missing_is_named(directory: Path) -> None:

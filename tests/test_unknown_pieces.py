@@ -11,6 +11,7 @@ from nmt.cli.generate import main as generate
 from nmt.cli.score import main as score
 from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import UNK_ID, Vocabulary
+from nmt.translation.translator import Translator
 from nmt.translation.unknown_pieces import UnknownPieces
 
 
@@ -82,6 +83,17 @@ def test_what_is_scored_is_looked_at_too(
     assert "warning: 100.0% of the pieces of the input are unknown" in capsys.readouterr().err
     generate([*model, "--input", pieces, "--reference", raw, "--score-reference", "--format", "jsonl"])
     assert "warning: 100.0% of the pieces of the reference are unknown" in capsys.readouterr().err
+
+
+def test_from_python_a_call_warns_once(model: Path, model_of_pieces: Path) -> None:
+    translator = Translator.load(model_of_pieces)
+    for call in (translator.translate, translator.translate_with_scores):
+        with pytest.warns(UserWarning, match="100.0% of the pieces of the input are unknown") as caught:
+            call(["THE DOG", "SEES"], beam=1)
+        assert len(caught) == 1 and caught[0].filename == __file__
+    translator.translate(["▁the ▁dog"], beam=1)  # warnings are errors here
+    with pytest.warns(UserWarning, match="look as if they were split into pieces already"):
+        Translator.load(model).translate(["▁the ▁dog"], beam=1)
 
 
 def test_one_unknown_piece_in_twenty_is_let_pass() -> None:

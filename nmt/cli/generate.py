@@ -113,6 +113,8 @@ def generate(options: GenerateOptions) -> None:
         prefixes = _prefixes(references, options.prefix_size, prefix_lengths)
         translations = _translate(translator, lines, options, references, prefixes, batching, bar.update)
         for chunk in _chunks(translations, batching.buffer_size):
+            if options.score_reference:
+                chunk = references.as_given(chunk)
             links = _align(translator, chunk, options)
             _plot(translator, chunk, options, first=report.num_lines)
             for translation, alignments in zip(chunk, links, strict=True):

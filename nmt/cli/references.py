@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -52,6 +54,17 @@ class References:
             ids = self._encode(text)
             self._waiting.append((text, ids))
             yield ids
+
+    def as_given(self, translations: Sequence[Translation]) -> list[Translation]:
+        """Return translations that were scored with their texts as they stand in the reference."""
+        if self._options.input_is_pieces:
+            return list(translations)
+        texts = itertools.islice(self._waiting, len(translations))
+        given = [
+            replace(x, texts=[text], is_given=True) if x.hypotheses else x
+            for x, (text, _) in zip(translations, texts, strict=False)
+        ]
+        return [*given, *translations[len(given) :]]  # there may be more lines
 
     def next_ids(self) -> NDArray[Any] | None:
         """Go on to the reference of the next line; return its ids where the output shows them."""

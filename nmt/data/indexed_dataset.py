@@ -99,6 +99,12 @@ class IndexedDataset:
             digest.update(ids[start : start + _CHUNK].astype("<i4").data)
         return digest.digest()
 
+    def count(self, token_id: int) -> int:
+        """Return how often an id comes; it reads all."""
+        _, _, ids = self._open()
+        chunks = (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
+        return sum(int(np.count_nonzero(chunk == token_id)) for chunk in chunks)
+
     def __getstate__(self) -> Path:
         return self.path_prefix
 

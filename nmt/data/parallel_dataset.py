@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nmt.data.vocabulary import EOS_ID, PAD_ID
+from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.errors import UserError
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
@@ -34,6 +34,9 @@ class Sentences(Protocol):
 
     def digest(self) -> bytes:
         """Return what tells the sentences from others."""
+
+    def count(self, token_id: int) -> int:
+        """Return how often an id comes."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,14 @@ class ParallelDataset:
     def fingerprint(self) -> str:
         """Return a hash of all pairs in their order; it reads them all, about a gigabyte a second."""
         return blake2b(self._source.digest() + self._target.digest(), digest_size=16).hexdigest()
+
+    def unknown_shares(self) -> tuple[float, float]:
+        """Return which share of the source's tokens, and of the target's, are unknown; it reads them all."""
+        source, target = (
+            side.count(UNK_ID) / max(int(side.sizes.sum(dtype=np.int64)) - len(side), 1)  # without eos
+            for side in (self._source, self._target)
+        )
+        return source, target
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave out `sizes`, which the worker processes that this is pickled for never ask for."""

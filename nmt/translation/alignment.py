@@ -62,7 +62,9 @@ def align(translator: Translator, translations: Sequence[Translation], *, layer:
                 link_words(
                     next(weights),
                     source_words,
-                    words_of_text(
+                    words_of_given_text(text, hypothesis.tokens, translator.target_segmenter)
+                    if x.is_given
+                    else words_of_text(
                         text, hypothesis.tokens, translator.target_segmenter, translator.task.target_lang
                     ),
                 )
@@ -162,6 +164,15 @@ def words_of_text(
         spans += [(start + a, start + b) for a, b in segmenter.decoded_spans(ids)]
         start += len(part)
     return _membership(text, spans)
+
+
+def words_of_given_text(
+    text: str, tokens: Sequence[int], segmenter: Segmenter | PieceSegmenter
+) -> Membership:
+    """Return which words of a text the tokens belong to that it was split into."""
+    if isinstance(segmenter, PieceSegmenter):
+        return _pieces_as_words(tokens)
+    return _membership(text, segmenter.spans(text)[: len(tokens)])
 
 
 def _pieces_as_words(ids: Sequence[int] | NDArray[Any]) -> Membership:

@@ -33,6 +33,7 @@ from nmt.translation.illustration import Row, markdown_table
 from nmt.translation.loss import TranslationLoss, packed_translation_loss, translation_loss
 from nmt.translation.options import TranslationOptions
 from nmt.translation.r_drop import r_drop_loss
+from nmt.translation.unknown_pieces import about_unknown
 from nmt.translation.word_dropout import drop_words
 
 _BEAM = 5
@@ -138,6 +139,16 @@ class TranslationTask:
                     f"`{directory.path}`, but is {limit}. Raise it, or preprocess with `--max-length {limit}`."
                 )
         return dataset
+
+    def look_over(self, train: ParallelDataset, valid: ParallelDataset, world: World) -> list[str]:
+        """Say how much of the data the vocabularies do not know; data of other toolkits come without a report."""
+        if not world.is_main:
+            return []
+        return [
+            line
+            for name, examples in (("train", train), ("valid", valid))
+            for line in about_unknown(name, examples.unknown_shares())
+        ]
 
     def can_pack(self, model: nn.Module) -> bool:
         """Return whether the loss and all parts of a model are ours: others may know padded batches alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from nmt.translation.batch_runner import Batching, BatchRunner, free_memory
 from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_text
 from nmt.translation.mbr import MinimumRisk, candidate_options, pair_scores
 from nmt.translation.task import TranslationTask
+from nmt.translation.unknown_pieces import UnknownPieces
 
 Precision = Literal["fp32", "bf16", "int8"]
 TooLong = Literal["split", "truncate", "error"]
@@ -53,6 +55,9 @@ class Translation:
     source_ids: NDArray[Any]  # (S,) the pieces that were translated, without eos
     num_dropped_pieces: int = 0  # at the end of a source that is too long: they were not translated
     parts: Sequence[str] = ()  # of a source that is too long: they were translated apart; none if it was not
+    is_given: bool = (
+        False  # the texts are as a user has given them to be scored, not as the model spells them
+    )
 
     @property
     def text(self) -> str:
@@ -123,6 +128,7 @@ class Translator:
             give_back_tensors(above=_largest_of_a_step(self.fast_models))
         self.task = task
         self.device = torch.device(device)
+        self.input_is_pieces = input_is_pieces
         if in_place is None:
             in_place = self.device.type == "cuda"
         fast = [model for model in self.fast_models if isinstance(model, InferenceTransformer)]
@@ -189,6 +195,10 @@ class Translator:
 
         Raises:
             UserError: An option has a value that makes no sense, or `lines` is one string.
+
+        Warns:
+            UserWarning: Many pieces of the lines are unknown to the model, or they look as if they were in pieces
+                already; once a call.
         """
         return [translation.text for translation in self._translate_all(lines, DecodingOptions(**decoding))]
 
@@ -197,7 +207,7 @@ class Translator:
     ) -> list[list[ScoredText]]:
         """Return the `nbest` best translations of each line, best first; none for a blank line.
 
-        Arguments and errors are those of `translate`.
+        Arguments, errors and warnings are those of `translate`.
         """
         return [
             [
@@ -207,14 +217,20 @@ class Translator:
             for translation in self._translate_all(lines, DecodingOptions(**decoding))
         ]
 
-    def _translate_all(self, lines: Sequence[str], options: DecodingOptions) -> Iterator[Translation]:
+    def _translate_all(self, lines: Sequence[str], options: DecodingOptions) -> list[Translation]:
         if isinstance(lines, str):
             raise UserError(
                 f"`lines` must be a list of lines, but is one string. Put it in a list: [{shown(lines)}]."
             )
         if (stranger := next((line for line in lines if not isinstance(line, str)), "")) != "":
             raise UserError(f"`lines` must be lines of text, but one is {shown(stranger)}.")
-        return self.translate_lines(lines, options)
+        translations = list(self.translate_lines(lines, options))
+        unknown = UnknownPieces(self.source_segmenter, named="input", input_is_pieces=self.input_is_pieces)
+        for translation in translations:
+            unknown.add(translation.source, translation.source_ids)
+        for text in unknown.warnings():
+            warnings.warn(text, stacklevel=3)
+        return translations
 
     def translate_lines(
         self,

@@ -10,7 +10,21 @@ from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import UNK_ID
 
 _LARGE_SHARE = 0.05
+_LARGE_SHARE_OF_DATA = 0.1  # as nmt-preprocess has it
 _SIGNS_OF_PIECES = ("▁", "@@ ")  # SentencePiece's mark of a blank, and the end of a piece of subword-nmt
+
+
+def about_unknown(name: str, shares: tuple[float, float]) -> list[str]:
+    """Return a line on the shares of a split's source and target tokens that are unknown, unless none are."""
+    if not any(shares):
+        return []
+    line = "{}: {:.2%} of the source tokens and {:.2%} of the target tokens are <unk>".format(name, *shares)
+    if max(shares) <= _LARGE_SHARE_OF_DATA:
+        return [line]
+    return [
+        f"warning: {line}, of which a model learns nothing. Binarise the text again, split into the pieces of the "
+        "dictionary, or with a dictionary of its own pieces"
+    ]
 
 
 class UnknownPieces:
