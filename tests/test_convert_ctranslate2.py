@@ -19,6 +19,7 @@ from nmt.errors import UserError
 from nmt.translation.translator import Translator
 
 ctranslate2 = pytest.importorskip("ctranslate2")
+from nmt.interop import agreement as agreement_module  # noqa: E402
 from nmt.interop import ctranslate2 as exporter  # noqa: E402
 
 ORACLE = os.environ.get("NMT_FAIRSEQ_ORACLE")
@@ -62,6 +63,14 @@ def sample(tmp_path: Path) -> Path:
     path = tmp_path / "sample.en"
     path.write_text("\n".join([*PAIRS, "", "A cat runs."]) + "\n")
     return path
+
+
+def own(translator: Translator, *lines: str) -> agreement_module.OwnTranslations:
+    return agreement_module.own_translations(translator, lines or list(PAIRS))
+
+
+def compare(translator: Translator, folder: Path, *lines: str) -> agreement_module.Agreement:
+    return agreement_module.compare(translator, ctranslate2.Translator(str(folder)), own(translator, *lines))
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
@@ -134,7 +143,9 @@ def test_scores_that_differ_are_a_difference(model: Path, tmp_path: Path) -> Non
     spec = exporter.make_spec(translator)
     spec.decoder.projection.weight *= 1.01  # the same order of tokens, other probabilities
     exporter._write(spec, tmp_path / "ct2", None)
-    agreement = exporter.compare(translator, ctranslate2.Translator(str(tmp_path / "ct2")), list(PAIRS))
+    agreement = agreement_module.compare(
+        translator, ctranslate2.Translator(str(tmp_path / "ct2")), own(translator)
+    )
     assert agreement.num_equal == 4
     assert not agreement.is_exact()
 
@@ -143,7 +154,7 @@ def test_scores_that_differ_are_a_difference(model: Path, tmp_path: Path) -> Non
     ("num_sentences", "num_ties", "is_exact"), [(200, 1, True), (200, 2, False), (1000, 2, True)]
 )
 def test_two_ties_in_a_thousand_are_let_pass(num_sentences: int, num_ties: int, is_exact: bool) -> None:
-    agreement = exporter.Agreement(num_sentences, num_sentences - num_ties, num_ties, 0.0, 0.0, [])
+    agreement = agreement_module.Agreement(num_sentences, num_sentences - num_ties, num_ties, 0.0, 0.0, [])
     assert agreement.is_exact() == is_exact
 
 
@@ -257,14 +268,47 @@ def test_translations_that_are_cut_off_are_compared_by_their_scores(
     )
 
 
+@pytest.mark.parametrize("quantization", [[], ["--quantization", "int8"]])
+def test_a_model_that_has_not_learned_to_end_is_compared_by_a_few_lines(
+    endless_model: Path,
+    tmp_path: Path,
+    quantization: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searched: list[str] = []
+    plain = Translator.translate_lines
+
+    def translate_lines(self: Translator, lines: Any, *arguments: Any, **options: Any) -> Any:
+        searched.extend(lines)
+        return plain(self, lines, *arguments, **options)
+
+    monkeypatch.setattr(Translator, "translate_lines", translate_lines)
+    arguments = ["--to", "ctranslate2", str(tmp_path / "ct2"), "--sample-size", "100", *quantization]
+    main([str(endless_model), *arguments])
+    assert len(searched) == 10  # once for both comparisons
+    _, *compared = capsys.readouterr().out.splitlines()
+    assert len(compared) == 1 + bool(quantization)
+    for line in compared:
+        found = re.search(
+            r"; (\d+) cut off at the limit, compared by .* \((\d+) lines more are left out\)", line
+        )
+        assert found is not None
+        assert 1 <= int(found[1]) <= 10 and 80 <= int(found[2]) <= 90  # some random ones may be blank
+
+
+def test_translations_may_be_as_long_as_by_default(model: Path) -> None:
+    translator = Translator.load(model)
+    num_pieces = [len(ids) for ids in translator.source_segmenter.encode(["A dog runs.", "Two dogs run."])]
+    assert own(translator, "A dog runs.", "Two dogs run.").longest == min(2 * max(num_pieces) + 10, 23)
+
+
 def test_a_difference_shows_where_no_translation_ends(endless_model: Path, tmp_path: Path) -> None:
     translator = Translator.load(endless_model)
     spec = exporter.make_spec(translator)
     spec.decoder.projection.weight *= 1.1
     exporter._write(spec, tmp_path / "ct2", None)
-    agreement = exporter.compare(
-        translator, ctranslate2.Translator(str(tmp_path / "ct2")), ["the dog", "a cat"]
-    )
+    agreement = compare(translator, tmp_path / "ct2", "the dog", "a cat")
     assert (agreement.num_sentences, agreement.num_cut) == (0, 2)
     assert not agreement.is_exact()
 
@@ -275,7 +319,9 @@ def test_a_quantised_model_that_translates_all_otherwise_does_not_pass(model: Pa
     spec = exporter.make_spec(translator)
     spec.decoder.projection.weight = spec.decoder.projection.weight[::-1].copy()
     exporter._write(spec, tmp_path / "ct2", "int8")
-    agreement = exporter.compare(translator, ctranslate2.Translator(str(tmp_path / "ct2")), list(PAIRS))
+    agreement = agreement_module.compare(
+        translator, ctranslate2.Translator(str(tmp_path / "ct2")), own(translator)
+    )
     assert agreement.num_equal == 0
     assert agreement.mean_difference > 1
 
@@ -287,7 +333,7 @@ def test_a_sample_without_a_piece_to_translate_is_refused(
     arguments = (model, "--to", "ctranslate2", tmp_path / "out", "--sample", tmp_path / "blank")
     assert "`sample` must have lines to translate, but is blank." in fails(*arguments)
     with pytest.raises(UserError, match="`sample` must have lines that the model can translate"):
-        exporter.compare(Translator.load(model), None, [""])
+        own(Translator.load(model), "")
     assert not (tmp_path / "out").exists()
 
 

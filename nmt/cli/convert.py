@@ -64,7 +64,8 @@ def export_model(options: ExportOptions) -> None:
     if options.sample is not None:
         check_parallel(options.sample)
 
-    from nmt.interop.ctranslate2 import DisagreementError, export, random_sentences
+    from nmt.interop.agreement import random_sentences
+    from nmt.interop.ctranslate2 import DisagreementError, export
     from nmt.translation.translator import Translator
 
     (model,) = announce_models(PROG, [find_model(options.model)])

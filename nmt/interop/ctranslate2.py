@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,64 +18,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nmt.data.text import is_blank
-from nmt.data.vocabulary import EOS_ID, UNK_ID, Vocabulary
+from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
-from nmt.generation.options import DecodingOptions
+from nmt.interop.agreement import Agreement, compare, name_of, own_translations
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
 from nmt.models.known_parts import find_stranger
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 from nmt.system.new_folder import new_folder
 from nmt.system.places import check_new_folder
-from nmt.translation.translator import Translation, Translator
+from nmt.translation.translator import Translator
 
 Quantization = Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"]
 
-_PAD = "<blank>"
-_BEAM = 5
-_LONGEST = 200  # tokens of a translation, in the comparison
-_TOLERANCE = 1e-3  # of scores, and of what counts as a tie
-_TIES_PER_THOUSAND = 2
 _QUANTIZED_TOLERANCE = 0.1  # of the mean difference of scores: beyond it the model is broken, not coarse
 _EXAMPLES = 5
-_LONGEST_RANDOM = 25  # pieces of a random sentence
 
 
 class DisagreementError(Exception):
     """The two models do not translate alike; the text says where."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What came out when both translated a sample."""
-
-    num_sentences: int  # whose translations ended by themselves
-    num_equal: int
-    num_ties: int  # other translations, but of scores within the tolerance by our model
-    largest_difference: float  # of the scores that the two give to the same translation
-    mean_difference: float
-    faults: list[str]  # sentences that differ beyond a tie
-    num_cut: int = 0  # translations of ours that were cut off at the limit: their scores alone are compared
-
-    def is_exact(self) -> bool:
-        """Whether the two models are the same, rounding aside."""
-        most_ties = -(-self.num_sentences * _TIES_PER_THOUSAND // 1000)
-        return not self.faults and self.num_ties <= most_ties and self.largest_difference <= _TOLERANCE
-
-    def __str__(self) -> str:
-        found = "no translation ended by itself"
-        if self.num_sentences:
-            found = (
-                f"{self.num_equal:,} of {self.num_sentences:,} translations equal, {self.num_ties:,} ties, "
-                f"{len(self.faults):,} others"
-            )
-        cut = (
-            f"; {self.num_cut:,} cut off at the limit, compared by their scores alone" if self.num_cut else ""
-        )
-        return (
-            f"{found}{cut}; scores differ by {self.largest_difference:.1e} at most, "
-            f"{self.mean_difference:.1e} on average"
-        )
 
 
 def export(
@@ -105,14 +65,15 @@ def export(
     with tempfile.TemporaryDirectory() as scratch, new_folder(output) as folder:
         plain = Path(scratch) / "float32"
         _write(spec, plain, None)
-        exact = compare(translator, engine.Translator(str(plain), compute_type="float32"), sample)
+        own = own_translations(translator, sample)
+        exact = compare(translator, engine.Translator(str(plain), compute_type="float32"), own)
         if not exact.is_exact():
             raise DisagreementError("\n".join([str(exact), *exact.faults[:_EXAMPLES]]))
         quantized = None
         if quantization is not None:
             written = Path(scratch) / "quantized"
             _write(make_spec(translator), written, quantization)
-            quantized = compare(translator, engine.Translator(str(written)), sample)
+            quantized = compare(translator, engine.Translator(str(written)), own)
             if quantized.mean_difference > _QUANTIZED_TOLERANCE:
                 raise DisagreementError(f"in {quantization}: {quantized}")
         shutil.copytree(
@@ -120,83 +81,6 @@ def export(
         )
         translator.task.save_assets(folder)
     return exact, quantized
-
-
-def compare(translator: Translator, other: Any, sample: Sequence[str]) -> Agreement:
-    """Translate a sample with both, by beam search.
-
-    Args:
-        translator: Ours.
-        other: A `ctranslate2.Translator` of the same vocabularies.
-        sample: Lines; those that are blank are passed over, and the ends of those that are too long.
-
-    Raises:
-        UserError: There is nothing to compare.
-    """
-    # No shortest length: CTranslate2 takes the forbidden end out before the softmax, we (and fairseq) after it.
-    options = DecodingOptions(beam=_BEAM, min_len=0, max_len_a=0.0, max_len_b=_longest_target(translator))
-    ours = [x for x in translator.translate_lines(sample, options, too_long="truncate") if x.hypotheses]
-    if not ours:
-        raise UserError(
-            "`sample` must have lines that the model can translate, but it has no pieces for any of them. "
-            "Name other text in the source language."
-        )
-    source, target = translator.task.source_vocabulary.tokens, translator.task.target_vocabulary.tokens
-    sources = [[_name(source[i]) for i in x.source_ids] for x in ours]
-    own_tokens = [[_name(target[i]) for i in x.hypotheses[0].tokens] for x in ours]
-    theirs = other.translate_batch(
-        sources,
-        beam_size=_BEAM,
-        min_decoding_length=0,
-        max_decoding_length=_longest_target(translator),
-        max_batch_size=16,
-        return_scores=True,
-    )
-    scored = other.score_batch(sources, own_tokens, max_batch_size=16, max_input_length=0)
-    ids = {_name(token): index for index, token in enumerate(target)}
-    differences, faults, num_ties, num_cut = [], [], 0, 0
-    for x, result, own in zip(ours, theirs, scored, strict=True):
-        best = x.hypotheses[0]
-        found = [ids[token] for token in result.hypotheses[0]]
-        # Whatever the search has made of it: what the two think of the same translation.
-        differences.append(abs(_score(translator, x, best.tokens) - float(np.mean(own.log_probs))))
-        if len(best.tokens) >= _longest_target(translator):
-            num_cut += 1  # at the limit, where the two count the end differently
-        elif found == best.tokens:
-            differences[-1] = max(differences[-1], abs(best.score - result.scores[0]))
-        elif abs(_score(translator, x, found) - best.score) <= _TOLERANCE:
-            num_ties += 1
-        else:
-            other_text = translator.task.target_segmenter.decode([found])[0]
-            faults.append(
-                f"{x.source!r}: ours {x.text!r} ({best.score:.4f}), CTranslate2's {other_text!r} "
-                f"({result.scores[0]:.4f})"
-            )
-    num_sentences = len(ours) - num_cut
-    return Agreement(
-        num_sentences=num_sentences,
-        num_equal=num_sentences - num_ties - len(faults),
-        num_ties=num_ties,
-        largest_difference=max(differences),
-        mean_difference=float(np.mean(differences)),
-        faults=faults,
-        num_cut=num_cut,
-    )
-
-
-def random_sentences(translator: Translator, count: int) -> list[str]:
-    """Return sentences of pieces, drawn as often as they came in the training text where that is known."""
-    generator = np.random.default_rng(1)
-    vocabulary = translator.task.source_vocabulary
-    weights = np.array(vocabulary.counts, dtype=np.float64)
-    if not weights.any():
-        weights[UNK_ID + 1 :] = 1.0
-    longest = min(_LONGEST_RANDOM, translator.longest_source // 2)
-    drawn = [
-        generator.choice(len(weights), size=generator.integers(1, longest + 1), p=weights / weights.sum())
-        for _ in range(count)
-    ]
-    return translator.task.source_segmenter.decode(drawn)
 
 
 def make_spec(translator: Translator) -> Any:
@@ -319,29 +203,13 @@ def _names(vocabulary: Vocabulary, lang: str) -> list[str]:
     Raises:
         UserError: Two ids have one token, which CTranslate2 cannot tell apart.
     """
-    names = [_name(token) for token in vocabulary.tokens]
+    names = [name_of(token) for token in vocabulary.tokens]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(
             f"A vocabulary must have each token once for CTranslate2, but that of {lang} has `{twice}` twice."
         )
     return names
-
-
-def _name(token: str) -> str:
-    return _PAD if token == "<pad>" else token
-
-
-def _longest_target(translator: Translator) -> int:
-    return min(_LONGEST, translator.models[0].max_target_positions - 1)
-
-
-def _score(translator: Translator, translation: Translation, tokens: Sequence[int]) -> float:
-    """Return what our model thinks of CTranslate2's translation."""
-    ((scored,),) = translator.score_ids(
-        [np.append(translation.source_ids, EOS_ID)], [np.array([*tokens, EOS_ID])]
-    )
-    return scored.score
 
 
 def _write(spec: Any, folder: Path, quantization: str | None) -> None:
