@@ -203,3 +203,36 @@ def test_every_error_text_ends_as_a_sentence() -> None:
                 checked += 1
                 assert re.search(r"[.?]\s*`?$", str(last.value)), f"{path}, line {node.lineno}: {last.value}"
     assert checked > 100
+
+
+_OF_TRANSLATION = ("translation", "interop", "generation", "models", "cli")
+_RULES = r"at least|at most|from|finite|fp32|even|a device of|\{rule\}"
+_RANGE = re.compile(rf"^`[^`]*` must be ({_RULES})[ ,].*but is \{{.*\}}\.$|^`\{{name\}}` must be \{{rule\}}")
+_SAYS_MORE = re.compile(r"[.?:] `?[A-Z{][^.]*|\{[A-Z_]+\}$|\{error\}$|must be (left out|told)")
+
+
+def _as_written(text: ast.expr) -> str:
+    """Return a text with `{x}` for what is put in: names of constants as they are."""
+    if isinstance(text, ast.JoinedStr):
+        return "".join(
+            str(part.value) if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"
+            for part in text.values
+            if isinstance(part, ast.Constant | ast.FormattedValue)
+        )
+    return str(text.value) if isinstance(text, ast.Constant) else ""
+
+
+def test_every_error_text_of_translation_says_what_to_do() -> None:
+    """Or which values an option may have, which is the same."""
+    checked, faults = 0, []
+    for path in (path for room in _OF_TRANSLATION for path in (PACKAGE / room).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and node.args):
+                continue
+            if ast.unparse(node.func) not in ("UserError", "DamagedError"):
+                continue
+            written = _as_written(node.args[0])
+            checked += 1
+            if not (_RANGE.search(written) or _SAYS_MORE.search(written)):
+                faults.append(f"{path}, line {node.lineno}: {written}")
+    assert checked > 100 and not faults, "\n".join(faults)

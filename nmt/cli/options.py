@@ -86,24 +86,33 @@ class GenerateOptions:
                 flag = name.replace("_", "-")
                 raise UserError(f"`{flag}` must have a reference, but there is none. Give --reference FILE.")
         if self.score_reference and self.format == "text":
-            raise UserError("`score-reference` must come with `format` fairseq or jsonl, which show scores.")
+            raise UserError(
+                "`score-reference` must come with `format` fairseq or jsonl, showing scores. Add --format jsonl."
+            )
         if self.decoding.mbr is not None and self.score_reference:
-            raise UserError("`mbr` must be left out with `score-reference`, which translates nothing.")
+            raise UserError(
+                "`mbr` must be left out with `score-reference`, which translates nothing. Leave one out."
+            )
         if self.alignment_layer != -1 and not (self.print_alignment or self.plot_attention):
-            raise UserError("`alignment-layer` must come with `print-alignment` or `plot-attention`.")
+            raise UserError(
+                "`alignment-layer` must come with `print-alignment` or `plot-attention`. Add one."
+            )
         if self.baseline is not None and (self.reference is None or self.score_reference):
             raise UserError(
-                "`baseline` must come with a reference to score both against, and without `score-reference`."
+                "`baseline` must come with a reference to score both against, and without `score-reference`. "
+                "Give --reference FILE and leave `score-reference` out."
             )
         if self.baseline_is_model and (self.prefix_size or self.input_is_pieces):
             flag = "prefix-size" if self.prefix_size else "input-is-pieces"
             raise UserError(
                 f"`baseline` must be a file of translations with `{flag}`, but {self.baseline} is a folder: "
-                "another model may have other pieces."
+                "another model may have other pieces. Name a file."
             )
         for name, path in (("input", self.input), ("reference", self.reference), ("baseline", self.baseline)):
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():
-                raise UserError(f"`output` must be another file than `{name}`, but both are {path}.")
+                raise UserError(
+                    f"`output` must be another file than `{name}`, but both are {path}. Name another."
+                )
 
 
 @dataclass(frozen=True)
@@ -138,18 +147,22 @@ class ScoreOptions:
         """Raise `UserError` unless there is a reference or a model to score by, and what goes with it."""
         if (self.reference is None) == (self.model is None):
             fault = "neither is given" if self.model is None else "both are given"
-            raise UserError(f"`reference` or `model` must be given, one of them, but {fault}.")
+            raise UserError(f"`reference` or `model` must be given, one of them, but {fault}. Give one.")
         for name, other in (("baseline", "reference"), ("target_lang", "reference"), ("output", "model")):
             if getattr(self, name) is not None and getattr(self, other) is None:
-                raise UserError(f"`{name.replace('_', '-')}` must come with `{other}`, but there is none.")
+                raise UserError(
+                    f"`{name.replace('_', '-')}` must come with `{other}`, but there is none. Give both."
+                )
         if (self.model is None) != (self.input is None):
             needed, given = ("input", "model") if self.input is None else ("model", "input")
-            raise UserError(f"`{needed}` must come with `{given}`, but there is none.")
+            raise UserError(f"`{needed}` must come with `{given}`, but there is none. Give both.")
         check_ranges(self, {"max_tokens": (1, math.inf), "num_threads": (1, MOST_THREADS)})
         for name in ("hypothesis", "input"):
             path = getattr(self, name)
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():
-                raise UserError(f"`output` must be another file than `{name}`, but both are {path}.")
+                raise UserError(
+                    f"`output` must be another file than `{name}`, but both are {path}. Name another."
+                )
 
 
 @dataclass(frozen=True)

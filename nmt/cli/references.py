@@ -136,7 +136,7 @@ class References:
         if num_lines != num_others:
             raise unequal_counts(source, num_lines, other, num_others)
         if num_lines == 0:
-            raise UserError("The reference must have lines to score against, but is empty.")
+            raise UserError("The reference must have lines to score against, but is empty. Name another.")
 
 
 def print_scores(running: RunningScores, *, file: TextIO) -> None:

@@ -151,7 +151,7 @@ def _check_count(first: Path, num_first: int, second: Path, num_second: int) -> 
     if num_first != num_second:
         raise unequal_counts(first, num_first, second, num_second)
     if num_first == 0:
-        raise UserError(f"{first} must hold one sentence per line, but is empty.")
+        raise UserError(f"{first} must hold one sentence per line, but is empty. Name another.")
 
 
 if __name__ == "__main__":

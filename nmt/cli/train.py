@@ -56,7 +56,7 @@ def _task_name(argv: Sequence[str]) -> str:
     if name is None and config_path is not None:
         name = read_yaml(Path(config_path)).get("task")
     if not isinstance(name, str | None):
-        raise UserError(f"{config_path}: `task` must be one name, but is {name}.")
+        raise UserError(f"{config_path}: `task` must be one name, but is {name}. Write `task: NAME`.")
     return name or "translation"
 
 

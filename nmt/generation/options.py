@@ -171,7 +171,7 @@ class DecodingOptions:
         if self.ensemble_weights and len(self.ensemble_weights) != num_models:
             raise UserError(
                 f"`ensemble-weights` must be {num_models} numbers, one for each model, but they are "
-                f"{len(self.ensemble_weights)}."
+                f"{len(self.ensemble_weights)}. Give as many."
             )
 
 

@@ -93,11 +93,14 @@ def make_spec(translator: Translator) -> Any:
     from ctranslate2.specs import transformer_spec
 
     if len(translator.models) > 1:
-        raise UserError(f"The model must be one for CTranslate2, but are {len(translator.models)} that vote.")
+        raise UserError(
+            f"The model must be one for CTranslate2, but are {len(translator.models)} that vote. Convert one."
+        )
     model, task = translator.models[0], translator.task
     if (stranger := find_stranger(model, within_encoder=True)) is not None:
         raise UserError(
-            f"The model must be made of parts that CTranslate2 has, but it cannot hold {stranger[:-1]}."
+            f"The model must be made of parts that CTranslate2 has, but it cannot hold {stranger[:-1]}. "
+            "Translate with nmt-generate."
         )
     encoder = _fill_encoder(model.encoder)
     spec = transformer_spec.TransformerSpec(encoder, _fill_decoder(model))
@@ -207,7 +210,8 @@ def _names(vocabulary: Vocabulary, lang: str) -> list[str]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(
-            f"A vocabulary must have each token once for CTranslate2, but that of {lang} has `{twice}` twice."
+            f"A vocabulary must have each token once for CTranslate2, but that of {lang} has `{twice}` twice. "
+            "Translate with nmt-generate, or rename one in the model folder's dictionary."
         )
     return names
 
@@ -222,7 +226,14 @@ def _write(spec: Any, folder: Path, quantization: str | None) -> None:
     try:
         Filled().convert(str(folder), quantization=quantization)
     except (ValueError, NotImplementedError) as error:
-        raise UserError(f"CTranslate2 cannot hold this model: {error}") from error
+        raise UserError(
+            f"The model must be one that CTranslate2 can hold, but it says: {_sentence(error)} "
+            "Translate with nmt-generate."
+        ) from error
+
+
+def _sentence(error: Exception) -> str:
+    return f"{str(error).strip().rstrip('.')}."
 
 
 def _import() -> Any:

@@ -23,6 +23,7 @@ from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError, shown
 from nmt.interop.fairseq_settings import outside, read_options, read_settings
 from nmt.interop.safe_unpickle import StoredTensor, read_torch_file
+from nmt.interop.stored_zip import NAME_ANOTHER
 from nmt.models.options import TransformerOptions
 from nmt.options import TrainConfig
 from nmt.task import Task
@@ -71,7 +72,9 @@ def convert_checkpoint(
     """
     content = read_torch_file(checkpoint)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"`{checkpoint}` must be a checkpoint of fairseq, but has no `model` in it.")
+        raise UserError(
+            f"`{checkpoint}` must be a checkpoint of fairseq, but has no `model` in it. {NAME_ANOTHER}"
+        )
     settings, task_settings = read_settings(content, checkpoint)
     options = read_options(settings, checkpoint)
     stored = _stored_tensors(content["model"], checkpoint)
@@ -251,7 +254,8 @@ def _stored_tensors(state: Mapping[Any, Any], checkpoint: Path) -> dict[str, Sto
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, StoredTensor):
             raise UserError(
-                f"`{checkpoint}` must hold named tensors as its model, but holds {type(value).__name__}."
+                f"`{checkpoint}` must hold named tensors as its model, but holds {type(value).__name__}. "
+                f"{NAME_ANOTHER}"
             )
     return dict(state)
 
@@ -323,8 +327,12 @@ def _take(tensors: Mapping[str, Tensor], name: str, checkpoint: Path) -> Tensor:
 
 
 def _other_shape(checkpoint: Path, name: str, rule: str, shape: Sequence[int]) -> UserError:
-    return UserError(f"`{checkpoint}`: `{name}` must have {rule}, but is {shown(tuple(shape))}.")
+    return UserError(
+        f"`{checkpoint}`: `{name}` must have {rule}, but is {shown(tuple(shape))}. {NAME_ANOTHER}"
+    )
 
 
 def _missing(checkpoint: Path, name: str) -> UserError:
-    return UserError(f"`{checkpoint}` must hold an encoder-decoder Transformer, but has no weights `{name}`.")
+    return UserError(
+        f"`{checkpoint}` must hold an encoder-decoder Transformer, but has no weights `{name}`. {NAME_ANOTHER}"
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 from nmt.config.records import LANGUAGE, Flag, Maybe, Number, Record, Schema, Text, Whole, check_record
 from nmt.errors import UserError, shown
+from nmt.interop.stored_zip import NAME_ANOTHER
 from nmt.models.options import LARGEST, TransformerOptions
 
 # Sizes that a checkpoint need not name: fairseq's base architecture.
@@ -78,7 +79,7 @@ def read_settings(
         model = task = dict(arguments)
     else:
         raise UserError(
-            f"`{checkpoint}` must be a checkpoint of fairseq, but has neither `cfg` nor `args` in it."
+            f"`{checkpoint}` must be a checkpoint of fairseq, but has neither `cfg` nor `args`. {NAME_ANOTHER}"
         )
     # Settings of the newest releases may be nested: encoder.embed_dim for encoder_embed_dim.
     for side in ("encoder", "decoder"):
@@ -142,4 +143,6 @@ def read_options(settings: Mapping[str, Any], checkpoint: Path) -> TransformerOp
 
 def outside(checkpoint: Path, why: str) -> UserError:
     """Say that a checkpoint holds another kind of model."""
-    return UserError(f"`{checkpoint}` must hold a plain Transformer for translation, but {why}.")
+    return UserError(
+        f"`{checkpoint}` must hold a plain Transformer for translation, but {why}. Other models stay with fairseq."
+    )

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nmt.errors import UserError, shown
 from nmt.interop.pickle_check import end_of_pickle
-from nmt.interop.stored_zip import StoredZip
+from nmt.interop.stored_zip import COPY_AGAIN, NAME_ANOTHER, StoredZip
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -73,13 +73,13 @@ def read_torch_file(path: Path) -> Any:
         if error.errno != errno.EINVAL:  # a damaged archive names places before its beginning
             raise
         raise UserError(
-            f"`{path}` must be a complete checkpoint, but is damaged: {error.strerror}."
+            f"`{path}` must be a complete checkpoint, but is damaged: {error.strerror}. {COPY_AGAIN}"
         ) from None
     # Damaged bytes can mislead the interpreter of pickles in any way; none of them is a fault of ours.
     except Exception as error:
         raise UserError(
             f"`{path}` must be a checkpoint that torch.save wrote, but is another file, cut short or damaged "
-            f"({type(error).__name__}: {shown(str(error))[1:-1]})."
+            f"({type(error).__name__}: {shown(str(error))[1:-1]}). {COPY_AGAIN}"
         ) from None
 
 
@@ -115,7 +115,7 @@ class StoredTensor:
         if len(data) != size * self.storage.num_elements:
             raise UserError(
                 f"a tensor of the checkpoint must have {size * self.storage.num_elements:,} bytes, "
-                f"but has {len(data):,}: the file is cut short or damaged."
+                f"but has {len(data):,}: the file is cut short or damaged. {COPY_AGAIN}"
             )
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.storage.dtype)
@@ -331,7 +331,8 @@ class _Unpickler(pickle.Unpickler):
         except KeyError:
             raise UserError(
                 f"`{self._path}` must hold tensors, numbers, text and plain containers, but asks for "
-                f"`{shown(f'{module}.{name}')[1:-1]}`. Nothing of it was run."
+                f"`{shown(f'{module}.{name}')[1:-1]}`. Nothing of it was run. "
+                f"{NAME_ANOTHER}"
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -360,7 +361,9 @@ def _read_zip(path: Path) -> Any:
     names = archive.entries
     roots = [name.removesuffix("data.pkl") for name in names if name.split("/")[1:] == ["data.pkl"]]
     if len(roots) != 1:
-        raise UserError(f"`{path}` must be a checkpoint that torch.save wrote, but is another zip archive.")
+        raise UserError(
+            f"`{path}` must be a checkpoint that torch.save wrote, but is another zip archive. {NAME_ANOTHER}"
+        )
     (root,) = roots
     if root + "byteorder" in names and archive.read(root + "byteorder").strip() != b"little":
         raise UserError(f"`{path}` must be little endian, but is not. Save it again on such a machine.")
@@ -401,7 +404,9 @@ def _read_legacy(path: Path) -> Any:
         return unpickler.load(), unpickler.storages
 
     if load_next(no_storage)[0] != _LEGACY_MAGIC or load_next(no_storage)[0] != _LEGACY_PROTOCOL:
-        raise UserError(f"`{path}` must be a checkpoint that torch.save wrote, but is another pickle.")
+        raise UserError(
+            f"`{path}` must be a checkpoint that torch.save wrote, but is another pickle. {NAME_ANOTHER}"
+        )
     machine, _ = load_next(no_storage)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise UserError(f"`{path}` must be little endian, but is not. Save it again on such a machine.")

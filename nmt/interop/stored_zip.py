@@ -10,6 +10,8 @@ from pathlib import Path
 
 from nmt.errors import UserError, shown
 
+COPY_AGAIN = "Copy it again from where it came."
+NAME_ANOTHER = "Name a checkpoint of fairseq."
 _LOCAL_HEADER = struct.Struct("<4s5HIIIHH")
 _SIGNATURE = b"PK\x03\x04"
 _ENCRYPTED, _PATCHED, _STRONGLY_ENCRYPTED, _MASKED = 0x1, 0x20, 0x40, 0x2000
@@ -67,8 +69,10 @@ class StoredZip:
                 if len(data) == entry.size and zlib.crc32(data) == entry.checksum:
                     return data
         raise UserError(
-            f"`{self.path}` must be a complete checkpoint, but its entry {shown(name)} is damaged."
+            f"`{self.path}` must be a complete checkpoint, but its entry {shown(name)} is damaged. {COPY_AGAIN}"
         )
 
     def _refusal(self, what: str) -> UserError:
-        return UserError(f"`{self.path}` must be a checkpoint that torch.save wrote, but {what}.")
+        return UserError(
+            f"`{self.path}` must be a checkpoint that torch.save wrote, but {what}. Take it as it was written."
+        )

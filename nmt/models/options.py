@@ -88,7 +88,8 @@ class TransformerOptions:
                     )
             if dim % heads:
                 raise UserError(
-                    f"`{side}-embed-dim` must be a multiple of `{side}-attention-heads` ({heads}), but is {dim}."
+                    f"`{side}-embed-dim` must be a multiple of `{side}-attention-heads` ({heads}), but is {dim}. "
+                    "Change one."
                 )
             if dim % 2 and not getattr(self, f"{side}_learned_pos"):
                 raise UserError(
@@ -115,5 +116,6 @@ class TransformerOptions:
         if self.share_all_embeddings and self.encoder_embed_dim != self.decoder_embed_dim:
             raise UserError(
                 "`share-all-embeddings` must have equal widths on both sides, but `encoder-embed-dim` is "
-                f"{self.encoder_embed_dim} and `decoder-embed-dim` is {self.decoder_embed_dim}."
+                f"{self.encoder_embed_dim} and `decoder-embed-dim` is {self.decoder_embed_dim}. "
+                "Make them equal, or leave it out."
             )

@@ -13,6 +13,7 @@ from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import DamagedError
 
+_TAKE_AGAIN = "Take the whole model folder again."
 _LANGUAGES = "languages.json"
 _RECORD = Record({"source_lang": LANGUAGE, "target_lang": LANGUAGE}, optional={"segmenter": Flag()})
 
@@ -37,12 +38,14 @@ class TranslationAssets:
         """
         path = folder / _LANGUAGES
         try:
-            record = read_record(path, _RECORD, what_to_do="Take the whole model folder again.")
+            record = read_record(path, _RECORD, what_to_do=_TAKE_AGAIN)
         except FileNotFoundError:
-            raise DamagedError(f"`{path}` must be a file of the model folder, but is missing.") from None
+            raise DamagedError(
+                f"`{path}` must be a file of the model folder, but is missing. {_TAKE_AGAIN}"
+            ) from None
         segmenter = folder / MODEL_NAME if record.get("segmenter", True) else None
         if segmenter is not None and not segmenter.is_file():
-            raise DamagedError(f"`{segmenter}` must exist, but is missing.")
+            raise DamagedError(f"`{segmenter}` must exist, but is missing. {_TAKE_AGAIN}")
         return cls(record["source_lang"], record["target_lang"], folder=folder, segmenter=segmenter)
 
     @classmethod

@@ -52,7 +52,7 @@ class TranslationOptions:
         if self.eval_beam is not None:
             if not self.eval_bleu:
                 raise UserError(
-                    "`eval-beam` must not be given with `no-eval-bleu`, which translates nothing."
+                    "`eval-beam` must not be given with `no-eval-bleu`, which translates nothing. Leave one out."
                 )
             check_ranges(self, {"eval_beam": (1, MOST_HYPOTHESES)})
 

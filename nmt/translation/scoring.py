@@ -316,7 +316,7 @@ def _check_counts(translations: Sequence[str], references: Sequence[str]) -> Non
     if len(translations) != len(references):
         raise UserError(
             "The reference must have as many lines as there are translations, "
-            f"but has {len(references):,} for {len(translations):,}."
+            f"but has {len(references):,} for {len(translations):,}. Give one for each."
         )
     if not references:
-        raise UserError("The reference must have lines to score against, but is empty.")
+        raise UserError("The reference must have lines to score against, but is empty. Name another.")

@@ -164,7 +164,7 @@ class Translator:
         _check_precision(precision, device)  # before weights are read
         paths = [path] if isinstance(path, (str, Path)) else list(path)
         if not paths:
-            raise UserError("`path` must name a model folder, but the list is empty.")
+            raise UserError("`path` must name a model folder, but the list is empty. Name one.")
         models, tasks = zip(*(_load(Path(path), device) for path in paths), strict=True)
         for other, other_path in zip(tasks[1:], paths[1:], strict=True):
             if (other.source_vocabulary, other.target_vocabulary) != (
@@ -223,7 +223,9 @@ class Translator:
                 f"`lines` must be a list of lines, but is one string. Put it in a list: [{shown(lines)}]."
             )
         if (stranger := next((line for line in lines if not isinstance(line, str)), "")) != "":
-            raise UserError(f"`lines` must be lines of text, but one is {shown(stranger)}.")
+            raise UserError(
+                f"`lines` must be lines of text, but one is {shown(stranger)}. Give each as a str."
+            )
         translations = list(self.translate_lines(lines, options))
         unknown = UnknownPieces(self.source_segmenter, named="input", input_is_pieces=self.input_is_pieces)
         for translation in translations:
@@ -556,7 +558,9 @@ def _load(path: Path, device: torch.device | str) -> tuple[Transformer, Translat
     model, task = loaded
     if not isinstance(model, Transformer) or not isinstance(task, TranslationTask):
         kind = type(model).__name__
-        raise UserError(f"`{path}` must hold a translation model, but holds a {kind} of another task.")
+        raise UserError(
+            f"`{path}` must hold a translation model, but holds a {kind} of another task. Name another."
+        )
     return model, task
 
 
