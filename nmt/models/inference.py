@@ -1,8 +1,8 @@
 """The Transformer for inference alone: the same results, sooner. `Transformer` is its plain twin.
 
 What makes it faster, in a decoder that takes one position at a time: products packed for the CPU, in float32,
-bfloat16 or 8-bit integers (`inference_int8.py`); a past that stays where it was written (`inference_state.py`), so that attention
-is one product for all K hypotheses of a sentence; and a first position that is computed once a sentence.
+bfloat16 or 8-bit integers (`inference_int8.py`); a past that stays where it was written (`inference_state.py`), so
+that attention is one product for all K hypotheses of a sentence; and a first position that is computed once a sentence.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, N columns of the past, L layers, D model, H heads,
 E head size, V vocabulary.
