@@ -2,7 +2,8 @@
 
 What makes it faster, in a decoder that takes one position at a time: products packed for the CPU, in float32,
 bfloat16 or 8-bit integers (`inference_int8.py`); a past that stays where it was written (`inference_state.py`), so
-that attention is one product for all K hypotheses of a sentence; and a first position that is computed once a sentence.
+that attention is one product for all K hypotheses of a sentence; and a first position that is computed once for a
+sentence.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, N columns of the past, L layers, D model, H heads,
 E head size, V vocabulary.
