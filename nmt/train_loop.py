@@ -27,7 +27,7 @@ from nmt.run.memory_probe import find_packed_split, find_split
 from nmt.run.pace import try_updates
 from nmt.run.preparation import check_model, left_out, packing, refuse_other_run, with_max_tokens
 from nmt.run.reports import Clock, Reports
-from nmt.run.resume import Position, Surroundings, compare, position_in_data, surroundings
+from nmt.run.resume import Position, Resumption, Surroundings, compare, position_in_data, surroundings
 from nmt.run.run_log import RunLog, read_records
 from nmt.run.stopping import reason_to_stop
 from nmt.run.validation_history import Progress
@@ -199,9 +199,14 @@ class Run:
         )
 
     def preview(self) -> list[str]:
-        """Return the same lines and one on the time; afterwards this process can no longer train."""
-        lines = self.describe()
-        done = max(self.world.broadcast(self.checkpoints.updates()), default=0)
+        """Return the lines that the run would begin with and one on the time; nothing is written.
+
+        Afterwards this process can no longer train.
+        """
+        saved = self.world.broadcast(self.checkpoints.updates())
+        lines = self._take_up(saved[-1])[0].lines if saved else []
+        done = self.trainer.update
+        lines = [*lines, *self.describe()]
         seconds = try_updates(self.trainer, self.batches)
         return [*lines, time_row(self.config, self.batches, seconds=seconds, done=done)]
 
@@ -421,19 +426,24 @@ class Run:
         return is_due and self.trainer.update not in self.progress.values
 
     def _resume(self, update: int) -> None:
+        resumption, state = self._take_up(update)
+        self._forget_what_came_after(update, state)
+        resumption.report(self.log, update=update, epoch=self.batches.epoch)
+
+    def _take_up(self, update: int) -> tuple[Resumption, Mapping[str, Any]]:
+        """Take over where a checkpoint stands, and find out what is other than it was then; nothing is written."""
         folder = self.checkpoints.at(update)
         with self.checkpoints.offering_an_earlier(update):
             refuse_other_run(self.task, self.config, folder)
             optimizer, state = self.checkpoints.load_state(update)
-            resumption = compare(load_config(folder), self.config, state, self.surroundings)
+            resumption = compare(load_config(folder), self.config, state, self.surroundings, folder=folder)
             self._load(update, optimizer, state, position=resumption.position)
-        self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
-        resumption.report(self.log, update=update, epoch=self.batches.epoch)
+        return resumption, state
 
     def _load(
         self, update: int, optimizer: Mapping[str, Tensor], state: Mapping[str, Any], *, position: Position
     ) -> None:
-        """Take the state of a checkpoint over, and go on from a position in the data."""
+        """Take the state of a checkpoint over, to go on from a position in the data."""
         load_weights(self.trainer.model, self.checkpoints.at(update))
         self.trainer.load_state_dict(optimizer, state["trainer"])
         self.batches.load_state_dict(position)
@@ -443,6 +453,9 @@ class Run:
         self.clock = Clock(**state["clock"])
         # That of the last update; a run may have been saved after an epoch whose validation could not be made.
         self.epoch = self.batches.epoch - (state["batches"]["examples_consumed"] == 0)
+
+    def _forget_what_came_after(self, update: int, state: Mapping[str, Any]) -> None:
+        """Take back what was reported after the checkpoint that has been loaded, and see to links and old ones."""
         self.log.cut_records(state["records_size"], update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()
@@ -464,6 +477,7 @@ class Run:
         optimizer, state = self.checkpoints.load_state(good)
         position, _ = position_in_data(state, self.surroundings, accepts_changed=True)
         self._load(good, optimizer, state, position=position)
+        self._forget_what_came_after(good, state)
         self.clock.seconds_before = seconds  # what was in vain was spent all the same
         self.trainer.lr_scale = lr_scale
         self.log.report(
