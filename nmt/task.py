@@ -145,8 +145,11 @@ class Task(Protocol[B]):
 class PackingTask(Protocol):
     """A task that can pack its training examples into batches of one shape."""
 
-    def can_pack(self, model: nn.Module, /) -> bool:
-        """Return whether the loss of packed batches is sure to be that of padded ones, with this model too."""
+    def why_padded(self, model: nn.Module, /) -> str | None:
+        """Return None if the loss of packed batches is sure to be that of padded ones, with this model too.
+
+        Otherwise return why it is not, as a clause: "the loss is one of the task's own".
+        """
 
     def pack(self, examples: Any, /, *, max_tokens: int, max_sentences: int) -> Examples[StaticBatch]:
         """Return the examples of a split so that `collate` packs them; called if they can be packed.

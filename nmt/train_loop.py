@@ -25,12 +25,13 @@ from nmt.run.forecast import forecast, time_row
 from nmt.run.going_back import checkpoint_to_go_back_to
 from nmt.run.memory_probe import find_packed_split, find_split
 from nmt.run.pace import try_updates
-from nmt.run.preparation import check_model, left_out, packing, refuse_other_run, with_max_tokens
+from nmt.run.preparation import check_model, left_out, notes_on_padding, packing, refuse_other_run, with_max_tokens
 from nmt.run.reports import Clock, Reports
 from nmt.run.resume import Position, Resumption, Surroundings, compare, position_in_data, surroundings
 from nmt.run.run_log import RunLog, read_records
 from nmt.run.stopping import reason_to_stop
 from nmt.run.validation_history import Progress
+from nmt.slower import telling_what_is_slower
 from nmt.system.determinism import deterministic_algorithms
 from nmt.system.places import check_save_dir
 from nmt.system.signals import StopRequest
@@ -121,7 +122,9 @@ class Run:
             config, self.task, model, self.train_examples, world=world, checkpoints=self.checkpoints
         )
         config = self.config
-        self.packing = packing(config, self.task, model, self.train_examples, world.device)
+        given = config, self.task, model, self.train_examples, world.device
+        self.packing = packing(*given)
+        self.chosen += notes_on_padding(*given)
         if config.optimization.compile and self.packing is None:
             sizes = self.train_examples.sizes
             compile_model(model, has_one_shape=bool((sizes == sizes[:1]).all()))
@@ -189,14 +192,16 @@ class Run:
             lines += self.task.look_over(self.train_examples, self.valid_examples, self.world)
         lines += advice(self.config, self.surroundings)
         check_model(self.task, self.trainer.model, self.world)
-        self._decide_split()
-        return lines + forecast(
-            self.config,
-            self.trainer,
-            self.batches,
-            train_examples=self.batches.examples,
-            valid_examples=self.valid_examples,
-        )
+        with telling_what_is_slower(lines):  # the first batches try kernels out
+            self._decide_split()
+            table = forecast(
+                self.config,
+                self.trainer,
+                self.batches,
+                train_examples=self.batches.examples,
+                valid_examples=self.valid_examples,
+            )
+        return [*lines, *table]
 
     def preview(self) -> list[str]:
         """Return the lines that the run would begin with and one on the time; nothing is written.

@@ -139,15 +139,16 @@ class TranslationTask:
                 )
         return dataset
 
-    def can_pack(self, model: nn.Module) -> bool:
-        """Return whether the loss and all parts of a model are ours: others may know padded batches alone."""
-        is_own_loss = type(self).compute_loss is TranslationTask.compute_loss
-        return (
-            is_own_loss
-            and self.packed_loss is not None
-            and isinstance(model, Transformer)
-            and find_stranger(model, within_encoder=True) is None
-        )
+    def why_padded(self, model: nn.Module) -> str | None:
+        """Return what is not ours in the loss or in a model: it may know padded batches alone."""
+        if self.options.r_drop:
+            return "`r-drop` is computed on padded batches alone"
+        if self.packed_loss is None or type(self).compute_loss is not TranslationTask.compute_loss:
+            return "the loss is not that of this package"
+        if not isinstance(model, Transformer):
+            return f"the model ({type(model).__name__}) is not the Transformer of this package"
+        stranger = find_stranger(model, within_encoder=True)
+        return None if stranger is None else f"{stranger} may know padded batches alone"
 
     def pack(self, examples: ParallelDataset, *, max_tokens: int, max_sentences: int) -> PackedDataset:
         """Return training examples to be packed."""
