@@ -31,12 +31,13 @@ from nmt.run.resume import Position, Resumption, Surroundings, compare, position
 from nmt.run.run_log import RunLog, read_records
 from nmt.run.stopping import reason_to_stop
 from nmt.run.validation_history import Progress
+from nmt.system.places import check_outside_of_data
 from nmt.slower import telling_what_is_slower
 from nmt.system.determinism import deterministic_algorithms
 from nmt.system.places import check_save_dir
 from nmt.system.signals import StopRequest
 from nmt.task import Examples, LooksOver, Task
-from nmt.task_extras import notes_of
+from nmt.task_extras import folders_of, notes_of
 from nmt.trainer import Trainer
 from nmt.update.compilation import compile_failures, compile_model
 
@@ -115,6 +116,8 @@ class Run:
         self.followed = Followed.of(config, self.task)
         self.train_examples: Examples[Any] = self.task.open_split("train")
         self.valid_examples: Examples[Any] = self.task.open_split("valid")
+        for examples in (self.train_examples, self.valid_examples):
+            check_outside_of_data(config.save_dir, folders_of(examples), name="save-dir")
         torch.manual_seed(config.seed)
         model = self.task.build_model().to(world.device)
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")

@@ -337,3 +337,31 @@ def test_a_run_is_not_resumed_with_other_classes(folders: dict[str, Path], tmp_p
         train(settings)
     with pytest.raises(UserError, match="`model` may not change"):
         train(replace(settings, task_options=replace(settings.task_options, model="timm/resnet18")))
+
+
+@pytest.mark.parametrize("place", ["train", "val/run", "train/red/run"])
+def test_a_run_is_not_begun_where_it_would_become_a_class(
+    folders: dict[str, Path], tmp_path: Path, place: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    for dry_run in (True, False):
+        with pytest.raises(
+            UserError, match=r"`save-dir` must lie outside of `.*\. Put it elsewhere, such as `"
+        ):
+            train(config(tmp_path / place, folders, dry_run=dry_run))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_not_begun_behind_a_link_to_a_class(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.move(folders["train_dir"] / "red", tmp_path / "reds")
+    (folders["train_dir"] / "red").symlink_to(tmp_path / "reds")
+    with pytest.raises(UserError, match="`save-dir` must lie outside of"):
+        train(config(tmp_path / "reds" / "run", folders))
+
+
+def test_a_run_may_lie_beside_the_files_of_mnist(tmp_path: Path) -> None:
+    for part in ("train", "t10k"):
+        write_idx(tmp_path, part, *bars(8))
+    given = {"train_dir": tmp_path, "val_dir": tmp_path}
+    task = {"model": "timm/test_byobnet", "image_size": 32}
+    train(config(tmp_path / "run", given, task=task, optimization={"max_update": 1}))
