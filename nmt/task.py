@@ -7,7 +7,7 @@ since the command line looks up the options.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -188,6 +188,10 @@ class TaskOptions(Protocol):
 
     A class variable `train_defaults: ClassVar[Mapping[str, Any]]` may give options of training (`nmt.options`)
     the defaults that suit the task, by field name: `{"batch_size": 64, "lr_scheduler": "cosine"}`.
+
+    Model folders are published, so they tell no place of the machine: in their configuration a field of type
+    `Path`, and text that is an absolute path of the machine, hold a remark instead (`nmt.untold`). Declare paths
+    as `Path`. `build` reads none of them when there are assets: `save_assets` writes what the model needs of them.
     """
 
     def build(self, assets: Path | None) -> Task[Any]:
@@ -197,6 +201,14 @@ class TaskOptions(Protocol):
             assets: the folder that `save_assets` of an earlier run wrote, to take vocabularies from; None
                 to take them from the training data.
         """
+
+
+@runtime_checkable
+class NamesItsData(Protocol):
+    """Options of a task not all of whose paths are read when a finished model is measured."""
+
+    def data_options(self, split: str, /) -> Collection[str]:
+        """Return the fields that name what is read to measure a model on a split."""
 
 
 def load_task(name: str) -> type[TaskOptions]:

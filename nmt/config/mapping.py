@@ -35,6 +35,7 @@ from nmt.config.values import MismatchError, convert, shorten, suggest, to_text
 from nmt.config.yaml_file import read_yaml as read_yaml
 from nmt.config.yaml_file import write_flat_yaml
 from nmt.errors import UserError
+from nmt.untold import hide_places, is_untold
 
 T = TypeVar("T")
 
@@ -90,16 +91,23 @@ def to_mapping(instance: Any, *, with_paths: bool = True) -> dict[str, Any]:
 
     Args:
         instance: the options.
-        with_paths: False to leave out the options that hold paths: they tell about the machine.
+        with_paths: False to leave out the paths that must be given, and hide the other places (`nmt.untold`):
+            they tell about the machine.
     """
     mapping: dict[str, Any] = {}
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
             mapping |= to_mapping(value, with_paths=with_paths)
-        elif with_paths or not _holds_path(value):
+        elif with_paths:
             mapping[field.name.replace("_", "-")] = to_text(value)
+        elif not (_holds_path(value) and _is_required(field)):
+            mapping[field.name.replace("_", "-")] = to_text(hide_places(value))
     return mapping
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _holds_path(value: Any) -> bool:
@@ -293,6 +301,6 @@ def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
         old, new = getattr(before, field.name), getattr(now, field.name)
         if dataclasses.is_dataclass(old) and type(old) is type(new):
             changed += changed_fixed_options(old, new)
-        elif field.metadata.get("fixed") and old != new and not _holds_path(old):
+        elif field.metadata.get("fixed") and old != new and not _holds_path(old) and not is_untold(old):
             changed.append((field.name.replace("_", "-"), old, new))
     return changed
