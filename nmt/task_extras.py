@@ -27,6 +27,11 @@ class Words:
     examples: str = "examples"
 
     @property
+    def example(self) -> str:
+        """One of the examples."""
+        return self.examples.removesuffix("s")
+
+    @property
     def targets(self) -> str:
         """Several of what the loss is a mean over."""
         return f"{self.target}s"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.errors import UserError
+from nmt.wording import by_number, counted
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
 """Source and target ids of a sentence pair, each one-dimensional and ending with eos."""
@@ -139,8 +140,9 @@ class ParallelDataset:
         assert self.positions is not None
         source, target = self.positions
         return [
-            f"{self.split}: {num_cut:,} of {len(self):,} pairs are longer than the positions of the model "
-            f"({source:,} and {target:,}): the loss is of as much as it takes; they are translated whole, in parts"
+            f"{self.split}: {num_cut:,} of {counted(len(self), 'pair')} {by_number(num_cut, 'is', 'are')} longer "
+            f"than the positions of the model ({source:,} and {target:,}): the loss is of as much as it takes; "
+            f"{by_number(num_cut, 'it is', 'they are')} translated whole, in parts"
         ]
 
     def fingerprint(self) -> str:

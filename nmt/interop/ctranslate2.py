@@ -29,6 +29,7 @@ from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer,
 from nmt.system.new_folder import new_folder
 from nmt.system.places import check_new_folder
 from nmt.translation.translator import Translation, Translator
+from nmt.wording import counted
 
 Quantization = Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"]
 
@@ -67,8 +68,8 @@ class Agreement:
         found = "no translation ended by itself"
         if self.num_sentences:
             found = (
-                f"{self.num_equal:,} of {self.num_sentences:,} translations equal, {self.num_ties:,} ties, "
-                f"{len(self.faults):,} others"
+                f"{self.num_equal:,} of {counted(self.num_sentences, 'translation')} equal, "
+                f"{counted(self.num_ties, 'tie')}, {counted(len(self.faults), 'other')}"
             )
         cut = (
             f"; {self.num_cut:,} cut off at the limit, compared by their scores alone" if self.num_cut else ""

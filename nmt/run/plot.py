@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nmt.errors import UserError, shown
 from nmt.run.run_log import read_records
+from nmt.wording import counted
 
 Record = dict[str, Any]
 XAxis = Literal["update", "epoch", "hours"]
@@ -98,7 +99,7 @@ def open_runs(folders: Iterable[Path]) -> tuple[list[RunRecords], list[str]]:
     for folder in folders:
         records, num_damaged = read_records(folder)
         if num_damaged:
-            left_out.append(f"{num_damaged} damaged lines of {folder}")
+            left_out.append(f"{counted(num_damaged, 'damaged line')} of {folder}")
         if records:
             found[folder.resolve()] = records
         else:

@@ -23,6 +23,7 @@ from nmt.slower import telling_what_is_slower
 from nmt.task import CheckingTask, Examples, PackingTask, Task
 from nmt.task_extras import is_same_asset
 from nmt.trainer import Trainer
+from nmt.wording import by_number, counted
 
 
 def refuse_other_run(task: Task[Any], config: TrainConfig[Any], folder: Path) -> None:
@@ -62,15 +63,15 @@ def left_out(batches: BatchIterator, config: TrainConfig[Any]) -> list[str]:
     if num_left == 0:
         raise UserError(
             f"`max-tokens` must be at least the length of some examples, but is "
-            f"{config.batching.max_tokens} and all {num_left_out:,} are longer. Raise it."
+            f"{config.batching.max_tokens} and all ({num_left_out:,}) are longer. Raise it."
         )
     if not num_left_out:
         return []
     share = num_left_out / (num_left_out + num_left)
     warning = "warning: " if share > 0.01 else ""
     return [
-        f"{warning}left out: {num_left_out:,} of {num_left_out + num_left:,} training examples "
-        f"({share:.2%}) are longer than max-tokens"
+        f"{warning}left out: {num_left_out:,} of {counted(num_left_out + num_left, 'training example')} "
+        f"({share:.2%}) {by_number(num_left_out, 'is', 'are')} longer than max-tokens"
     ]
 
 

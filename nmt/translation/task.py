@@ -333,7 +333,7 @@ def _read_lines(path: Path, num_pairs: int) -> list[str]:
     ]
     if len(lines) != num_pairs:
         raise UserError(
-            f"`{path}` must have a line for each of the {num_pairs:,} pairs of its split, but has "
+            f"`{path}` must have a line for each pair of its split ({num_pairs:,}), but has "
             f"{len(lines):,}. Make the data directory again with nmt-preprocess."
         )
     return lines
