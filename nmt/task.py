@@ -190,8 +190,9 @@ class TaskOptions(Protocol):
     the defaults that suit the task, by field name: `{"batch_size": 64, "lr_scheduler": "cosine"}`.
 
     Model folders are published, so they tell no place of the machine: in their configuration a field of type
-    `Path`, and text that is an absolute path of the machine, hold a remark instead (`nmt.untold`). Declare paths
-    as `Path`. `build` reads none of them when there are assets: `save_assets` writes what the model needs of them.
+    `Path`, and text that is an absolute path of the machine, hold a remark instead (`config/untold.py`). Declare
+    paths as `Path`. `build` reads none of them when there are assets: `save_assets` writes what the model needs of
+    them.
     """
 
     def build(self, assets: Path | None) -> Task[Any]:

@@ -25,17 +25,23 @@ from nmt.run.forecast import forecast, time_row
 from nmt.run.going_back import checkpoint_to_go_back_to
 from nmt.run.memory_probe import find_packed_split, find_split
 from nmt.run.pace import try_updates
-from nmt.run.preparation import check_model, left_out, notes_on_padding, packing, refuse_other_run, with_max_tokens
+from nmt.run.preparation import (
+    check_model,
+    left_out,
+    notes_on_padding,
+    packing,
+    refuse_other_run,
+    with_max_tokens,
+)
 from nmt.run.reports import Clock, Reports
 from nmt.run.resume import Position, Resumption, Surroundings, compare, position_in_data, surroundings
 from nmt.run.run_log import RunLog, read_records
 from nmt.run.stopping import reason_to_stop
 from nmt.run.validation_history import Progress
-from nmt.system.places import check_outside_of_data
-from nmt.slower import telling_what_is_slower
 from nmt.system.determinism import deterministic_algorithms
-from nmt.system.places import check_save_dir
+from nmt.system.places import check_outside_of_data, check_save_dir
 from nmt.system.signals import StopRequest
+from nmt.system.slower import telling_what_is_slower
 from nmt.task import Examples, LooksOver, Task
 from nmt.task_extras import folders_of, notes_of
 from nmt.trainer import Trainer

@@ -19,9 +19,9 @@ from nmt.cli.preprocess import main as preprocess
 from nmt.cli.train import main as train
 from nmt.cli.validate import main as validate
 from nmt.config.mapping import changed_fixed_options, from_mapping, path_options, to_mapping
+from nmt.config.untold import UNTOLD, hide_places
 from nmt.data.segmenter_file import without_paths
 from nmt.interop.fairseq import convert_checkpoint
-from nmt.untold import UNTOLD, hide_places
 
 KEPT = Path(__file__).parent / "data" / "checkpoints-2"
 

@@ -9,18 +9,18 @@ import torch
 from toy_run import config, log
 
 import nmt.models
-from nmt.models import fused
-from nmt.slower import SlowerWarning, telling_what_is_slower, warn_slower
+from nmt.models import training_ops
+from nmt.system.slower import SlowerWarning, telling_what_is_slower, warn_slower
 from nmt.train_loop import Run, train
 
 
 def test_a_kernel_of_the_loss_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nmt.models.loss_kernel", None)
     monkeypatch.delattr(nmt.models, "loss_kernel", raising=False)
-    fused._loss_kernel.cache_clear()
+    training_ops._loss_kernel.cache_clear()
     with pytest.warns(SlowerWarning, match=r"Triton's kernel of the loss does not work here \(.*loss_kernel"):
-        assert fused._loss_kernel(torch.device("cuda")) is None
-    fused._loss_kernel.cache_clear()
+        assert training_ops._loss_kernel(torch.device("cuda")) is None
+    training_ops._loss_kernel.cache_clear()
 
 
 def test_warnings_become_lines_and_others_stay() -> None:

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import nmt
+from nmt.errors import by_number, counted
 from nmt.task_extras import Words
-from nmt.wording import by_number, counted
 
 # What is counted in messages, and may well be one.
 _COUNTED = (

@@ -10,10 +10,10 @@ from typing import Any
 
 from nmt.config.fields import list_options
 from nmt.config.mapping import from_mapping, path_options, read_yaml, write_yaml
+from nmt.config.untold import UNTOLD, is_untold
 from nmt.errors import DamagedError
 from nmt.options import TrainConfig
 from nmt.task import load_task
-from nmt.untold import UNTOLD, is_untold
 
 CONFIG_NAME = "config.yaml"
 _CHECKPOINTS = "checkpoints"

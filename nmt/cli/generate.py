@@ -19,8 +19,7 @@ from nmt.cli.references import References
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config.mapping import parse_command
 from nmt.data.vocabulary import EOS_ID
-from nmt.errors import UserError
-from nmt.wording import counted
+from nmt.errors import UserError, counted
 
 if TYPE_CHECKING:
     import torch

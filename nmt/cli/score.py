@@ -14,8 +14,7 @@ from nmt.cli.options import ScoreOptions
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config.mapping import parse_command
 from nmt.data.blocks import unequal_counts
-from nmt.errors import UserError
-from nmt.wording import counted
+from nmt.errors import UserError, counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

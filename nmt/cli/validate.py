@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from nmt.checkpoints.find_folder import find_model, moved_path
-from nmt.checkpoints.model_config import CONFIG_NAME, read_model_config
+from nmt.checkpoints.model_config import CONFIG_NAME, read_model_config, with_untold_paths
 from nmt.cli.command import announce_models, run_command
 from nmt.config.command_line import is_flag
 from nmt.config.fields import Option
 from nmt.config.mapping import asks_for, parse_command, path_options, peek, print_version
+from nmt.config.untold import is_untold
 from nmt.errors import UserError
-from nmt.checkpoints.model_config import with_untold_paths
 from nmt.options import TrainConfig
 from nmt.task import NamesItsData, load_task
-from nmt.untold import is_untold
 
 PROG = "nmt-validate"
 _USAGE = f"""usage: {PROG} MODEL [--split NAME] [options of nmt-train]

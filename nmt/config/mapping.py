@@ -31,11 +31,11 @@ from nmt.config.fields import Positional as Positional
 from nmt.config.help import format_help
 from nmt.config.other_names import answer
 from nmt.config.ranges import check_numbers
+from nmt.config.untold import hide_places, is_untold
 from nmt.config.values import MismatchError, convert, shorten, suggest, to_text
 from nmt.config.yaml_file import read_yaml as read_yaml
 from nmt.config.yaml_file import write_flat_yaml
 from nmt.errors import UserError
-from nmt.untold import hide_places, is_untold
 
 T = TypeVar("T")
 
@@ -91,8 +91,8 @@ def to_mapping(instance: Any, *, with_paths: bool = True) -> dict[str, Any]:
 
     Args:
         instance: the options.
-        with_paths: False to leave out the paths that must be given, and hide the other places (`nmt.untold`):
-            they tell about the machine.
+        with_paths: False to leave out the paths that must be given, and hide the other places (`untold.py`): they
+            tell about the machine.
     """
     mapping: dict[str, Any] = {}
     for field in dataclasses.fields(instance):

@@ -31,8 +31,7 @@ from nmt.data.batching import (
 )
 from nmt.data.options import BatchingOptions
 from nmt.data.packing import most_sentences
-from nmt.errors import DamagedError, UserError
-from nmt.wording import counted
+from nmt.errors import DamagedError, UserError, counted
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader

@@ -9,8 +9,7 @@ from typing import Any
 from nmt.config.records import LANGUAGE, NAME, MapOf, Record, Whole, read_record
 from nmt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
 from nmt.data.vocabulary import Vocabulary
-from nmt.errors import DamagedError, UserError
-from nmt.wording import counted
+from nmt.errors import DamagedError, UserError, counted
 
 FORMAT_VERSION = 1
 RECORD_NAME = "preprocess.json"

@@ -16,8 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nmt.errors import UserError, shown
-from nmt.wording import counted
+from nmt.errors import UserError, counted, shown
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the type, number of sequences

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID
-from nmt.errors import UserError
-from nmt.wording import by_number, counted
+from nmt.errors import UserError, by_number, counted
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
 """Source and target ids of a sentence pair, each one-dimensional and ending with eos."""

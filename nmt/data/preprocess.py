@@ -32,9 +32,8 @@ from nmt.data.overwriting import check_inputs_stay, check_replaceable
 from nmt.data.segmenter import Segmenter, find_misnamed_pieces, read_vocabulary, train_segmenter
 from nmt.data.segmenter_file import without_paths
 from nmt.data.vocabulary import Vocabulary
-from nmt.errors import UserError
+from nmt.errors import UserError, by_number, counted
 from nmt.system.new_folder import new_folder
-from nmt.wording import by_number, counted
 
 MAX_TRAINING_SENTENCES = 10_000_000  # of both sides together, for SentencePiece
 _LARGE_SHARE_TOO_LONG = 0.01

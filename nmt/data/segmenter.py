@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from nmt.data.piece_spans import Span, read_spans
 from nmt.data.text import clean_line
 from nmt.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, SPECIALS, UNK_ID, Vocabulary
-from nmt.errors import DamagedError, UserError
-from nmt.wording import counted
+from nmt.errors import DamagedError, UserError, counted
 
 # Fixed, because it enters into the model file, and into the rounding of a unigram model's scores.
 _NUM_TRAINING_THREADS = 8

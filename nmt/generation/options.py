@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 from nmt.config.ranges import ANY, check_numbers, check_ranges
-from nmt.errors import UserError
-from nmt.wording import counted
+from nmt.errors import UserError, counted
 
 # A million tokens to the power of 5 is 1e30, and a million times 1e30 is within float32, which ends at 3e38.
 MOST_HYPOTHESES = 10_000  # of a beam

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nmt.data.text import is_blank
 from nmt.data.vocabulary import EOS_ID, UNK_ID, Vocabulary
-from nmt.errors import UserError
+from nmt.errors import UserError, counted
 from nmt.generation.options import DecodingOptions
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
@@ -29,7 +29,6 @@ from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer,
 from nmt.system.new_folder import new_folder
 from nmt.system.places import check_new_folder
 from nmt.translation.translator import Translation, Translator
-from nmt.wording import counted
 
 Quantization = Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmt.slower import warn_slower
+from nmt.system.slower import warn_slower
 
 
 @dataclass(frozen=True)

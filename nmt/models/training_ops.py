@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nmt.slower import warn_slower
+from nmt.system.slower import warn_slower
 
 # Logits that are held at once. On a CPU few enough for its caches (8 MB in float32: 250 tokens of 8,000
 # classes), elsewhere enough to keep the device busy.

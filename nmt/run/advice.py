@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from nmt.errors import counted
 from nmt.options import TrainConfig
 from nmt.run.resume import Surroundings
 from nmt.update.schedule import num_updates, num_warmup_updates
-from nmt.wording import counted
 
 # Far above what each learns with. Adam's updates are of the size of the rate, whatever the gradient.
 _HIGH_RATES = {"adam": 0.05, "adamw": 0.05, "adafactor": 0.5, "sgd": 3.0}

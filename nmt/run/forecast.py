@@ -8,6 +8,7 @@ import torch
 
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batching import BatchLimits, padded_size, too_long
+from nmt.errors import by_number, counted
 from nmt.options import TrainConfig
 from nmt.run.flops import FlopCounter
 from nmt.run.memory_probe import peak_memory
@@ -15,7 +16,6 @@ from nmt.task_extras import Words, words_of
 from nmt.trainer import Trainer
 from nmt.update.compilation import uncompiled
 from nmt.update.schedule import num_updates
-from nmt.wording import by_number, counted
 
 if TYPE_CHECKING:
     from nmt.task import Examples

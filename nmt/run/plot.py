@@ -19,9 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from nmt.errors import UserError, shown
+from nmt.errors import UserError, counted, shown
 from nmt.run.run_log import read_records
-from nmt.wording import counted
 
 Record = dict[str, Any]
 XAxis = Literal["update", "epoch", "hours"]

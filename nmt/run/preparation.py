@@ -16,14 +16,13 @@ from nmt.config.mapping import changed_fixed_options
 from nmt.data.batch_iterator import BatchIterator, packed_limits
 from nmt.data.batching import BatchLimits, Window, longest, window_examples
 from nmt.distributed import World, single
-from nmt.errors import UserError
+from nmt.errors import UserError, by_number, counted
 from nmt.options import TrainConfig
 from nmt.run.memory_probe import find_max_tokens, most_tokens
-from nmt.slower import telling_what_is_slower
+from nmt.system.slower import telling_what_is_slower
 from nmt.task import CheckingTask, Examples, PackingTask, Task
 from nmt.task_extras import is_same_asset
 from nmt.trainer import Trainer
-from nmt.wording import by_number, counted
 
 
 def refuse_other_run(task: Task[Any], config: TrainConfig[Any], folder: Path) -> None:

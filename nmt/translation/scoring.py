@@ -13,8 +13,7 @@ from sacrebleu.significance import PairedTest, Result
 
 from nmt.data.languages import has_own_writing, is_written_without_blanks, language_of
 from nmt.data.text import is_blank
-from nmt.errors import UserError
-from nmt.wording import counted
+from nmt.errors import UserError, counted
 
 _SIGNIFICANT = 0.05
 # In words of the longer side. What TER takes grows with the third power: at this length a line takes up to four

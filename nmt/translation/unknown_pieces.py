@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import UNK_ID
-from nmt.wording import by_number, counted
+from nmt.errors import by_number, counted
 
 _LARGE_SHARE = 0.05
 _SIGNS_OF_PIECES = ("▁", "@@ ")  # SentencePiece's mark of a blank, and the end of a piece of subword-nmt

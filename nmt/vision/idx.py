@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nmt.errors import UserError
+from nmt.errors import UserError, counted
 from nmt.vision.stored import Split, StoredImages
-from nmt.wording import counted
 
 _IDX_PARTS: dict[Split, str] = {"train": "train", "valid": "t10k"}
 _IDX_BYTES = 8  # the code for unsigned bytes in the header of an idx file

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from nmt.errors import counted
 from nmt.vision.sources import FolderImages, ImageSource, StoredImages
-from nmt.wording import counted
 
 _NUM_NAMED = 5
 _NUM_KINDS = 8

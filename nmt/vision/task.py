@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.config.records import ListOf, Number, Record, Whole, read_limited, read_record
+from nmt.config.untold import is_untold
 from nmt.distributed import World
 from nmt.errors import DamagedError, UserError
 from nmt.system.prepared_shapes import keep_prepared_shapes
 from nmt.task import Illustrations, LossOutput
 from nmt.task_extras import Words
-from nmt.untold import is_untold
 from nmt.vision.dataset import UNREADABLE, ImageBatch, ImageExamples
 from nmt.vision.held_out import divide, draw, read_split, write_split
 from nmt.vision.libraries import import_timm
