@@ -219,6 +219,11 @@ def load_task(name: str) -> type[TaskOptions]:
         UserError: if no installed package offers a task of this name.
     """
     found = entry_points(group=ENTRY_POINT_GROUP)
+    if not isinstance(name, str):
+        raise UserError(
+            f"`task` must be the name of a task, as text, but is {shorten(name)}. The tasks are "
+            f"{', '.join(sorted(found.names))}."
+        )
     if name not in found.names:
         known = ", ".join(sorted(found.names)) or "(none is installed)"
         near = suggest(name, found.names)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nmt.checkpoints.run_folder import CheckpointFolder, load_config, load_weights
-from nmt.config.mapping import check_options, write_yaml
+from nmt.config.mapping import check_options, check_types, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.data.batch_loader import refuse_import_by_worker
 from nmt.data.batching import longest_within
@@ -84,6 +84,7 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
             "Make one with nmt.train_config(data=..., save_dir=...)."
         )
     refuse_import_by_worker()
+    check_types(config)
     check_options(config)
     check_save_dir(config.save_dir)
     timeout = timedelta(minutes=config.rank_timeout)

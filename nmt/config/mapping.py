@@ -39,6 +39,8 @@ from nmt.errors import UserError
 
 T = TypeVar("T")
 
+_BY_FUNCTION = "Make the configuration with nmt.train_config(...), which converts what it is given."
+
 
 @runtime_checkable
 class Checked(Protocol):
@@ -186,6 +188,37 @@ def print_version(prog: str) -> typing.NoReturn:
     raise SystemExit(0)
 
 
+def check_types(instance: Any) -> None:
+    """Check a nest of options that was made by hand: that each field holds what it is for.
+
+    Raises:
+        UserError: One does not.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        hint, value = hints[field.name], getattr(instance, field.name)
+        name = field.name.rstrip("_").replace("_", "-")
+        expected = typing.get_origin(hint) or hint
+        if isinstance(hint, TypeVar) or dataclasses.is_dataclass(expected):
+            is_fitting = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            if not is_fitting or (isinstance(expected, type) and not isinstance(value, expected)):
+                what = expected.__name__ if isinstance(expected, type) else "a dataclass of options"
+                raise UserError(f"`{name}` must be {what}, but is {shorten(value)}. {_BY_FUNCTION}")
+            check_types(value)
+            continue
+        try:
+            converted = convert(hint, value)
+        except AssertionError:  # a plugin may hold what no option can be
+            continue
+        except MismatchError as error:
+            raise UserError(f"`{name}` must be {error}, but is {shorten(value)}. {_BY_FUNCTION}") from None
+        if isinstance(value, str) and not isinstance(converted, str):
+            kind = "Path" if isinstance(converted, Path) else type(converted).__name__
+            raise UserError(
+                f"`{name}` must be of type {kind}, but is the text {shorten(value)}. {_BY_FUNCTION}"
+            )
+
+
 def check_options(instance: Any) -> None:
     """Call `check` of every dataclass in a nest of options, the inner ones first.
 
@@ -282,7 +315,8 @@ def _convert_mapping(
         try:
             values[option.name] = convert(option.hint, value)
         except MismatchError as error:
-            shown = "empty" if value is None or value == "" else shorten(value)
+            is_empty = value is None or (isinstance(value, str) and not value)
+            shown = "empty" if is_empty else shorten(value)
             text = f"{where}: `{option.key}` must be {error}, but is {shown}."
             raise UserError(text + error.suggestion) from None
         _check_preset(option, values[option.name], f"{where}: `{option.key}`")
