@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 import torch
 from fairseq_model import PLAIN, checkpoint, make_weights, write_dictionaries
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_translation_model import NOUNS
 from toy_task import PointOptions
@@ -199,6 +199,7 @@ def test_text_that_is_no_place_is_told(text: str) -> None:
     assert hide_places(text) == text
 
 
+@settings(deadline=None)  # it asks the disk
 @given(st.text(alphabet="/=ab .\0"))
 def test_whatever_is_hidden_stays_so(text: str) -> None:
     assert hide_places(hide_places(text)) == hide_places(text)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_run import OPTIMIZATION, assert_bit_equal, config, log, records, tensors
 from toy_task import PointExamples, PointOptions, Points, PointTask
@@ -260,6 +260,7 @@ def test_sequences_have_one_digest_for_what_they_hold(
 TOKENS = st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1)
 
 
+@settings(deadline=None)  # it writes files
 @given(TOKENS, TOKENS, st.data())
 def test_dictionaries_are_told_apart_by_tokens_and_their_order_alone(
     tmp_path_factory: pytest.TempPathFactory, one: list[str], other: list[str], data: st.DataObject
