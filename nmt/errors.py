@@ -1,4 +1,4 @@
-"""The exceptions that are shown as one line, and how foreign text is shown in it."""
+"""The exceptions that are shown as one line, and how foreign text and numbers are shown in it."""
 
 import re
 
@@ -83,6 +83,20 @@ def shown(value: object, *, depth: int = 0) -> str:
         kind = {list: "a list", tuple: "a tuple", set: "a set"}.get(type(value), "a record")
         return f"{kind} of {len(value):,}"
     return _cut(printable(type(value).__name__), _LONGEST_VALUE)
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Return a number with what it counts; of several things `many`, or `one` with an s, is the word.
+
+    >>> counted(1, "pair"), counted(2000, "pair"), counted(0, "query", "queries")
+    ('1 pair', '2,000 pairs', '0 queries')
+    """
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
+def by_number(count: int, one: str, many: str) -> str:
+    """Return the word, such as a verb, that goes with one thing or with several."""
+    return one if count == 1 else many
 
 
 def _cut(text: str, longest: int) -> str:

@@ -5,9 +5,10 @@ A field with `metadata={"fixed": True}` may not change when a run is resumed.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from nmt.config.mapping import from_mapping
 from nmt.config.ranges import ANY, check_ranges
@@ -228,6 +229,10 @@ class CheckpointOptions:
 
 TaskOptionsT = TypeVar("TaskOptionsT")
 
+OptionScalar: TypeAlias = str | int | float | bool | Path | None
+OptionValue: TypeAlias = OptionScalar | Sequence[OptionScalar]
+"""What an option may be given as, whatever the task."""
+
 
 @dataclass(frozen=True)
 class TrainConfig(Generic[TaskOptionsT]):
@@ -268,7 +273,7 @@ class TrainConfig(Generic[TaskOptionsT]):
             raise UserError(f"`seed` must be at least 0 and below 2**63, but is {self.seed}.")
 
 
-def train_config(*, task: str = "translation", **options: Any) -> TrainConfig[Any]:
+def train_config(*, task: str = "translation", **options: OptionValue) -> TrainConfig[Any]:
     """Make the configuration of a training run from the options of nmt-train, under their names as flags.
 
     >>> config = train_config(data="DATA", save_dir="RUN", arch="transformer_tiny", max_update=1000)
@@ -278,9 +283,15 @@ def train_config(*, task: str = "translation", **options: Any) -> TrainConfig[An
     Traceback (most recent call last):
     nmt.errors.UserError: train_config: `max_updates` is not a known key. Here it is `max-update`.
 
+    Which options there are depends on the task, and tasks are plugins, so no signature can list them. They are
+    those of `nmt-train --task NAME --help`, with underscores: the fields of `BatchingOptions`,
+    `OptimizationOptions`, `CheckpointOptions`, `TrainConfig` and of the task's own options (`TranslationOptions`,
+    `TransformerOptions`).
+
     Args:
         task: what is learned: the name of a task, which decides what options there are.
-        options: values, or text as in a YAML file; paths may be text.
+        options: values of the fields' types, lists for tuples, or text as in a YAML file; paths may be text. None
+            where a field may be None.
 
     Raises:
         UserError: for an unknown option or task, a value of another type, and values that make no sense together.

@@ -7,7 +7,7 @@ since the command line looks up the options.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -145,8 +145,11 @@ class Task(Protocol[B]):
 class PackingTask(Protocol):
     """A task that can pack its training examples into batches of one shape."""
 
-    def can_pack(self, model: nn.Module, /) -> bool:
-        """Return whether the loss of packed batches is sure to be that of padded ones, with this model too."""
+    def why_padded(self, model: nn.Module, /) -> str | None:
+        """Return None if the loss of packed batches is sure to be that of padded ones, with this model too.
+
+        Otherwise return why it is not, as a clause: "the loss is one of the task's own".
+        """
 
     def pack(self, examples: Any, /, *, max_tokens: int, max_sentences: int) -> Examples[StaticBatch]:
         """Return the examples of a split so that `collate` packs them; called if they can be packed.
@@ -185,6 +188,11 @@ class TaskOptions(Protocol):
 
     A class variable `train_defaults: ClassVar[Mapping[str, Any]]` may give options of training (`nmt.options`)
     the defaults that suit the task, by field name: `{"batch_size": 64, "lr_scheduler": "cosine"}`.
+
+    Model folders are published, so they tell no place of the machine: in their configuration a field of type
+    `Path`, and text that is an absolute path of the machine, hold a remark instead (`config/untold.py`). Declare
+    paths as `Path`. `build` reads none of them when there are assets: `save_assets` writes what the model needs of
+    them.
     """
 
     def build(self, assets: Path | None) -> Task[Any]:
@@ -196,6 +204,14 @@ class TaskOptions(Protocol):
         """
 
 
+@runtime_checkable
+class NamesItsData(Protocol):
+    """Options of a task not all of whose paths are read when a finished model is measured."""
+
+    def data_options(self, split: str, /) -> Collection[str]:
+        """Return the fields that name what is read to measure a model on a split."""
+
+
 def load_task(name: str) -> type[TaskOptions]:
     """Return the options dataclass of a task, by its entry point in the group `nmt.tasks`.
 
@@ -203,6 +219,11 @@ def load_task(name: str) -> type[TaskOptions]:
         UserError: if no installed package offers a task of this name.
     """
     found = entry_points(group=ENTRY_POINT_GROUP)
+    if not isinstance(name, str):
+        raise UserError(
+            f"`task` must be the name of a task, as text, but is {shorten(name)}. The tasks are "
+            f"{', '.join(sorted(found.names))}."
+        )
     if name not in found.names:
         known = ", ".join(sorted(found.names)) or "(none is installed)"
         near = suggest(name, found.names)

@@ -27,6 +27,11 @@ class Words:
     examples: str = "examples"
 
     @property
+    def example(self) -> str:
+        """One of the examples."""
+        return self.examples.removesuffix("s")
+
+    @property
     def targets(self) -> str:
         """Several of what the loss is a mean over."""
         return f"{self.target}s"
@@ -86,6 +91,14 @@ class HasNotes(Protocol):
         """Return lines for people."""
 
 
+@runtime_checkable
+class TakesWholeFolders(Protocol):
+    """Examples that are whatever lies in some folders: what is written there is taken for data the next time."""
+
+    def folders(self) -> Sequence[Path]:
+        """Return the folders, whatever is in them included."""
+
+
 def words_of(task: Task[Any]) -> Words:
     """Return the words of a task, or those that fit any."""
     return task.words if isinstance(task, HasWords) else Words()
@@ -123,3 +136,8 @@ def fingerprint_of(examples: Examples[Any]) -> str:
 def notes_of(examples: Examples[Any]) -> Sequence[str]:
     """Return what a user should know of examples before the run begins."""
     return examples.notes() if isinstance(examples, HasNotes) else ()
+
+
+def folders_of(examples: Examples[Any]) -> Sequence[Path]:
+    """Return the folders that nothing else may be written to."""
+    return examples.folders() if isinstance(examples, TakesWholeFolders) else ()

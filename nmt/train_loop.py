@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nmt.checkpoints.run_folder import CheckpointFolder, load_config, load_weights
-from nmt.config.mapping import check_options, write_yaml
+from nmt.config.mapping import check_options, check_types, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.data.batch_loader import refuse_import_by_worker
 from nmt.data.batching import longest_within
@@ -25,17 +25,25 @@ from nmt.run.forecast import forecast, time_row
 from nmt.run.going_back import checkpoint_to_go_back_to
 from nmt.run.memory_probe import find_packed_split, find_split
 from nmt.run.pace import try_updates
-from nmt.run.preparation import check_model, left_out, packing, refuse_other_run, with_max_tokens
+from nmt.run.preparation import (
+    check_model,
+    left_out,
+    notes_on_padding,
+    packing,
+    refuse_other_run,
+    with_max_tokens,
+)
 from nmt.run.reports import Clock, Reports
-from nmt.run.resume import Position, Surroundings, compare, position_in_data, surroundings
+from nmt.run.resume import Position, Resumption, Surroundings, compare, position_in_data, surroundings
 from nmt.run.run_log import RunLog, read_records
 from nmt.run.stopping import reason_to_stop
 from nmt.run.validation_history import Progress
 from nmt.system.determinism import deterministic_algorithms
-from nmt.system.places import check_save_dir
+from nmt.system.places import check_outside_of_data, check_save_dir
 from nmt.system.signals import StopRequest
+from nmt.system.slower import telling_what_is_slower
 from nmt.task import Examples, LooksOver, Task
-from nmt.task_extras import notes_of
+from nmt.task_extras import folders_of, notes_of
 from nmt.trainer import Trainer
 from nmt.update.compilation import compile_failures, compile_model
 
@@ -76,6 +84,7 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
             "Make one with nmt.train_config(data=..., save_dir=...)."
         )
     refuse_import_by_worker()
+    check_types(config)
     check_options(config)
     check_save_dir(config.save_dir)
     timeout = timedelta(minutes=config.rank_timeout)
@@ -114,6 +123,8 @@ class Run:
         self.followed = Followed.of(config, self.task)
         self.train_examples: Examples[Any] = self.task.open_split("train")
         self.valid_examples: Examples[Any] = self.task.open_split("valid")
+        for examples in (self.train_examples, self.valid_examples):
+            check_outside_of_data(config.save_dir, folders_of(examples), name="save-dir")
         torch.manual_seed(config.seed)
         model = self.task.build_model().to(world.device)
         self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
@@ -121,7 +132,9 @@ class Run:
             config, self.task, model, self.train_examples, world=world, checkpoints=self.checkpoints
         )
         config = self.config
-        self.packing = packing(config, self.task, model, self.train_examples, world.device)
+        given = config, self.task, model, self.train_examples, world.device
+        self.packing = packing(*given)
+        self.chosen += notes_on_padding(*given)
         if config.optimization.compile and self.packing is None:
             sizes = self.train_examples.sizes
             compile_model(model, has_one_shape=bool((sizes == sizes[:1]).all()))
@@ -189,19 +202,26 @@ class Run:
             lines += self.task.look_over(self.train_examples, self.valid_examples, self.world)
         lines += advice(self.config, self.surroundings)
         check_model(self.task, self.trainer.model, self.world)
-        self._decide_split()
-        return lines + forecast(
-            self.config,
-            self.trainer,
-            self.batches,
-            train_examples=self.batches.examples,
-            valid_examples=self.valid_examples,
-        )
+        with telling_what_is_slower(lines):  # the first batches try kernels out
+            self._decide_split()
+            table = forecast(
+                self.config,
+                self.trainer,
+                self.batches,
+                train_examples=self.batches.examples,
+                valid_examples=self.valid_examples,
+            )
+        return [*lines, *table]
 
     def preview(self) -> list[str]:
-        """Return the same lines and one on the time; afterwards this process can no longer train."""
-        lines = self.describe()
-        done = max(self.world.broadcast(self.checkpoints.updates()), default=0)
+        """Return the lines that the run would begin with and one on the time; nothing is written.
+
+        Afterwards this process can no longer train.
+        """
+        saved = self.world.broadcast(self.checkpoints.updates())
+        lines = self._take_up(saved[-1])[0].lines if saved else []
+        done = self.trainer.update
+        lines = [*lines, *self.describe()]
         seconds = try_updates(self.trainer, self.batches)
         return [*lines, time_row(self.config, self.batches, seconds=seconds, done=done)]
 
@@ -421,19 +441,24 @@ class Run:
         return is_due and self.trainer.update not in self.progress.values
 
     def _resume(self, update: int) -> None:
+        resumption, state = self._take_up(update)
+        self._forget_what_came_after(update, state)
+        resumption.report(self.log, update=update, epoch=self.batches.epoch)
+
+    def _take_up(self, update: int) -> tuple[Resumption, Mapping[str, Any]]:
+        """Take over where a checkpoint stands, and find out what is other than it was then; nothing is written."""
         folder = self.checkpoints.at(update)
         with self.checkpoints.offering_an_earlier(update):
             refuse_other_run(self.task, self.config, folder)
             optimizer, state = self.checkpoints.load_state(update)
-            resumption = compare(load_config(folder), self.config, state, self.surroundings)
+            resumption = compare(load_config(folder), self.config, state, self.surroundings, folder=folder)
             self._load(update, optimizer, state, position=resumption.position)
-        self.log.say(f"resume: from {folder}, update {self.trainer.update}, epoch {self.batches.epoch}")
-        resumption.report(self.log, update=update, epoch=self.batches.epoch)
+        return resumption, state
 
     def _load(
         self, update: int, optimizer: Mapping[str, Tensor], state: Mapping[str, Any], *, position: Position
     ) -> None:
-        """Take the state of a checkpoint over, and go on from a position in the data."""
+        """Take the state of a checkpoint over, to go on from a position in the data."""
         load_weights(self.trainer.model, self.checkpoints.at(update))
         self.trainer.load_state_dict(optimizer, state["trainer"])
         self.batches.load_state_dict(position)
@@ -443,6 +468,9 @@ class Run:
         self.clock = Clock(**state["clock"])
         # That of the last update; a run may have been saved after an epoch whose validation could not be made.
         self.epoch = self.batches.epoch - (state["batches"]["examples_consumed"] == 0)
+
+    def _forget_what_came_after(self, update: int, state: Mapping[str, Any]) -> None:
+        """Take back what was reported after the checkpoint that has been loaded, and see to links and old ones."""
         self.log.cut_records(state["records_size"], update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()
@@ -464,6 +492,7 @@ class Run:
         optimizer, state = self.checkpoints.load_state(good)
         position, _ = position_in_data(state, self.surroundings, accepts_changed=True)
         self._load(good, optimizer, state, position=position)
+        self._forget_what_came_after(good, state)
         self.clock.seconds_before = seconds  # what was in vain was spent all the same
         self.trainer.lr_scale = lr_scale
         self.log.report(

@@ -140,12 +140,10 @@ def test_a_run_keeps_counts_and_scores_pairs_beyond_its_positions(
     options = ["--max-tokens", "200", "--warmup-updates", "2", "--max-update", "3", "--eval-beam", "1"]
     train([data, "--save-dir", run, "--arch", "transformer_tiny", "--device", "cpu", *size, *options])
     said = log(tmp_path / "run")
-    assert (
-        "valid: 1 of 6 pairs are longer than the positions of the model (24 and 24): the loss is of" in said
-    )
+    assert "valid: 1 of 6 pairs is longer than the positions of the model (24 and 24): the loss is of" in said
     assert " | bleu " in said and " | chrf " in said and "sample, line 6 | " in said
     assert f"next: nmt-generate --model {run}/checkpoints/best --input FILE.en" in said
     capsys.readouterr()
     validate([f"{run}/checkpoints/best", "--split", "test"])
     printed = capsys.readouterr()
-    assert '"chrf": ' in printed.out and "test: 1 of 5 pairs are longer" in printed.err
+    assert '"chrf": ' in printed.out and "test: 1 of 5 pairs is longer" in printed.err

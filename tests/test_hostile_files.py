@@ -301,7 +301,7 @@ def test_sizes_that_lie_are_found_when_the_index_is_opened(
 
 
 def test_text_of_a_split_must_be_utf8_and_of_its_length(tmp_path: Path) -> None:
-    for damage, said in ((b"\xff\n", "must be UTF-8"), (b"one more\n", "a line for each of the")):
+    for damage, said in ((b"\xff\n", "must be UTF-8"), (b"one more\n", "a line for each pair")):
         folder = tmp_path / said[:4]
         shutil.copytree(KEPT / "data", folder)
         task = TranslationOptions(data=folder).build(None)

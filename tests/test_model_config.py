@@ -9,15 +9,17 @@ import pytest
 import sentencepiece
 import torch
 from fairseq_model import PLAIN, checkpoint, make_weights, write_dictionaries
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_translation_model import NOUNS
+from toy_task import PointOptions
 
 from nmt.checkpoints.run_folder import average_models, load_config, load_model
 from nmt.cli.preprocess import main as preprocess
 from nmt.cli.train import main as train
 from nmt.cli.validate import main as validate
 from nmt.config.mapping import changed_fixed_options, from_mapping, path_options, to_mapping
+from nmt.config.untold import UNTOLD, hide_places
 from nmt.data.segmenter_file import without_paths
 from nmt.interop.fairseq import convert_checkpoint
 
@@ -144,7 +146,60 @@ class Outer:
 
 def test_options_of_every_kind_of_path_are_left_out() -> None:
     options = Outer(places=(Path("/a"), Path("b")), inner=Inner(lexicon=Path("/c")))
-    assert to_mapping(options, with_paths=False) == {"name": "x"}
+    assert to_mapping(options, with_paths=False) == {"lexicon": UNTOLD, "name": "x"}
+    assert to_mapping(Outer(places=()), with_paths=False)["lexicon"] is None
     assert [option.key for option in path_options(Outer) if option.is_required] == ["places"]
     assert [option.key for option in path_options(Outer)] == ["places", "lexicon"]
     assert from_mapping(Outer, to_mapping(options), where="here") == options
+
+
+@dataclass(frozen=True)
+class PlacedOptions(PointOptions):
+    lexicon: str = field(default="", metadata={"fixed": True})
+    """Text that names a file."""
+    arguments: tuple[str, ...] = ()
+    """Texts some of which do."""
+
+
+@pytest.fixture
+def placed_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = tmp_path / "plugin" / "placed-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: placed\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[nmt.tasks]\nplaced = test_model_config:PlacedOptions\n")
+    monkeypatch.syspath_prepend(metadata.parent)
+
+
+@pytest.mark.usefixtures("placed_plugin")
+def test_a_place_that_a_plugin_holds_as_text_is_told_by_the_run_alone(tmp_path: Path) -> None:
+    lexicon, run = str(tmp_path / "lexicon.txt"), tmp_path / "run"
+    given = ["--task", "placed", "--save-dir", str(run), "--lexicon", lexicon, "--arguments", "a=1"]
+    given += [f"b={lexicon}", lexicon, "--max-tokens", "None", "--batch-size", "32", "--device", "cpu"]
+    train([*given, "--max-update", "2"])
+    folder = run / "checkpoints" / "last"
+    assert mentions(folder, str(tmp_path)) == []
+    assert load_config(folder).task_options == PlacedOptions(
+        lexicon=lexicon, arguments=("a=1", f"b={lexicon}", lexicon)
+    )
+    shutil.copytree(folder, tmp_path / "copy")
+    assert load_config(tmp_path / "copy").task_options == PlacedOptions(
+        lexicon=UNTOLD, arguments=("a=1", f"b={UNTOLD}", UNTOLD)
+    )
+    train([*given, "--max-update", "3"])
+    assert (
+        "resume: from" in (run / "train.log").read_text()
+        and " lexicon " not in (run / "train.log").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "/", "/s/", "a/b", "x=", "=", "n=/", "/no/such/folder", "\0", "/tmp\0/x/y"]
+)
+def test_text_that_is_no_place_is_told(text: str) -> None:
+    assert hide_places(text) == text
+
+
+@settings(deadline=None)  # it asks the disk
+@given(st.text(alphabet="/=ab .\0"))
+def test_whatever_is_hidden_stays_so(text: str) -> None:
+    assert hide_places(hide_places(text)) == hide_places(text)

@@ -177,6 +177,32 @@ def test_a_run_goes_on_and_is_measured_where_symbolic_links_are_impossible(
         assert find_model(named).folder == best
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(
+            OSError(number, "no")
+            for number in (errno.EPERM, errno.ENOTSUP, errno.EPROTONOSUPPORT, errno.EMLINK)
+        ),
+        OSError("no number"),
+        NotImplementedError("os.symlink() not available on this system"),
+    ],
+    ids=repr,
+)
+def test_whatever_is_said_where_links_are_impossible_a_file_stands_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    run = make_run(tmp_path / "r")
+    monkeypatch.setattr(os, "symlink", refuse)
+    checkpoints = CheckpointFolder(run / "checkpoints")
+    for update in (5, 60):  # a file replaces a file, too
+        checkpoints.link("best", update)
+        assert checkpoints.linked("best") == checkpoints.at(update)
+
+
 def test_other_errors_of_a_link_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

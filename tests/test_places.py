@@ -9,7 +9,7 @@ from nmt.cli.options import AverageOptions, ScoreOptions
 from nmt.cli.text_files import check_parallel, open_output
 from nmt.config.mapping import parse_command
 from nmt.errors import UserError
-from nmt.system.places import check_new_folder, check_output_file, check_save_dir
+from nmt.system.places import check_new_folder, check_output_file, check_outside_of_data, check_save_dir
 
 
 def _checkpoint(run: Path) -> Path:
@@ -107,3 +107,18 @@ def test_one_pipe_for_two_texts_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="it is a pipe"):
         check_parallel(tmp_path / "pipe", tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("place", "advised"), [("images", "images-run"), ("images/run", "run"), ("images/cats/a/run", "run")]
+)
+def test_a_run_does_not_lie_among_its_data(tmp_path: Path, place: str, advised: str) -> None:
+    (tmp_path / "images" / "cats").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"such as `{tmp_path.resolve() / advised}`"):
+        check_outside_of_data(tmp_path / place, [tmp_path / "images"], name="save-dir")
+
+
+def test_a_run_may_lie_beside_its_data_and_around_them(tmp_path: Path) -> None:
+    (tmp_path / "run" / "images").mkdir(parents=True)
+    for place in ("run", "images-2", "other/images"):
+        check_outside_of_data(tmp_path / place, [tmp_path / "run" / "images"], name="save-dir")

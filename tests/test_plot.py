@@ -176,7 +176,7 @@ def test_the_command_writes_a_picture(
     said = capsys.readouterr()
     assert said.out == f"{output}\n"
     assert said.err.splitlines() == [
-        f"nmt-plot: left out: 1 damaged lines of {run}",
+        f"nmt-plot: left out: 1 damaged line of {run}",
         f"nmt-plot: left out: {other}, which has reported nothing yet",
     ]
 

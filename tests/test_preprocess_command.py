@@ -258,7 +258,8 @@ def test_pairs_to_be_measured_are_kept_whatever_their_length_and_counted(tmp_pat
     for name in ("valid", "test"):
         sides = [IndexedDataset(data.split_prefix(name, lang)).sizes for lang in ("en", "de")]
         num_long = sum(max(a, b) > 20 for a, b in zip(*sides, strict=True))
-        assert f"{name}: {num_long} pairs are longer than 20 pieces, and kept" in result.stderr
+        pairs_are = "pair is" if num_long == 1 else "pairs are"
+        assert f"{name}: {num_long} {pairs_are} longer than 20 pieces, and kept" in result.stderr
 
 
 def test_size_that_the_text_cannot_fill_is_lowered_and_said(tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ BAD_INPUT = {
     "all blank": (
         lambda folder: (folder / "valid.en").write_bytes(b"\n" * 20),
         {},
-        ["valid.en", "all 20 were dropped"],
+        ["valid.en", "all (20) were dropped"],
     ),
     "all blank in train": (
         lambda folder: [(folder / f"train.{lang}").write_bytes(b" \n" * 20) for lang in ("en", "de")],

@@ -5,16 +5,21 @@ import dataclasses
 import doctest
 import importlib
 import inspect
+import math
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import nmt
 from nmt.cli.preprocess import main as preprocess
+from nmt.config.fields import list_options
 from nmt.data.options import PreprocessOptions
 from nmt.errors import UserError
 from nmt.options import OptimizationOptions, TrainConfig
@@ -194,3 +199,65 @@ def test_what_the_page_shows_trains_translates_and_draws(
     assert again == result  # a finished run: nothing is added
     exec(draw, names)
     assert (tmp_path / "bleu.svg").read_text().startswith("<?xml")
+
+
+class Mute:
+    """Has no text for itself."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+STRANGE = [
+    *(object(), Mute(), {"a": 1}, {1}, b"x", 1j, int, ..., len, torch.zeros(3), np.zeros(3), np.array("x")),
+    *(10**400, 10**5000, math.nan, -math.inf, "\ud800", "\0", "x" * 100_000, [[1]], [Mute()], (1, 2, 3, 4)),
+    OptimizationOptions(),
+]
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=lambda value: type(value).__name__)
+def test_no_value_of_an_option_ends_in_anything_but_one_line(value: Any) -> None:
+    for option in list_options(TrainConfig[TranslationOptions]):
+        try:
+            nmt.train_config(**{"data": "DATA", "save_dir": "RUN", option.name: value})
+        except UserError as error:
+            assert option.key in str(error) and len(str(error)) < 500
+        else:
+            assert isinstance(value, str | float | int)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = nmt.train_config(data="DATA", save_dir="RUN", max_update=np.int64(5), lr=np.float32(0.5))
+    assert (config.optimization.max_update, config.optimization.lr) == (5, 0.5)
+    assert type(config.optimization.max_update) is int and type(config.optimization.lr) is float
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"optimization": OptimizationOptions(lr="much")}, "`lr` must be a number, but is 'much'"),  # type: ignore[arg-type]
+        (
+            {"optimization": OptimizationOptions(lr="0.1")},
+            "`lr` must be of type float, but is the text '0.1'",
+        ),  # type: ignore[arg-type]
+        ({"save_dir": "RUN"}, "`save-dir` must be of type Path, but is the text 'RUN'"),
+        ({"batching": 3}, "`batching` must be BatchingOptions, but is 3"),
+        ({"checkpoints": OptimizationOptions()}, "`checkpoints` must be CheckpointOptions, but is"),
+        ({"task_options": TranslationOptions}, "`task-options` must be a dataclass of options, but is"),
+        ({"log_interval": None}, "`log-interval` must be a whole number, but is None"),
+    ],
+)
+def test_a_configuration_that_was_made_by_hand_holds_what_it_must(changes: dict[str, Any], text: str) -> None:
+    config = TrainConfig(task_options=TranslationOptions(data=Path("DATA")), save_dir=Path("RUN"))
+    with pytest.raises(UserError, match=re.escape(text)) as caught:
+        nmt.train(dataclasses.replace(config, **changes))
+    assert "nmt.train_config(...)" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["average", "preprocess", "score", "train", "train_config"])
+def test_signatures_say_what_is_taken(name: str) -> None:
+    function = getattr(nmt, name)
+    hints = typing.get_type_hints(function, localns={"Score": None})
+    taken = set(inspect.signature(function).parameters)
+    assert taken <= hints.keys() and "return" in hints
+    assert [parameter for parameter in taken if hints[parameter] is Any] == []

@@ -10,9 +10,11 @@ import torch
 from test_packing import make_pairs, shape_for
 from tiny_translation_model import WORDS
 from toy_run import assert_bit_equal, records, tensors
+from toy_run import config as toy_config
+from toy_task import PointExamples, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
-from nmt.data.options import PreprocessOptions
+from nmt.data.options import BatchingOptions, PreprocessOptions
 from nmt.data.packing import PackedShape, PackedTranslationBatch, pack_pairs
 from nmt.data.parallel_dataset import collate_pairs
 from nmt.data.preprocess import preprocess
@@ -24,7 +26,7 @@ from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions, TrainConfig, train_config
 from nmt.run.memory_probe import find_packed_split
-from nmt.run.preparation import packing
+from nmt.run.preparation import notes_on_padding, packing
 from nmt.system import cuda_graphs as recording
 from nmt.system.determinism import deterministic_algorithms
 from nmt.task import LossOutput
@@ -218,6 +220,49 @@ def test_what_is_made_for_padded_batches_is_not_packed(tmp_path: Path) -> None:
     assert not is_packed(HalvingTask(task.options, task.assets), task.build_model())
     with pytest.raises(UserError, match="`packing` must be auto or off"):
         packing(data_config(tmp_path / "run"), task, attention, examples, CPU)
+
+
+def test_where_batches_are_padded_on_a_gpu_the_log_says_why(tmp_path: Path) -> None:
+    config = data_config(tmp_path / "run", packing="auto")
+    task = config.task_options.build(None)
+    examples, model = task.open_split("train"), task.build_model()
+
+    def notes(task: Any, model: Any, device: torch.device = GPU, config: TrainConfig[Any] = config) -> str:
+        return " ".join(notes_on_padding(config, task, model, examples, device))
+
+    assert notes(task, model) == ""
+    changed = task.build_model()
+    changed.decoder.layers[1].cross_attention.__class__ = DoublingAttention
+    why = "batches are padded, which is slower on a GPU than packed ones: "
+    assert notes(task, changed, CPU) == ""
+    assert notes(task, changed) == (
+        f"{why}`decoder.layers.1.cross_attention`, which is of the class DoublingAttention and not CrossAttention"
+        ", may know padded batches alone"
+    )
+    assert notes(task, torch.nn.Linear(2, 2)) == (
+        f"{why}the model (Linear) is not the Transformer of this package"
+    )
+    halving = HalvingTask(task.options, task.assets)
+    other_loss = TranslationTask(task.options, task.assets, loss=task.loss)
+    assert notes(halving, model) == notes(other_loss, model) == f"{why}the loss is not that of this package"
+    r_drop = data_config(tmp_path / "run", packing="auto", r_drop=1.0, label_smoothing=0.0)
+    assert notes(r_drop.task_options.build(None), model, config=r_drop) == (
+        f"{why}`r-drop` is computed on padded batches alone"
+    )
+    by_number = data_config(tmp_path / "run", packing="auto", max_tokens=None, batch_size=8)
+    assert notes(task, model, config=by_number) == f"{why}`max-tokens`, the size of packed rows, is not set"
+    off = data_config(tmp_path / "run", packing="off")
+    assert notes(task, changed, config=off) == ""
+
+
+def test_a_task_that_knows_nothing_of_packing_is_told_only_where_lengths_differ(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "run", batching=BatchingOptions(max_tokens=32))
+    task, examples = PointTask(), PointExamples(20, 1)
+    given = config, task, task.build_model(), examples, GPU
+    assert notes_on_padding(*given) == []
+    examples.sizes[3] = 2
+    (line,) = notes_on_padding(*given)
+    assert line.endswith("the task points packs no batches")
 
 
 def test_packing_needs_a_size(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_run import OPTIMIZATION, assert_bit_equal, config, log, records, tensors
 from toy_task import PointExamples, PointOptions, Points, PointTask
@@ -108,6 +108,31 @@ def test_what_is_other_is_said_in_a_line_each_and_kept(tmp_path: Path) -> None:
     assert record["update"] == 20 and record["changed"]["lr"] == ["0.02", "0.01"]
     assert record["changed"]["updates an epoch"] == [16, 11]
     assert len(record["changed"]) == sum(" -> " in line for line in lines) == 6
+
+
+def test_a_dry_run_of_a_run_that_goes_on_tells_what_the_run_will_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, optimization={"lr_scheduler": "cosine", "max_update": 20}))
+    changed = {"optimization": {"lr_scheduler": "cosine", "max_update": 30, "clip_norm": 1.0}}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    train(config(folder, **changed, dry_run=True))
+    said = capsys.readouterr().out.splitlines()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    train(config(folder, **changed))
+    lines = resumed_lines(folder)[:4]
+    assert [line.partition(" ")[0] for line in lines] == ["resume:", "resume:", "resume:", "warning:"]
+    assert lines[0].endswith("update-0000020, update 20, epoch 2")
+    assert said[:4] == lines
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(config(folder, optimization={"max_update": 10}))
+    with pytest.raises(UserError, match="`seed` may not change when a run is resumed: it was 1 in"):
+        train(config(folder, seed=2, dry_run=True))
 
 
 def test_a_run_that_goes_on_as_it_was_says_and_keeps_nothing(tmp_path: Path) -> None:
@@ -235,6 +260,7 @@ def test_sequences_have_one_digest_for_what_they_hold(
 TOKENS = st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1)
 
 
+@settings(deadline=None)  # it writes files
 @given(TOKENS, TOKENS, st.data())
 def test_dictionaries_are_told_apart_by_tokens_and_their_order_alone(
     tmp_path_factory: pytest.TempPathFactory, one: list[str], other: list[str], data: st.DataObject
@@ -272,7 +298,7 @@ def test_ranks_device_and_type_are_told_from_those_of_the_checkpoint(tmp_path: P
         "trainer": {"update": 0, "lr_scale": 1.0, "plateau": {}},
     }
     options = config(tmp_path)
-    assert [str(change) for change in compare(options, options, state, here).changes] == [
+    assert [str(change) for change in compare(options, options, state, here, folder=tmp_path).changes] == [
         "ranks 4 -> 1",
         "kind of device cuda -> cpu",
         "type of the updates bfloat16 -> float32",

@@ -65,9 +65,7 @@ def test_pieces_for_a_model_of_raw_text_are_warned_of(
     pieces = write(tmp_path / "pieces", "▁the ▁dog ▁sees", "▁a ▁c at", "")
     arguments = ["--model", str(model), "--input", pieces, "--beam", "1", "--device", "cpu"]
     generate(arguments)
-    assert (
-        "2 of 2 lines of the input look as if they were split into pieces already" in capsys.readouterr().err
-    )
+    assert "2 of 2 lines of the input look as if split into pieces already" in capsys.readouterr().err
     generate([*arguments, "--input-is-pieces"])
     assert "look as if" not in capsys.readouterr().err
 

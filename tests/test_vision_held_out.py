@@ -95,7 +95,7 @@ def test_both_parts_make_up_the_folder_and_are_found_again(
     with pytest.raises(UserError, match="must say which images are held out, but is damaged"):
         options.build(tmp_path)
     (tmp_path / SPLIT).write_text('{"valid": ["red/lost.png"]}')
-    with pytest.raises(UserError, match="must have some of the 1 images that are held out"):
+    with pytest.raises(UserError, match="must have some of the images \\(1\\) that are held out"):
         options.build(tmp_path).open_split("valid")
 
 

@@ -16,7 +16,9 @@ from image_files import bars, write_folders, write_idx
 from safetensors.torch import load_file
 
 from nmt.checkpoints.run_folder import load_model
+from nmt.cli.average import main as average
 from nmt.cli.train import main
+from nmt.cli.validate import main as validate
 from nmt.config.fields import list_options
 from nmt.config.mapping import parse_command
 from nmt.data.batch_iterator import BatchIterator
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 BIN = Path(sys.executable).parent
 RECIPES = Path(__file__).parent.parent / "examples" / "image_classification"
 WITH_BATCH_NORM = {"model": "timm/test_byobnet", "image_size": 32}
+SIZES = {"num_classes": 3, "num_channels": 3, "image_size": 32}
 WITHOUT_BATCH_NORM = {
     "model": "timm/test_vit",
     "model_args": ("img_size=16", "patch_size=8"),
@@ -337,3 +340,58 @@ def test_a_run_is_not_resumed_with_other_classes(folders: dict[str, Path], tmp_p
         train(settings)
     with pytest.raises(UserError, match="`model` may not change"):
         train(replace(settings, task_options=replace(settings.task_options, model="timm/resnet18")))
+
+
+@pytest.mark.parametrize("place", ["train", "val/run", "train/red/run"])
+def test_a_run_is_not_begun_where_it_would_become_a_class(
+    folders: dict[str, Path], tmp_path: Path, place: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    for dry_run in (True, False):
+        with pytest.raises(
+            UserError, match=r"`save-dir` must lie outside of `.*\. Put it elsewhere, such as `"
+        ):
+            train(config(tmp_path / place, folders, dry_run=dry_run))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_not_begun_behind_a_link_to_a_class(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.move(folders["train_dir"] / "red", tmp_path / "reds")
+    (folders["train_dir"] / "red").symlink_to(tmp_path / "reds")
+    with pytest.raises(UserError, match="`save-dir` must lie outside of"):
+        train(config(tmp_path / "reds" / "run", folders))
+
+
+def test_a_run_may_lie_beside_the_files_of_mnist(tmp_path: Path) -> None:
+    for part in ("train", "t10k"):
+        write_idx(tmp_path, part, *bars(8))
+    given = {"train_dir": tmp_path, "val_dir": tmp_path}
+    task = {"model": "timm/test_byobnet", "image_size": 32}
+    train(config(tmp_path / "run", given, task=task, optimization={"max_update": 1}))
+
+
+def test_an_averaged_model_needs_the_images_that_it_is_measured_on_alone(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "timm.pth"
+    torch.save(build_model("timm/test_byobnet", **SIZES).state_dict(), checkpoint)
+    task = {**WITH_BATCH_NORM, "model_args": (f"checkpoint_path={checkpoint}",)}
+    train(config(tmp_path / "run", folders, task=task, optimization={"max_epoch": 1}))
+    average([str(tmp_path / "run"), "--output", str(tmp_path / "mean"), "--last", "1"])
+    best = str(tmp_path / "run" / "checkpoints" / "best")
+    validate([best])
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+    checkpoint.unlink()  # its weights are in the model folder
+    folders["train_dir"].rename(tmp_path / "elsewhere")
+    for model in (best, str(tmp_path / "mean")):
+        validate([model, "--val-dir", str(folders["val_dir"])])
+        assert json.loads(capsys.readouterr().out) == expected
+    validate([best])
+    assert json.loads(capsys.readouterr().out) == expected
+    validate([str(tmp_path / "mean"), "--split", "train", "--train-dir", str(tmp_path / "elsewhere")])
+    assert json.loads(capsys.readouterr().out)["split"] == "train"
+    for model, split, option in ((best, "train", "train-dir"), (tmp_path / "mean", "valid", "val-dir")):
+        with pytest.raises(SystemExit):
+            validate([str(model), "--split", split])
+        assert f"Name it: `nmt-validate MODEL --{option} PATH`" in capsys.readouterr().err
+    load_model(tmp_path / "mean")

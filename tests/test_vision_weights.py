@@ -63,7 +63,7 @@ def test_what_does_not_fit_or_cannot_be_read_is_refused_in_a_line(tmp_path: Path
 
     assert "is missing" in refusal(tmp_path / "lost.pt")
     torch.save({"a.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert "none of the 1 tensors" in refusal(tmp_path / "other.pt")
+    assert "(1) none fits" in refusal(tmp_path / "other.pt")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     assert "must hold a dictionary of weights" in refusal(tmp_path / "empty.pt")
     (tmp_path / "cut.safetensors").write_bytes(b"\x08")

@@ -11,8 +11,8 @@ from nmt.errors import UserError
 MODEL_NAME = "model.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
 _LONGEST_NAME = 100
-# What a file system without symbolic links says.
-_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# What a disk says on which a file would fare no better than a symbolic link.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def write_link(path: Path, name: str) -> None:
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(name)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
+    except (OSError, NotImplementedError) as error:
+        # There is no telling what a file system without symbolic links says, or whether it gives a number.
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise
         temporary.write_text(f"{name}\n", encoding="utf-8")
     temporary.replace(path)

@@ -4,17 +4,19 @@ Model folders are published, so they name no place: where a run has its data is 
 and taken from there as long as the model lies in it. Imports no torch.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nmt.config.fields import list_options
 from nmt.config.mapping import from_mapping, path_options, read_yaml, write_yaml
+from nmt.config.untold import UNTOLD, is_untold
 from nmt.errors import DamagedError
 from nmt.options import TrainConfig
 from nmt.task import load_task
 
 CONFIG_NAME = "config.yaml"
 _CHECKPOINTS = "checkpoints"
-_UNTOLD = "(a path that the model folder does not tell)"
 
 
 def write_model_config(config: TrainConfig[Any], folder: Path) -> None:
@@ -39,8 +41,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     of_run = checkpoints.parent / CONFIG_NAME
     if checkpoints.name == _CHECKPOINTS and of_run.is_file():
         told = read_yaml(of_run)
-        for option in path_options(_config_type(task)):
-            if option.key not in mapping and option.key in told:
+        for option in list_options(_config_type(task)):
+            is_missing = option.is_path and option.key not in mapping
+            if (is_missing or is_untold(mapping.get(option.key))) and option.key in told:
                 mapping[option.key] = told[option.key]
     return mapping
 
@@ -51,10 +54,14 @@ def load_model_config(folder: Path) -> TrainConfig[Any]:
     Raises:
         UserError: A file is missing or damaged.
     """
-    mapping = read_model_config(folder)
-    config_type = _config_type(mapping["task"])
-    untold = {option.key: _UNTOLD for option in path_options(config_type) if option.is_required}
-    return from_mapping(config_type, {**untold, **mapping}, where=str(folder / CONFIG_NAME))
+    mapping = with_untold_paths(read_model_config(folder))
+    return from_mapping(_config_type(mapping["task"]), mapping, where=str(folder / CONFIG_NAME))
+
+
+def with_untold_paths(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a model with `UNTOLD` for the paths that it must have and lacks."""
+    paths = path_options(_config_type(mapping["task"]))
+    return {**{option.key: UNTOLD for option in paths if option.is_required}, **mapping}
 
 
 def _config_type(task: str) -> type[TrainConfig[Any]]:

@@ -19,7 +19,7 @@ from nmt.cli.references import References
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config.mapping import parse_command
 from nmt.data.vocabulary import EOS_ID
-from nmt.errors import UserError
+from nmt.errors import UserError, counted
 
 if TYPE_CHECKING:
     import torch
@@ -327,7 +327,7 @@ class _Report:
             (self.without_score, f"no translation, because {self._why_without_score()}"),
         ):
             if lines.count:
-                counts = f"{lines.count:,} of {self.num_lines:,} lines"
+                counts = f"{lines.count:,} of {counted(self.num_lines, 'line')}"
                 print(f"{PROG}: warning: {counts}: {fault} ({lines})", file=sys.stderr)
         for warning in (*self.source.warnings(), *self.target.warnings()):
             print(f"{PROG}: warning: {warning}", file=sys.stderr)
@@ -345,9 +345,8 @@ class _Report:
     def _print_summary(self) -> None:
         seconds = time.perf_counter() - self.started
         rate = self.num_lines / max(seconds, 1e-9)
-        summary = (
-            f"{self.num_lines:,} lines | {self.num_blank:,} blank | {seconds:.1f} s | {rate:,.1f} lines/s"
-        )
+        lines = counted(self.num_lines, "line")
+        summary = f"{lines} | {self.num_blank:,} blank | {seconds:.1f} s | {rate:,.1f} lines/s"
         # In the same line, since whoever names a run may want to know which of its models has translated.
         notes = [f" | model: {model.note}" for model in self.models if model.note is not None]
         print(summary + "".join(notes), file=sys.stderr)

@@ -14,7 +14,7 @@ from nmt.cli.options import ScoreOptions
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config.mapping import parse_command
 from nmt.data.blocks import unequal_counts
-from nmt.errors import UserError
+from nmt.errors import UserError, counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,7 +118,8 @@ def score_by_model(options: ScoreOptions) -> None:
         print(f"{PROG}: warning: {warning}", file=sys.stderr)
     perplexity = math.exp(-total / num_tokens) if num_tokens else math.nan
     print(
-        f"{num_lines:,} lines | {num_blank:,} with a blank source, not scored | {num_tokens:,} tokens | "
+        f"{counted(num_lines, 'line')} | {num_blank:,} with a blank source, not scored | "
+        f"{counted(num_tokens, 'token')} | "
         f"log-probability {total:.2f} | perplexity {perplexity:.3f}",
         file=sys.stderr if options.output is None else sys.stdout,
     )

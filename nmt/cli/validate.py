@@ -1,22 +1,23 @@
 """nmt-validate: measure a model on a split of its task."""
 
 import dataclasses
+import functools
 import json
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nmt.checkpoints.find_folder import find_model, moved_path
-from nmt.checkpoints.model_config import CONFIG_NAME, read_model_config
+from nmt.checkpoints.model_config import CONFIG_NAME, read_model_config, with_untold_paths
 from nmt.cli.command import announce_models, run_command
 from nmt.config.command_line import is_flag
-from nmt.config.fields import list_options
-from nmt.config.mapping import asks_for, parse_command, peek, print_version
+from nmt.config.fields import Option
+from nmt.config.mapping import asks_for, parse_command, path_options, peek, print_version
+from nmt.config.untold import is_untold
 from nmt.errors import UserError
 from nmt.options import TrainConfig
-from nmt.task import load_task
+from nmt.task import NamesItsData, load_task
 
 PROG = "nmt-validate"
 _USAGE = f"""usage: {PROG} MODEL [--split NAME] [options of nmt-train]
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"MODEL must be named first, but is not. See `{PROG} --help`.")
         (folder,) = announce_models(PROG, [find_model(Path(arguments[0]))])
         split, options = _take_split(arguments[1:])
-        config = _find_moved_data(_configure(folder, options), folder, options)
+        config = _find_data(_configure(folder, options), folder, options, split=split)
         from nmt.update.validation import validate_model
 
         results = validate_model(
@@ -63,18 +64,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _configure(folder: Path, options: Sequence[str]) -> TrainConfig[Any]:
     """Return what the model was trained with, changed by what is given here."""
-    mapping = read_model_config(folder)
+    mapping = with_untold_paths(read_model_config(folder))
     task_options = load_task(mapping["task"])
     return parse_command(
         TrainConfig[task_options],  # type: ignore[valid-type]
         options,
         prog=PROG,
         description="",
-        known=(str(folder / CONFIG_NAME), {"save-dir": str(folder), **mapping}),
+        known=(str(folder / CONFIG_NAME), mapping),
     )
 
 
-def _find_moved_data(config: TrainConfig[Any], folder: Path, given: Sequence[str]) -> TrainConfig[Any]:
+def _find_data(
+    config: TrainConfig[Any], folder: Path, given: Sequence[str], *, split: str
+) -> TrainConfig[Any]:
     """Look for the data of a run that was moved together with them, and say where they are now.
 
     What stands in the arguments that are given is taken as it is.
@@ -82,26 +85,46 @@ def _find_moved_data(config: TrainConfig[Any], folder: Path, given: Sequence[str
     Raises:
         UserError: They are not there; it says how to name them.
     """
-    found: dict[str, Path] = {}
-    for option in list_options(type(config.task_options)):
-        path = getattr(config.task_options, option.name, None)  # those of inner dataclasses are no data
+    options = config.task_options
+    for option in _data_options(options, split):
+        path = functools.reduce(getattr, (*option.owner, option.name), options)
         if not isinstance(path, Path) or str(path) in given:
             continue
         # First, since a relative path may lead to other data from here.
-        moved = moved_path(path, old_run=config.save_dir, model_folder=folder)
+        moved = None
+        if not is_untold(path):
+            moved = moved_path(path, old_run=config.save_dir, model_folder=folder)
         if moved is not None and not (path.exists() and path.samefile(moved)):
             print(f"{PROG}: {option.key}: {moved} (was {path} when the model was trained)", file=sys.stderr)
-            found[option.name] = moved
+            options = _replace(options, (*option.owner, option.name), moved)
         elif not path.exists():
+            where = "the model folder does not tell where they are"
+            if not is_untold(path):
+                where = f"{path}, where it was trained, is not there"
             how = f"{PROG} MODEL {option.label if option.is_positional else f'{option.flag} PATH'}"
             raise UserError(
-                f"`{option.key}` must be the data to measure the model on, but {path}, where it was trained, "
-                f"is not there. Name it: `{how}`."
+                f"`{option.key}` must be the data to measure the model on, but {where}. Name it: `{how}`."
             )
-    if not found:
-        return config
-    options = dataclasses.replace(typing.cast(Any, config.task_options), **found)
     return dataclasses.replace(config, task_options=options)
+
+
+def _data_options(options: Any, split: str) -> list[Option]:
+    """List the options that name data: those that the task says, or else its paths.
+
+    Of inner dataclasses, such as another task's that it is made of, those that must be given.
+    """
+    paths = path_options(type(options))
+    if isinstance(options, NamesItsData):
+        names = options.data_options(split)
+        return [option for option in paths if option.name in names]
+    return [option for option in paths if option.is_required or not option.owner]
+
+
+def _replace(options: Any, names: Sequence[str], value: Any) -> Any:
+    """Return a nest of options with another value for the field that some names lead to."""
+    if len(names) > 1:
+        value = _replace(getattr(options, names[0]), names[1:], value)
+    return dataclasses.replace(options, **{names[0]: value})
 
 
 def _take_split(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -31,12 +31,15 @@ from nmt.config.fields import Positional as Positional
 from nmt.config.help import format_help
 from nmt.config.other_names import answer
 from nmt.config.ranges import check_numbers
+from nmt.config.untold import hide_places, is_untold
 from nmt.config.values import MismatchError, convert, shorten, suggest, to_text
 from nmt.config.yaml_file import read_yaml as read_yaml
 from nmt.config.yaml_file import write_flat_yaml
 from nmt.errors import UserError
 
 T = TypeVar("T")
+
+_BY_FUNCTION = "Make the configuration with nmt.train_config(...), which converts what it is given."
 
 
 @runtime_checkable
@@ -90,16 +93,23 @@ def to_mapping(instance: Any, *, with_paths: bool = True) -> dict[str, Any]:
 
     Args:
         instance: the options.
-        with_paths: False to leave out the options that hold paths: they tell about the machine.
+        with_paths: False to leave out the paths that must be given, and hide the other places (`untold.py`): they
+            tell about the machine.
     """
     mapping: dict[str, Any] = {}
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
             mapping |= to_mapping(value, with_paths=with_paths)
-        elif with_paths or not _holds_path(value):
+        elif with_paths:
             mapping[field.name.replace("_", "-")] = to_text(value)
+        elif not (_holds_path(value) and _is_required(field)):
+            mapping[field.name.replace("_", "-")] = to_text(hide_places(value))
     return mapping
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _holds_path(value: Any) -> bool:
@@ -176,6 +186,37 @@ def print_version(prog: str) -> typing.NoReturn:
     versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
     print(f"{prog} {__version__} ({versions})")
     raise SystemExit(0)
+
+
+def check_types(instance: Any) -> None:
+    """Check a nest of options that was made by hand: that each field holds what it is for.
+
+    Raises:
+        UserError: One does not.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        hint, value = hints[field.name], getattr(instance, field.name)
+        name = field.name.rstrip("_").replace("_", "-")
+        expected = typing.get_origin(hint) or hint
+        if isinstance(hint, TypeVar) or dataclasses.is_dataclass(expected):
+            is_fitting = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            if not is_fitting or (isinstance(expected, type) and not isinstance(value, expected)):
+                what = expected.__name__ if isinstance(expected, type) else "a dataclass of options"
+                raise UserError(f"`{name}` must be {what}, but is {shorten(value)}. {_BY_FUNCTION}")
+            check_types(value)
+            continue
+        try:
+            converted = convert(hint, value)
+        except AssertionError:  # a plugin may hold what no option can be
+            continue
+        except MismatchError as error:
+            raise UserError(f"`{name}` must be {error}, but is {shorten(value)}. {_BY_FUNCTION}") from None
+        if isinstance(value, str) and not isinstance(converted, str):
+            kind = "Path" if isinstance(converted, Path) else type(converted).__name__
+            raise UserError(
+                f"`{name}` must be of type {kind}, but is the text {shorten(value)}. {_BY_FUNCTION}"
+            )
 
 
 def check_options(instance: Any) -> None:
@@ -274,7 +315,8 @@ def _convert_mapping(
         try:
             values[option.name] = convert(option.hint, value)
         except MismatchError as error:
-            shown = "empty" if value is None or value == "" else shorten(value)
+            is_empty = value is None or (isinstance(value, str) and not value)
+            shown = "empty" if is_empty else shorten(value)
             text = f"{where}: `{option.key}` must be {error}, but is {shown}."
             raise UserError(text + error.suggestion) from None
         _check_preset(option, values[option.name], f"{where}: `{option.key}`")
@@ -293,6 +335,6 @@ def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
         old, new = getattr(before, field.name), getattr(now, field.name)
         if dataclasses.is_dataclass(old) and type(old) is type(new):
             changed += changed_fixed_options(old, new)
-        elif field.metadata.get("fixed") and old != new and not _holds_path(old):
+        elif field.metadata.get("fixed") and old != new and not _holds_path(old) and not is_untold(old):
             changed.append((field.name.replace("_", "-"), old, new))
     return changed

@@ -1,12 +1,15 @@
 """One value of an option: text <-> the type of its field, strictly; and the nearest of some names."""
 
 import difflib
+import numbers
 import types
 import typing
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from nmt.errors import shown
 
 _NEAR, _NEAR_IF_SHORT, _SHORT = (
     0.8,
@@ -15,6 +18,8 @@ _NEAR, _NEAR_IF_SHORT, _SHORT = (
 )  # similarity by difflib: one letter in five may differ, or of four
 _MOST_SUGGESTIONS = 3
 _LONGEST_SHOWN = 80
+_NUMBERS: dict[Any, type] = {int: numbers.Integral, float: numbers.Real}  # NumPy's are some, too
+_MOST = 10**100  # Python itself does not print numbers of thousands of digits
 _EMPTY_WORDS = ("", "~", "null", "none")
 _BOOLEAN_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -40,7 +45,11 @@ def convert(hint: Any, value: Any) -> Any:
         return _convert_union(hint, value)
     if origin is Literal:
         choices = {str(to_text(choice)): choice for choice in arguments}
-        text = str(to_text(value))
+        # Of what is neither text nor a number nobody knows what it makes of itself as text.
+        is_simple = (
+            value is None or isinstance(value, str | float) or (isinstance(value, int) and value < 2**63)
+        )
+        text = str(to_text(value)) if is_simple else ""
         if text in choices:
             return choices[text]
         near = suggest(text, choices)
@@ -80,7 +89,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def shorten(value: object, *, quote: bool = True) -> str:
     """Show a value in an error: on one line, without control characters, and not longer than a line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # whatever an object of a stranger does then; Python itself refuses thousands of digits
+        return shown(value)
     if not quote:
         text = text[1:-1]
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 4] + "..." + text[-1] * quote
@@ -126,9 +138,11 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
                 return hint(value)
         if hint is str or (hint is Path and value and "\0" not in value):
             return hint(value)
-    elif hint in (int, float) and isinstance(value, (int, hint)) and not isinstance(value, bool):
+    elif hint in (int, float) and isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool):
         with suppress(OverflowError):
-            return hint(value)
+            number = hint(value)
+            if hint is float or abs(number) < _MOST:
+                return number
     elif (hint is bool and isinstance(value, bool)) or (hint is Path and isinstance(value, Path)):
         return value
     rules = {

@@ -31,7 +31,7 @@ from nmt.data.batching import (
 )
 from nmt.data.options import BatchingOptions
 from nmt.data.packing import most_sentences
-from nmt.errors import DamagedError, UserError
+from nmt.errors import DamagedError, UserError, counted
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -301,7 +301,7 @@ class BatchIterator:
         if state["dataset_size"] != len(self._examples):
             raise UserError(
                 f"the training data must stay the same during an epoch, but epoch {state['epoch']} was begun "
-                f"with {state['dataset_size']:,} examples, and now there are {len(self._examples):,}. "
+                f"with {counted(state['dataset_size'], 'example')}, and now there are {len(self._examples):,}. "
                 "Resume with the data directory that the run was started with."
             )
         window = Window(
@@ -315,8 +315,8 @@ class BatchIterator:
             or any(len(limit) not in (1, num_columns) for limit in positions)
         ):
             raise DamagedError(
-                f"the place in the training data must lie within its {len(self._examples):,} examples, but does "
-                "not. Restore the checkpoint, or begin a new run."
+                f"the place in the training data must lie within its {counted(len(self._examples), 'example')}, "
+                "but does not. Restore the checkpoint, or begin a new run."
             )
         self._position = _Position(window, cuts, state["examples_consumed"])
 

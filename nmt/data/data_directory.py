@@ -9,7 +9,7 @@ from typing import Any
 from nmt.config.records import LANGUAGE, NAME, MapOf, Record, Whole, read_record
 from nmt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
 from nmt.data.vocabulary import Vocabulary
-from nmt.errors import DamagedError, UserError
+from nmt.errors import DamagedError, UserError, counted
 
 FORMAT_VERSION = 1
 RECORD_NAME = "preprocess.json"
@@ -95,7 +95,7 @@ class DataDirectory:
         vocabulary = Vocabulary.load(path)
         if len(vocabulary) != self.record.get("vocabulary_size", len(vocabulary)):
             raise UserError(
-                f"{path} must have {self.record['vocabulary_size']:,} tokens with the special ones, as "
+                f"{path} must have {counted(self.record['vocabulary_size'], 'token')} with the special ones, as "
                 f"{RECORD_NAME} says, but has {len(vocabulary):,}. {_MAKE_AGAIN}"
             )
         return vocabulary

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nmt.errors import UserError, shown
+from nmt.errors import UserError, counted, shown
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the type, number of sequences
@@ -148,8 +148,8 @@ def _check_index(
         if is_wrong.any():
             number = start + int(is_wrong.argmax())
             raise UserError(
-                f"{path} is damaged: sequence {number:,} cannot be of {int(sizes[number]):,} tokens from byte "
-                f"{int(offsets[number]):,} on. Make or copy the data directory again."
+                f"{path} is damaged: sequence {number:,} cannot be of {counted(int(sizes[number]), 'token')} from "
+                f"byte {int(offsets[number]):,} on. Make or copy the data directory again."
             )
         end = int(ends[-1])
     return end
@@ -186,12 +186,12 @@ def _read_header(path: Path) -> tuple[np.dtype[np.integer], int]:
     expected = _HEADER.size + _BYTES_PER_SEQUENCE * count
     if actual < expected:
         raise UserError(
-            f"{path} is cut short: {count:,} sequences make {expected:,} bytes, but it has {actual:,}. "
-            "Make or copy the data directory again."
+            f"{path} is cut short: it must have {expected:,} bytes for {counted(count, 'sequence')}, but "
+            f"has {actual:,}. Make or copy the data directory again."
         )
     if actual > expected:
         raise UserError(
-            f"{path} must have {expected:,} bytes for {count:,} sequences, but has {actual:,}. "
+            f"{path} must have {expected:,} bytes for {counted(count, 'sequence')}, but has {actual:,}. "
             "Megatron's variant of the format, with its document index, cannot be read: "
             "make the data with nmt-preprocess."
         )

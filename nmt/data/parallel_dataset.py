@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
-from nmt.errors import UserError
+from nmt.errors import UserError, by_number, counted
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
 """Source and target ids of a sentence pair, each one-dimensional and ending with eos."""
@@ -142,8 +142,9 @@ class ParallelDataset:
         assert self.positions is not None
         source, target = self.positions
         return [
-            f"{self.split}: {num_cut:,} of {len(self):,} pairs are longer than the positions of the model "
-            f"({source:,} and {target:,}): the loss is of as much as it takes; they are translated whole, in parts"
+            f"{self.split}: {num_cut:,} of {counted(len(self), 'pair')} {by_number(num_cut, 'is', 'are')} longer "
+            f"than the positions of the model ({source:,} and {target:,}): the loss is of as much as it takes; "
+            f"{by_number(num_cut, 'it is', 'they are')} translated whole, in parts"
         ]
 
     def fingerprint(self) -> str:

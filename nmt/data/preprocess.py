@@ -32,7 +32,7 @@ from nmt.data.overwriting import check_inputs_stay, check_replaceable
 from nmt.data.segmenter import Segmenter, find_misnamed_pieces, read_vocabulary, train_segmenter
 from nmt.data.segmenter_file import without_paths
 from nmt.data.vocabulary import Vocabulary
-from nmt.errors import UserError
+from nmt.errors import UserError, by_number, counted
 from nmt.system.new_folder import new_folder
 
 MAX_TRAINING_SENTENCES = 10_000_000  # of both sides together, for SentencePiece
@@ -127,7 +127,7 @@ def _make_segmenter(
         check_plain_file(options.sentencepiece_model, "sentencepiece-model")
         model_path.write_bytes(without_paths(options.sentencepiece_model.read_bytes()))
         vocabulary = read_vocabulary(options.sentencepiece_model)
-        log(f"SentencePiece model: {options.sentencepiece_model}, {len(vocabulary):,} pieces")
+        log(f"SentencePiece model: {options.sentencepiece_model}, {counted(len(vocabulary), 'piece')}")
         if misnamed := find_misnamed_pieces(options.sentencepiece_model):
             named = " ".join(misnamed)
             log(
@@ -139,7 +139,7 @@ def _make_segmenter(
     num_lines = train.source.num_lines + train.target.num_lines
     if num_lines > MAX_TRAINING_SENTENCES:
         log(
-            f"SentencePiece model: trained on {MAX_TRAINING_SENTENCES:,} of {num_lines:,} lines, "
+            f"SentencePiece model: trained on {MAX_TRAINING_SENTENCES:,} of {counted(num_lines, 'line')}, "
             "evenly spread over both sides"
         )
     size = train_segmenter(
@@ -154,7 +154,7 @@ def _make_segmenter(
     )
     if size < options.vocab_size:
         log(f"warning: `vocab-size` lowered from {options.vocab_size:,} to {size:,}: the text yields no more")
-    log(f"SentencePiece model: trained, {size:,} pieces, {time.monotonic() - start:.1f} s")
+    log(f"SentencePiece model: trained, {counted(size, 'piece')}, {time.monotonic() - start:.1f} s")
     return read_vocabulary(model_path)
 
 
@@ -205,7 +205,7 @@ def _make_split(
         log(line)
     if report.num_pairs == 0:
         raise UserError(
-            f"{source} and {target} must hold pairs to keep, but all {report.num_read:,} were dropped, "
+            f"{source} and {target} must hold pairs to keep, but all ({report.num_read:,}) were dropped, "
             f"{_describe_dropped(report, options)}. Check the files and `max-length`."
         )
     return report
@@ -214,12 +214,12 @@ def _make_split(
 def _describe(name: str, report: SplitReport, options: PreprocessOptions, seconds: float) -> Iterator[str]:
     """Yield the lines of the report on a split."""
     yield (
-        f"{name}: {report.num_pairs:,} pairs; dropped {_describe_dropped(report, options)}; "
+        f"{name}: {counted(report.num_pairs, 'pair')}; dropped {_describe_dropped(report, options)}; "
         f"{seconds:.1f} s ({report.num_read / max(seconds, 1e-3):,.0f} pairs/s)"
     )
     for lang, side in ((options.source_lang, report.source), (options.target_lang, report.target)):
         yield (
-            f"{name}.{lang}: {side.num_tokens:,} tokens, unk {side.rate(side.num_unk):.4%}, "
+            f"{name}.{lang}: {counted(side.num_tokens, 'token')}, unk {side.rate(side.num_unk):.4%}, "
             f"byte fallback {side.rate(side.num_bytes):.4%}"
         )
         for what, count in (("unknown", side.num_unk), ("bytes", side.num_bytes)):
@@ -229,18 +229,19 @@ def _describe(name: str, report: SplitReport, options: PreprocessOptions, second
                     "hardly knows this text. Is it the right model, and is the text of this language?"
                 )
     if report.num_long:
-        yield f"{name}: {report.num_long:,} pairs are longer than {options.max_length:,} pieces, and kept"
+        are = by_number(report.num_long, "pair is", "pairs are")
+        yield f"{name}: {report.num_long:,} {are} longer than {counted(options.max_length, 'piece')}, and kept"
     if report.dropped["too_long"] > _LARGE_SHARE_TOO_LONG * report.num_read:
         share = report.dropped["too_long"] / report.num_read
         yield (
-            f"warning: {share:.1%} of the pairs of {name} were dropped as longer than {options.max_length:,} "
-            "pieces. Are the sentences split, and is `max-length` as meant?"
+            f"warning: {share:.1%} of the pairs of {name} were dropped as longer than "
+            f"{counted(options.max_length, 'piece')}. Are the sentences split, and is `max-length` as meant?"
         )
 
 
 def _describe_dropped(report: SplitReport, options: PreprocessOptions) -> str:
     empty, too_long = report.dropped["empty"], report.dropped["too_long"]
-    return f"{empty:,} with an empty side, {too_long:,} longer than {options.max_length:,} pieces"
+    return f"{empty:,} with an empty side, {too_long:,} longer than {counted(options.max_length, 'piece')}"
 
 
 def _make_record(

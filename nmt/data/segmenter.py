@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nmt.data.piece_spans import Span, read_spans
 from nmt.data.text import clean_line
 from nmt.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, SPECIALS, UNK_ID, Vocabulary
-from nmt.errors import DamagedError, UserError
+from nmt.errors import DamagedError, UserError, counted
 
 # Fixed, because it enters into the model file, and into the rounding of a unigram model's scores.
 _NUM_TRAINING_THREADS = 8
@@ -173,8 +173,8 @@ class _LoadedModel:
         if 2 * num_known < len(vocabulary) - len(SPECIALS):
             raise UserError(
                 f"the vocabulary must belong to {path}, but only {num_known:,} of its "
-                f"{len(vocabulary) - len(SPECIALS):,} tokens are pieces of that model. "
-                "Take both from one data directory."
+                f"{counted(len(vocabulary) - len(SPECIALS), 'token')} can be found among the pieces of that "
+                "model. Take both from one data directory."
             )
 
 

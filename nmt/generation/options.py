@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 from nmt.config.ranges import ANY, check_numbers, check_ranges
-from nmt.errors import UserError
+from nmt.errors import UserError, counted
 
 # A million tokens to the power of 5 is 1e30, and a million times 1e30 is within float32, which ends at 3e38.
 MOST_HYPOTHESES = 10_000  # of a beam
@@ -170,7 +170,7 @@ class DecodingOptions:
             raise UserError(f"`{name}` must come with several models, but there is one. Name them A:B.")
         if self.ensemble_weights and len(self.ensemble_weights) != num_models:
             raise UserError(
-                f"`ensemble-weights` must be {num_models} numbers, one for each model, but they are "
+                f"`ensemble-weights` must be {counted(num_models, 'number')}, one for each model, but they are "
                 f"{len(self.ensemble_weights)}. Give as many."
             )
 

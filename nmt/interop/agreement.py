@@ -10,7 +10,7 @@ import numpy as np
 
 from nmt.data.text import is_blank
 from nmt.data.vocabulary import EOS_ID, UNK_ID
-from nmt.errors import UserError
+from nmt.errors import UserError, counted
 from nmt.generation.options import DecodingOptions
 from nmt.translation.translator import Translation, Translator
 
@@ -45,13 +45,13 @@ class Agreement:
         found = "no translation ended by itself"
         if self.num_sentences:
             found = (
-                f"{self.num_equal:,} of {self.num_sentences:,} translations equal, {self.num_ties:,} ties, "
-                f"{len(self.faults):,} others"
+                f"{self.num_equal:,} of {counted(self.num_sentences, 'translation')} equal, "
+                f"{counted(self.num_ties, 'tie')}, {counted(len(self.faults), 'other')}"
             )
         cut = (
             f"; {self.num_cut:,} cut off at the limit, compared by their scores alone" if self.num_cut else ""
         )
-        left_out = f" ({self.num_left_out:,} lines more are left out)" if self.num_left_out else ""
+        left_out = f" (left out besides: {counted(self.num_left_out, 'line')})" if self.num_left_out else ""
         return (
             f"{found}{cut}{left_out}; scores differ by {self.largest_difference:.1e} at most, "
             f"{self.mean_difference:.1e} on average"

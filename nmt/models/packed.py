@@ -3,7 +3,6 @@
 Shapes: N, M tokens of the rows of queries and keys, P parts, I items, H heads, E head size, D = H*E model.
 """
 
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -11,6 +10,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nmt.system.slower import warn_slower
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,7 @@ def have_kernels(dtype: torch.dtype, head_size: int, device: torch.device) -> bo
     except (
         Exception
     ) as error:  # of Triton, of the compiler that it calls, of the driver: there is no common type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
-        warnings.warn(
-            f"training is slower than it could be: Triton does not work here ({reason})", stacklevel=2
-        )
+        warn_slower("Triton", error)
         return False
     return True
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nmt.system.slower import warn_slower
+
 # Logits that are held at once. On a CPU few enough for its caches (8 MB in float32: 250 tokens of 8,000
 # classes), elsewhere enough to keep the device busy.
 _LOGITS_AT_ONCE = {"cpu": 2_000_000}
@@ -204,14 +206,18 @@ def linear_cross_entropy(
 
 @cache
 def _loss_kernel(device: torch.device) -> ModuleType | None:
-    """Return `nmt.models.loss_kernel`, or None where Triton, or the C compiler that it calls, does not work."""
+    """Return `nmt.models.loss_kernel`, or None where Triton, or the C compiler that it calls, does not work.
+
+    It is tried out the first time; a warning says why it cannot be used.
+    """
     try:
         from nmt.models import loss_kernel
 
         logits, target = torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         loss_kernel.softmax_gradient_(logits, target, extra=1.0, ignored=None)
         torch.cuda.synchronize(device)
-    except Exception:  # of Triton, of the compiler, of the driver; `packed.have_kernels` says so
+    except Exception as error:  # of Triton, of the compiler, of the driver: there is no common type
+        warn_slower("Triton's kernel of the loss", error)
         return None
     return loss_kernel
 

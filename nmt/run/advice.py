@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from nmt.errors import counted
 from nmt.options import TrainConfig
 from nmt.run.resume import Surroundings
 from nmt.update.schedule import num_updates, num_warmup_updates
@@ -20,8 +21,8 @@ def advice(config: TrainConfig[Any], surroundings: Surroundings) -> Iterator[str
     if end is not None and warmup >= max(end, 2):
         reached = options.lr * end / warmup
         yield (
-            f"warning: the warm-up of {warmup:,} updates is as long as the run of {end:,} or longer: the learning "
-            f"rate only rises, to {reached:.2e} of {options.lr:.2e}. Lower `warmup-updates`"
+            f"warning: the warm-up of {counted(warmup, 'update')} is as long as the run of {end:,} or longer: the "
+            f"learning rate only rises, to {reached:.2e} of {options.lr:.2e}. Lower `warmup-updates`"
         )
     if options.lr > (usual := _HIGH_RATES.get(options.optimizer, math.inf)):
         yield (

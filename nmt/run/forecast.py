@@ -8,10 +8,11 @@ import torch
 
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batching import BatchLimits, padded_size, too_long
+from nmt.errors import by_number, counted
 from nmt.options import TrainConfig
 from nmt.run.flops import FlopCounter
 from nmt.run.memory_probe import peak_memory
-from nmt.task_extras import words_of
+from nmt.task_extras import Words, words_of
 from nmt.trainer import Trainer
 from nmt.update.compilation import uncompiled
 from nmt.update.schedule import num_updates
@@ -38,19 +39,20 @@ def forecast(
     per_epoch = batches.updates_per_epoch
     device = f"{world.size} x {world.device.type}"
     counts = parameter_counts(trainer.model)
-    rows = [("model", f"{sum(counts.values()):,} parameters")]
+    rows = [("model", counted(sum(counts.values()), "parameter"))]
     rows += [("", f"{count:>13,} {part}") for part, count in counts.items()]
     sums = sum_of_sizes(train_examples, batches.limits)
     sizes = " / ".join(f"{size:,}" for size in sums)
     # Where each example has the size 1 there is nothing to add.
     in_size = "" if sums == [batches.num_examples] else f" of {sizes} in size"
-    without = f" ({batches.num_too_long:,} more are left out)" if batches.num_too_long else ""
+    left_out = batches.num_too_long
+    without = f" ({left_out:,} more {by_number(left_out, 'is', 'are')} left out)" if left_out else ""
     flop = _scaled(_flop_a_target(trainer, train_examples, batches))
     rows += [
         (
             "data",
-            f"{batches.num_examples:,} training {words.examples}{in_size}{without}, "
-            f"{len(valid_examples):,} validation {words.examples}",
+            f"{_examples(batches.num_examples, 'training', words)}{in_size}{without}, "
+            f"{_examples(len(valid_examples), 'validation', words)}",
         ),
         (
             "updates",
@@ -80,7 +82,9 @@ def time_row(config: TrainConfig[Any], batches: BatchIterator, *, seconds: float
         return _row("time", f"{speed}; no end is set")
     left = max(end - done, 0)
     after = f" after update {done:,}" if done else ""
-    return _row("time", f"{speed}; validation apart, {duration(seconds * left)} for {left:,} updates{after}")
+    return _row(
+        "time", f"{speed}; validation apart, {duration(seconds * left)} for {counted(left, 'update')}{after}"
+    )
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
@@ -126,6 +130,10 @@ def _flop_a_target(trainer: Trainer, examples: "Examples[Any]", batches: BatchIt
     with in_steps, FlopCounter() as counter:
         trainer.probe(batch)
     return counter.total / max(batch.num_targets, 1)
+
+
+def _examples(count: int, kind: str, words: Words) -> str:
+    return counted(count, f"{kind} {words.example}", f"{kind} {words.examples}")
 
 
 def _row(name: str, text: str) -> str:

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from nmt.errors import UserError, shown
+from nmt.errors import UserError, counted, shown
 from nmt.run.run_log import read_records
 
 Record = dict[str, Any]
@@ -98,7 +98,7 @@ def open_runs(folders: Iterable[Path]) -> tuple[list[RunRecords], list[str]]:
     for folder in folders:
         records, num_damaged = read_records(folder)
         if num_damaged:
-            left_out.append(f"{num_damaged} damaged lines of {folder}")
+            left_out.append(f"{counted(num_damaged, 'damaged line')} of {folder}")
         if records:
             found[folder.resolve()] = records
         else:

@@ -16,9 +16,10 @@ from nmt.config.mapping import changed_fixed_options
 from nmt.data.batch_iterator import BatchIterator, packed_limits
 from nmt.data.batching import BatchLimits, Window, longest, window_examples
 from nmt.distributed import World, single
-from nmt.errors import UserError
+from nmt.errors import UserError, by_number, counted
 from nmt.options import TrainConfig
 from nmt.run.memory_probe import find_max_tokens, most_tokens
+from nmt.system.slower import telling_what_is_slower
 from nmt.task import CheckingTask, Examples, PackingTask, Task
 from nmt.task_extras import is_same_asset
 from nmt.trainer import Trainer
@@ -61,15 +62,15 @@ def left_out(batches: BatchIterator, config: TrainConfig[Any]) -> list[str]:
     if num_left == 0:
         raise UserError(
             f"`max-tokens` must be at least the length of some examples, but is "
-            f"{config.batching.max_tokens} and all {num_left_out:,} are longer. Raise it."
+            f"{config.batching.max_tokens} and all ({num_left_out:,}) are longer. Raise it."
         )
     if not num_left_out:
         return []
     share = num_left_out / (num_left_out + num_left)
     warning = "warning: " if share > 0.01 else ""
     return [
-        f"{warning}left out: {num_left_out:,} of {num_left_out + num_left:,} training examples "
-        f"({share:.2%}) are longer than max-tokens"
+        f"{warning}left out: {num_left_out:,} of {counted(num_left_out + num_left, 'training example')} "
+        f"({share:.2%}) {by_number(num_left_out, 'is', 'are')} longer than max-tokens"
     ]
 
 
@@ -95,19 +96,52 @@ def packing(
         UserError: They must be packed, but cannot.
     """
     batching = config.batching
-    is_wanted = batching.packing == "on" or (batching.packing == "auto" and device.type == "cuda")
-    if not is_wanted or batching.max_tokens is None:
+    if not _wants_packing(config, device):
         return None
-    if not (isinstance(task, PackingTask) and task.can_pack(model)):
+    if (reason := _why_padded(config, task, model)) is not None:
         if batching.packing == "on":
             raise UserError(
                 "`packing` must be auto or off where the task, its loss or its model takes no packed batches, but "
-                "is on. Leave it out."
+                f"is on, and {reason}. Leave it out."
             )
         return None
+    assert isinstance(task, PackingTask)
     limits = packed_limits(batching, examples.sizes)
     assert limits.max_sentences is not None
     return Packing(limits, partial(task.pack, examples, max_sentences=limits.max_sentences))
+
+
+def notes_on_padding(
+    config: TrainConfig[Any],
+    task: Task[Any],
+    model: nn.Module,
+    examples: Examples[Any],
+    device: torch.device,
+) -> list[str]:
+    """Return a line that says why batches are padded where packed ones were to be expected; none elsewhere.
+
+    Examples of one length need no padding, such as images.
+    """
+    if not _wants_packing(config, device) or bool((examples.sizes == examples.sizes[:1]).all()):
+        return []
+    reason = _why_padded(config, task, model)
+    if reason is None:
+        return []
+    return [f"batches are padded, which is slower on a GPU than packed ones: {reason}"]
+
+
+def _wants_packing(config: TrainConfig[Any], device: torch.device) -> bool:
+    wanted = config.batching.packing
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda")
+
+
+def _why_padded(config: TrainConfig[Any], task: Task[Any], model: nn.Module) -> str | None:
+    """Return why batches cannot be packed, or None if they can."""
+    if config.batching.max_tokens is None:
+        return "`max-tokens`, the size of packed rows, is not set"
+    if not isinstance(task, PackingTask):
+        return f"the task {config.task} packs no batches"
+    return task.why_padded(model)
 
 
 def with_max_tokens(
@@ -122,12 +156,12 @@ def with_max_tokens(
     """Find a number for `max-tokens` auto: that of the run so far, or what is good to train with and fits.
 
     Returns:
-        The configuration with it, and a line on what was chosen, if something was.
+        The configuration with it, and lines on what was chosen, if something was.
     """
     batching = config.batching
     if batching.max_tokens != "auto":
         return config, []
-    lines = []
+    lines: list[str] = []
     saved = world.broadcast(checkpoints.updates())
     if saved:
         max_tokens = load_config(checkpoints.at(saved[-1])).batching.max_tokens
@@ -149,16 +183,17 @@ def with_max_tokens(
             longest_example=int(lengths.max()),
             batches_an_update=world.size * batching.update_freq,
         )
-        max_tokens = find_max_tokens(
-            trainer,
-            examples,
-            sample,
-            multiple=batching.required_batch_size_multiple,
-            most=most,
-            world=world,
-        )
+        with telling_what_is_slower(lines):
+            max_tokens = find_max_tokens(
+                trainer,
+                examples,
+                sample,
+                multiple=batching.required_batch_size_multiple,
+                most=most,
+                world=world,
+            )
         why = (
             "for some 300 updates an epoch at least" if max_tokens == most else "what the memory has room for"
         )
-        lines = [f"max-tokens auto: {max_tokens:,}, {why}"]
+        lines.append(f"max-tokens auto: {max_tokens:,}, {why}")
     return replace(config, batching=replace(batching, max_tokens=max_tokens)), lines

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from nmt.config.values import to_text
@@ -58,16 +59,22 @@ class Change:
 class Resumption:
     """How a run goes on."""
 
+    begins: str
+    """Where from."""
     changes: Sequence[Change]
     warnings: Sequence[str]
     position: Position
 
+    @property
+    def lines(self) -> list[str]:
+        """What to say of it."""
+        changes = [f"resume: {change}" for change in self.changes]
+        return [f"resume: {self.begins}", *changes, *(f"warning: {warning}" for warning in self.warnings)]
+
     def report(self, log: RunLog, *, update: int, epoch: int) -> None:
-        """Say it, and keep it; if nothing is other than it was, nothing is written."""
-        for change in self.changes:
-            log.say(f"resume: {change}")
-        for warning in self.warnings:
-            log.say(f"warning: {warning}")
+        """Say it, and keep what is other than it was, if anything is."""
+        for line in self.lines:
+            log.say(line)
         if self.changes or self.warnings:
             changed = {change.name: [change.before, change.now] for change in self.changes}
             record = {"update": update, "epoch": epoch, "changed": changed, "warnings": list(self.warnings)}
@@ -102,6 +109,8 @@ def compare(
     now: TrainConfig[Any],
     state: Mapping[str, Any],
     here: Surroundings,
+    *,
+    folder: Path,
 ) -> Resumption:
     """Find out what is other than in a checkpoint, and where in the data the run goes on.
 
@@ -110,6 +119,7 @@ def compare(
         now: The options from here on.
         state: Of the checkpoint. An older release did not remember its surroundings.
         here: What surrounds the run now.
+        folder: The checkpoint.
 
     Raises:
         UserError: The training examples have changed within an epoch, and this is not wanted.
@@ -138,7 +148,8 @@ def compare(
     )
     if moved is not None:
         warnings.append(moved)
-    return Resumption(changes, warnings, position)
+    begins = f"from {folder}, update {trainer['update']}, epoch {position['epoch']}"
+    return Resumption(begins, changes, warnings, position)
 
 
 def changed_options(before: Any, now: Any) -> Iterator[Change]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from nmt.errors import UserError
@@ -77,6 +78,25 @@ def check_save_dir(path: Path) -> None:
             raise UserError(
                 f"`save-dir` must have no {file.name} but that of a run, which nmt-train replaces, but "
                 f"`{path}` has another one. Rename that file, or name another `save-dir`."
+            )
+
+
+def check_outside_of_data(path: Path, folders: Iterable[Path], *, name: str) -> None:
+    """Raise `UserError` if what is written at `path` would be taken for data.
+
+    Args:
+        path: What is going to be written.
+        folders: All that is in them is data.
+        name: The option that says `path`.
+    """
+    place = path.resolve()
+    for folder in folders:
+        data = folder.resolve()
+        if place == data or data in place.parents:
+            beside = data.with_name(f"{data.name}-run" if place == data else place.name)
+            raise UserError(
+                f"`{name}` must lie outside of `{folder}`, where every folder is taken for data, but is `{path}`. "
+                f"Put it elsewhere, such as `{beside}`."
             )
 
 

@@ -13,7 +13,7 @@ from sacrebleu.significance import PairedTest, Result
 
 from nmt.data.languages import has_own_writing, is_written_without_blanks, language_of
 from nmt.data.text import is_blank
-from nmt.errors import UserError
+from nmt.errors import UserError, counted
 
 _SIGNIFICANT = 0.05
 # In words of the longer side. What TER takes grows with the third power: at this length a line takes up to four
@@ -253,8 +253,7 @@ def _short_lines(metric: Any, *texts: list[str]) -> list[list[str]]:
 def _describe_left_out(num_left_out: int) -> str:
     if not num_left_out:
         return ""
-    lines = "1 line" if num_left_out == 1 else f"{num_left_out:,} lines"
-    return f" | without {lines} of more than {LONGEST_TER_LINE} words"
+    return f" | without {counted(num_left_out, 'line')} of more than {LONGEST_TER_LINE} words"
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:

@@ -150,15 +150,16 @@ class TranslationTask:
             for line in about_unknown(name, examples.unknown_shares())
         ]
 
-    def can_pack(self, model: nn.Module) -> bool:
-        """Return whether the loss and all parts of a model are ours: others may know padded batches alone."""
-        is_own_loss = type(self).compute_loss is TranslationTask.compute_loss
-        return (
-            is_own_loss
-            and self.packed_loss is not None
-            and isinstance(model, Transformer)
-            and find_stranger(model, within_encoder=True) is None
-        )
+    def why_padded(self, model: nn.Module) -> str | None:
+        """Return what is not ours in the loss or in a model: it may know padded batches alone."""
+        if self.options.r_drop:
+            return "`r-drop` is computed on padded batches alone"
+        if self.packed_loss is None or type(self).compute_loss is not TranslationTask.compute_loss:
+            return "the loss is not that of this package"
+        if not isinstance(model, Transformer):
+            return f"the model ({type(model).__name__}) is not the Transformer of this package"
+        stranger = find_stranger(model, within_encoder=True)
+        return None if stranger is None else f"{stranger} may know padded batches alone"
 
     def pack(self, examples: ParallelDataset, *, max_tokens: int, max_sentences: int) -> PackedDataset:
         """Return training examples to be packed."""
@@ -343,7 +344,7 @@ def _read_lines(path: Path, num_pairs: int) -> list[str]:
     ]
     if len(lines) != num_pairs:
         raise UserError(
-            f"`{path}` must have a line for each of the {num_pairs:,} pairs of its split, but has "
+            f"`{path}` must have a line for each pair of its split ({num_pairs:,}), but has "
             f"{len(lines):,}. Make the data directory again with nmt-preprocess."
         )
     return lines

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import UNK_ID
+from nmt.errors import by_number, counted
 
 _LARGE_SHARE = 0.05
 _LARGE_SHARE_OF_DATA = 0.1  # as nmt-preprocess has it
@@ -72,8 +73,8 @@ class UnknownPieces:
             found.append(f"{share:.1%} of the pieces of the {self._named} are unknown to the model. {remedy}")
         if 2 * self._num_in_pieces > self._num_lines:
             found.append(
-                f"{self._num_in_pieces:,} of {self._num_lines:,} lines of the {self._named} look as if they were "
-                "split into pieces already, but the model splits raw text itself. If they are, say so with "
-                "`input-is-pieces`."
+                f"{self._num_in_pieces:,} of {counted(self._num_lines, 'line')} of the {self._named} "
+                f"{by_number(self._num_in_pieces, 'looks', 'look')} as if split into pieces already, but the "
+                "model splits raw text itself. If that is so, say it with `input-is-pieces`."
             )
         return found

@@ -6,6 +6,7 @@ Legend: B images, C channels, H height, W width, N images of the split.
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nmt.errors import UserError
+from nmt.vision.folders import FolderImages
 from nmt.vision.identity import fingerprint
 from nmt.vision.image_files import UnreadableImage
 from nmt.vision.notes import describe_images
@@ -109,6 +111,13 @@ class ImageExamples:
     def notes(self) -> list[str]:
         """Return lines on what is left out, and on classes without images (`nmt.vision.notes`)."""
         return describe_images(self.source, self.classes)
+
+    def folders(self) -> list[Path]:
+        """Return the folders in which each folder would be a class, and each image one of its class."""
+        if not isinstance(self.source, FolderImages):
+            return []
+        path = self.source.path
+        return [path, *(path / name for name in self.source.classes)]  # which may be links to elsewhere
 
     def __len__(self) -> int:
         """Return the number of images N."""

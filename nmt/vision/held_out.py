@@ -53,8 +53,9 @@ def divide(
     if is_held_out.all() or not is_held_out.any():
         which = "others than" if is_held_out.any() else "some of"
         raise UserError(
-            f"`{images.path}` must have {which} the {len(wanted):,} images that are held out for validation, but "
-            "has none. Name the folder that the model was trained with, or other validation images by `val-dir`."
+            f"`{images.path}` must have {which} the images ({len(wanted):,}) that are held out for "
+            "validation, but has none. Name the folder that the model was trained with, or other "
+            "validation images by `val-dir`."
         )
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 

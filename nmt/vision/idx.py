@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nmt.errors import UserError
+from nmt.errors import UserError, counted
 from nmt.vision.stored import Split, StoredImages
 
 _IDX_PARTS: dict[Split, str] = {"train": "train", "valid": "t10k"}
@@ -33,7 +33,7 @@ def open_idx(folder: Path, split: Split) -> StoredImages:
     if len(labels) != len(images) or len(images) == 0:
         raise UserError(
             f"`{labels_path}` must have a label for each image, but has {len(labels):,} for "
-            f"{len(images):,} images. Get the files anew."
+            f"{counted(len(images), 'image')}. Get the files anew."
         )
     if 0 in images.shape:
         raise UserError(f"`{images_path}` must hold images of some pixels, but has none. Get it anew.")

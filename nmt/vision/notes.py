@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from nmt.errors import counted
 from nmt.vision.sources import FolderImages, ImageSource, StoredImages
 
 _NUM_NAMED = 5
@@ -20,7 +21,7 @@ def describe_images(source: ImageSource, classes: Sequence[str]) -> list[str]:
             shown = ", ".join(
                 f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds[:_NUM_KINDS]
             )
-            more = f", and {len(kinds) - _NUM_KINDS:,} more kinds" if len(kinds) > _NUM_KINDS else ""
+            more = f", and {counted(len(kinds) - _NUM_KINDS, 'more kind')}" if len(kinds) > _NUM_KINDS else ""
             where = f"files in the class folders of `{source.path}`"
             lines.append(f"left out: {where} that are of kinds not read: {shown}{more}")
         if left_out.num_beside:

@@ -135,8 +135,12 @@ class ImageClassificationOptions:
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"`val-fraction` must be at least 0 and below 1, but is {self.val_fraction}.")
         if (self.val_dir is None) == (self.val_fraction == 0):
-            fault = "both are missing" if self.val_dir is None else "both are given"
-            raise UserError(f"`val-dir` or `val-fraction` must be given, but {fault}. Give one of them.")
+            fault = (
+                "both are missing. Give one of them."
+                if self.val_dir is None
+                else "both are given. Leave one out, or set `val-fraction` to 0."
+            )
+            raise UserError(f"`val-dir` or `val-fraction` must be given, but {fault}")
         if self.pretrained and self.weights is not None:
             raise UserError("`weights` must be given without `pretrained`, but both are. Leave one out.")
         if self.max_bad_images < 0:
@@ -151,6 +155,10 @@ class ImageClassificationOptions:
         for argument in self.model_args:
             if "=" not in argument:
                 raise UserError(f"`model-args` must be of the form NAME=VALUE, but one is {shown(argument)}.")
+
+    def data_options(self, split: str) -> tuple[str, ...]:
+        """Return the field that names the images of a split, for whoever has the model already."""
+        return ("val_dir",) if split == "valid" and self.val_dir is not None else ("train_dir",)
 
     def build(self, assets: Path | None) -> ImageClassificationTask:
         """Make the task, with the classes of a model folder, or of the training images if there is none."""

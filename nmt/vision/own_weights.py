@@ -37,8 +37,9 @@ def take_weights(model: nn.Module, path: Path) -> str:
     fitting = [name for name in own if name in found and found[name].shape == own[name].shape]
     if not any(own[name].is_floating_point() for name in fitting):
         raise UserError(
-            f"`weights` must hold weights of the model, but none of the {len(found):,} tensors in `{path}` fits "
-            f"one of its {len(own):,} by name and shape. There are {_named(found)}; the model has {_named(own)}."
+            f"`weights` must hold weights of the model, but of the tensors in `{path}` ({len(found):,}) "
+            f"none fits one of its {len(own):,} by name and shape. There are {_named(found)}; the model has "
+            f"{_named(own)}."
         )
     for name in fitting:
         own[name].copy_(found[name])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.config.records import ListOf, Number, Record, Whole, read_limited, read_record
+from nmt.config.untold import is_untold
 from nmt.distributed import World
 from nmt.errors import DamagedError, UserError
 from nmt.system.prepared_shapes import keep_prepared_shapes
@@ -46,6 +47,7 @@ _FORMAT = Record(
     }
 )
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_WEIGHTS_OF_TIMM = "checkpoint_path="
 _NUM_SHOWN = 24
 _NUM_AT_ONCE = 128
 _FOLDER_IMAGE_SIZE = 224
@@ -61,6 +63,7 @@ class ImageClassificationTask:
         """Take classes and format from a model folder, or else from the training images."""
         keep_prepared_shapes(256)  # of each layer, forward and backward
         self.options = options
+        self.is_new = assets is None
         self.is_pretrained = options.pretrained and assets is None  # else the weights are the folder's
         self.own_weights = options.weights if assets is None else None
         self.about_weights: list[str] = []
@@ -83,9 +86,16 @@ class ImageClassificationTask:
 
     def build_model(self) -> nn.Module:
         """Return the model that is named, freshly initialised, with timm's weights or with those of a file."""
+        arguments = self.options.model_args
+        if (
+            not self.is_new
+        ):  # what is read from files is in the weights of the folder, and the files may be gone
+            arguments = tuple(
+                text for text in arguments if not is_untold(text) and not text.startswith(_WEIGHTS_OF_TIMM)
+            )
         model = build_model(
             self.options.model,
-            self.options.model_args,
+            arguments,
             num_classes=len(self.classes),
             num_channels=self.format.num_channels,
             image_size=self.format.image_size,
