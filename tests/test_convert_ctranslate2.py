@@ -291,7 +291,7 @@ def test_a_model_that_has_not_learned_to_end_is_compared_by_a_few_lines(
     assert len(compared) == 1 + bool(quantization)
     for line in compared:
         found = re.search(
-            r"; (\d+) cut off at the limit, compared by .* \((\d+) lines more are left out\)", line
+            r"; (\d+) cut off at the limit, compared by .* \(left out besides: (\d+) lines\)", line
         )
         assert found is not None
         assert 1 <= int(found[1]) <= 10 and 80 <= int(found[2]) <= 90  # some random ones may be blank
