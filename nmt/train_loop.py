@@ -1,7 +1,7 @@
 """The story of a run: epochs, updates, reports, validation, checkpoints, and when to stop."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -21,7 +21,7 @@ from nmt.errors import UnreadableExamplesError, UserError, one_line
 from nmt.options import TrainConfig
 from nmt.run.advice import advice
 from nmt.run.following import Followed
-from nmt.run.forecast import forecast, time_row
+from nmt.run.forecast import cost_rows, size_rows, time_row
 from nmt.run.going_back import checkpoint_to_go_back_to
 from nmt.run.memory_probe import find_packed_split, find_split
 from nmt.run.pace import try_updates
@@ -103,9 +103,9 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
 def _train(config: TrainConfig[Any], world: World, stop: StopRequest) -> TrainingResult:
     with closing(Run(config, world, stop)) as run:
         if config.dry_run:
-            lines = run.preview()
-            if world.is_main:
-                print("\n".join(map(one_line, lines)))
+            for line in run.preview():
+                if world.is_main:
+                    print(one_line(line), flush=True)
             return TrainingResult(run.checkpoints.path / "best", [], "dry-run")
         return run.train()
 
@@ -193,37 +193,39 @@ class Run:
         self.reports.end(reason, best=self._best_path(), progress=self.progress, followed=self.followed)
         return self._result(reason, is_finished=True)
 
-    def describe(self) -> list[str]:
-        """Return the lines that tell what the run is going to be; changes nothing."""
-        lines = left_out(self.batches, self.config)  # first, since it ends the run if nothing is left
-        lines += self.chosen
-        lines += [*notes_of(self.train_examples), *notes_of(self.valid_examples)]
+    def describe(self) -> Iterator[str]:
+        """Yield the lines that tell what the run is going to be, as they become known; changes nothing."""
+        yield from left_out(self.batches, self.config)  # first, since it ends the run if nothing is left
+        yield from self.chosen
+        yield from [*notes_of(self.train_examples), *notes_of(self.valid_examples)]
         if isinstance(self.task, LooksOver):
-            lines += self.task.look_over(self.train_examples, self.valid_examples, self.world)
-        lines += advice(self.config, self.surroundings)
+            yield from self.task.look_over(self.train_examples, self.valid_examples, self.world)
+        yield from advice(self.config, self.surroundings)
         check_model(self.task, self.trainer.model, self.world)
-        with telling_what_is_slower(lines):  # the first batches try kernels out
+        yield from size_rows(
+            self.trainer,
+            self.batches,
+            train_examples=self.batches.examples,
+            valid_examples=self.valid_examples,
+        )
+        slower: list[str] = []
+        with telling_what_is_slower(slower):  # the first batches try kernels out
             self._decide_split()
-            table = forecast(
-                self.config,
-                self.trainer,
-                self.batches,
-                train_examples=self.batches.examples,
-                valid_examples=self.valid_examples,
-            )
-        return [*lines, *table]
+            costs = cost_rows(self.trainer, self.batches, train_examples=self.batches.examples)
+        yield from [*slower, *costs]
 
-    def preview(self) -> list[str]:
-        """Return the lines that the run would begin with and one on the time; nothing is written.
+    def preview(self) -> Iterator[str]:
+        """Yield the lines that the run would begin with and, later, one on the time; nothing is written.
 
         Afterwards this process can no longer train.
         """
         saved = self.world.broadcast(self.checkpoints.updates())
-        lines = self._take_up(saved[-1])[0].lines if saved else []
+        if saved:
+            yield from self._take_up(saved[-1])[0].lines
         done = self.trainer.update
-        lines = [*lines, *self.describe()]
+        yield from self.describe()
         seconds = try_updates(self.trainer, self.batches)
-        return [*lines, time_row(self.config, self.batches, seconds=seconds, done=done)]
+        yield time_row(self.config, self.batches, seconds=seconds, done=done)
 
     def _decide_split(self) -> None:
         """Find out whether batches fit into memory, and let those that do not be run in parts."""

@@ -12,18 +12,24 @@ from nmt.run.pace import Pace
 from nmt.train_loop import train
 
 
-@given(st.lists(st.floats(1e-3, 5.0), max_size=300), st.integers(0, 1000), st.integers(0, 9))
+@given(
+    st.lists(st.floats(1e-3, 5.0) | st.floats(1e-3, 40.0), max_size=300),
+    st.integers(0, 1000),
+    st.integers(0, 9),
+)
 def test_the_mean_of_the_last_updates_after_the_first_ones_tells_the_rest(
     seconds: list[float], num_updates: int, num_validations: int
 ) -> None:
     pace = Pace()
     for second in seconds:
         pace.note_update(second)
-    first = next(  # ten updates, or two and more that have taken ten seconds
-        (n for n in range(2, len(seconds)) if n >= 10 or sum(seconds[:n]) >= 10), len(seconds)
+    first = next(  # ten updates, or fewer that have taken three seconds
+        (n for n in range(1, len(seconds)) if n >= 10 or sum(seconds[:n]) >= 3), len(seconds)
     )
     last = seconds[first:][-200:]
-    assert pace.is_known == (len(last) >= 10 or (len(last) >= 2 and math.fsum(last) >= 10))
+    # Ten more, or two that have taken six seconds, or one that has taken fifteen.
+    enough = {0: math.inf, 1: 15.0}.get(len(last), 6.0)
+    assert pace.is_known == (len(last) >= 10 or math.fsum(last) >= enough)
     if last:
         mean = math.fsum(last) / len(last)
         assert pace.seconds_per_update == pytest.approx(mean)
@@ -31,6 +37,15 @@ def test_the_mean_of_the_last_updates_after_the_first_ones_tells_the_rest(
         pace.validation_seconds = 60.0
         expected = mean * num_updates + 60 * num_validations
         assert pace.seconds_left(num_updates, num_validations) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("seconds", "num"), [(0.1, 20), (1.0, 9), (4.5, 3), (29.0, 2), (600.0, 2)])
+def test_a_slow_update_need_not_be_made_often_until_its_time_is_known(seconds: float, num: int) -> None:
+    pace = Pace()
+    for _ in range(num):
+        assert not pace.is_known
+        pace.note_update(seconds)
+    assert pace.is_known and pace.seconds_per_update == pytest.approx(seconds)
 
 
 @pytest.mark.usefixtures("points_plugin")

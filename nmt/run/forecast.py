@@ -23,18 +23,14 @@ if TYPE_CHECKING:
 _BLOCK = 2**20
 
 
-def forecast(
-    config: TrainConfig[Any],
+def size_rows(
     trainer: Trainer,
     batches: BatchIterator,
     *,
     train_examples: "Examples[Any]",
     valid_examples: "Examples[Any]",
 ) -> list[str]:
-    """Return the lines of a table; takes the time of a batch.
-
-    Call it after the worst batch has been probed (`nmt.run.memory_probe`), so that the memory is known.
-    """
+    """Return the lines of the table on the model and the data, for which nothing has to be computed."""
     world, words = trainer.world, words_of(trainer.task)
     per_epoch = batches.updates_per_epoch
     device = f"{world.size} x {world.device.type}"
@@ -47,7 +43,6 @@ def forecast(
     in_size = "" if sums == [batches.num_examples] else f" of {sizes} in size"
     left_out = batches.num_too_long
     without = f" ({left_out:,} more {by_number(left_out, 'is', 'are')} left out)" if left_out else ""
-    flop = _scaled(_flop_a_target(trainer, train_examples, batches))
     rows += [
         (
             "data",
@@ -58,8 +53,20 @@ def forecast(
             "updates",
             f"{per_epoch:,} an epoch, of about {sums[-1] / per_epoch:,.0f} {words.targets} on {device}",
         ),
-        ("work", f"{flop}FLOP {words.a_target} in matrix products, forward and backward"),
-        ("memory", f"{peak_memory(world.device) / 2**20:,.0f} MiB at most, after the largest batch"),
+    ]
+    return [_row(name, text) for name, text in rows]
+
+
+def cost_rows(trainer: Trainer, batches: BatchIterator, *, train_examples: "Examples[Any]") -> list[str]:
+    """Return the lines of the table on work and memory; takes the time of a batch.
+
+    Call it after the worst batch has been probed (`nmt.run.memory_probe`), so that the memory is known.
+    """
+    flop = _scaled(_flop_a_target(trainer, train_examples, batches))
+    a_target = words_of(trainer.task).a_target
+    rows = [
+        ("work", f"{flop}FLOP {a_target} in matrix products, forward and backward"),
+        ("memory", f"{peak_memory(trainer.world.device) / 2**20:,.0f} MiB at most, after the largest batch"),
     ]
     if batches.split_above is not None:
         size = "tokens" if batches.limits.is_packed else "examples x longest"

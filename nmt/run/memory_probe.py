@@ -62,7 +62,8 @@ def find_split(trainer: Trainer, examples: "Examples[Any]", batches: Sequence[In
     largest = max(batches, key=lambda batch: padded_size(sizes, batch))
     with_longest = max(batches, key=lambda batch: int(longest(sizes[batch]).max()))
     limit: int | None = None
-    for worst in (largest, with_longest):
+    # Where these are one batch it is not run twice: on a slow machine that takes as long as an update.
+    for worst in (largest,) if largest is with_longest else (largest, with_longest):
         batch = worst
         while not fits(trainer, examples, batch):
             if len(batch) == 1:

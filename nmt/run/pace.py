@@ -8,13 +8,11 @@ import torch
 from nmt.data.batch_iterator import BatchIterator
 from nmt.trainer import Trainer
 
-_NUM_FIRST, _FIRST_SECONDS = (
-    10,
-    10.0,
-)  # until the speed is steady: so many updates, or less if they take so long
-_FEWEST_FIRST = 2
-_NUM_KNOWN, _KNOWN_SECONDS = 10, 10.0  # that the speed is known from: likewise
-_FEWEST_KNOWN = 2
+# Until the speed is steady: so many updates, or less if they take so long. A slow update is steady early, since
+# what the first ones cost besides does not grow with it.
+_NUM_FIRST, _FIRST_SECONDS = 10, 3.0
+_NUM_KNOWN, _KNOWN_SECONDS = 10, 6.0  # that the speed is known from: likewise, but two at least,
+_ONE_IS_ENOUGH_SECONDS = 15.0  # or one that takes as long as this
 _NUM_REMEMBERED = 200  # the last ones tell the speed
 
 
@@ -30,10 +28,7 @@ class Pace:
 
     def note_update(self, seconds: float) -> None:
         """Take in what an update has taken, the reading of its batches included."""
-        is_steady = self._num_first >= _FEWEST_FIRST and (
-            self._num_first >= _NUM_FIRST or self._first_seconds >= _FIRST_SECONDS
-        )
-        if not is_steady:
+        if self._num_first < _NUM_FIRST and self._first_seconds < _FIRST_SECONDS:
             self._num_first += 1
             self._first_seconds += seconds
             return
@@ -45,8 +40,8 @@ class Pace:
     @property
     def is_known(self) -> bool:
         """Whether enough updates have been made to tell the speed."""
-        num = len(self._last)
-        return num >= _NUM_KNOWN or (num >= _FEWEST_KNOWN and self._seconds >= _KNOWN_SECONDS)
+        enough = _KNOWN_SECONDS if len(self._last) > 1 else _ONE_IS_ENOUGH_SECONDS
+        return len(self._last) >= _NUM_KNOWN or self._seconds >= enough
 
     @property
     def seconds_per_update(self) -> float:
