@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_model_folder_loads_and_holds_tied_weights_once(folder: Path) -> None:
-    model, _ = load_model(folder)
+    model, _ = load_model(str(folder))  # a text does as well as a path
     assert not model.training
     saved = load_file(folder / "model.safetensors")
     assert saved.keys() == weights(model).keys() == dict(model.named_parameters()).keys()

@@ -57,7 +57,7 @@ def test_multi30k_with_a_folder_that_is_not_there_says_so(tmp_path: Path) -> Non
     ],
 )
 def test_multi30k_takes_no_half_model_for_a_whole_one(tmp_path: Path, code: int, called: list[str]) -> None:
-    """With commands that do nothing but say that they were called."""
+    """With commands that do nothing but say that they were called; the training leaves two checkpoints."""
     script = tmp_path / "examples" / "multi30k" / "run.sh"
     for folder in (script.parent, tmp_path / "scripts", tmp_path / "bin", tmp_path / "text"):
         folder.mkdir(parents=True)
@@ -68,13 +68,17 @@ def test_multi30k_takes_no_half_model_for_a_whole_one(tmp_path: Path, code: int,
     for name in ("nmt-preprocess", "nmt-train", "nmt-average", "nmt-generate"):
         command = tmp_path / "bin" / name
         ends = code if name == "nmt-train" else 0
-        command.write_text(f"#!/bin/sh\necho {name} >>{tmp_path}/called\nexit {ends}\n")
+        says = f"echo {name} >>{tmp_path}/called\necho {name} $* >>{tmp_path}/arguments"
+        command.write_text(f"#!/bin/sh\n{says}\nexit {ends}\n")
         command.chmod(0o755)
     for lang in ("en", "de"):
         (tmp_path / "text" / f"test_1.{lang}").write_text("a\n")
+    for update in (1, 2):
+        (tmp_path / "out" / "run" / "checkpoints" / f"update-{update:07}").mkdir(parents=True)
     result = subprocess.run(
         ["bash", script, tmp_path / "text", tmp_path / "out"], capture_output=True, text=True
     )
     assert result.returncode == code, result.stderr
     assert (tmp_path / "called").read_text().split() == called
+    assert (" --last 2 " in (tmp_path / "arguments").read_text()) == (code == 0)  # of ten at most
     assert ("the same command goes on with the training" in result.stdout) == (code == 75)

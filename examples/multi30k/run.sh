@@ -12,7 +12,7 @@
 # command goes on with a training that was stopped, and trains nothing again that is finished.
 set -euo pipefail
 
-NUM_AVERAGED=10 # checkpoints; train.yaml keeps as many
+NUM_AVERAGED=10 # checkpoints at most; train.yaml keeps as many
 
 # Name and SHA-256 of the unpacked text, which stays the same however it is compressed.
 URL=https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw
@@ -94,6 +94,8 @@ say "text -> pieces -> ids -> $FOLDER/data"
 say "training -> $FOLDER/run"
 "$BIN/nmt-train" "$FOLDER/data" --config examples/multi30k/train.yaml --save-dir "$FOLDER/run" "$@" || stop_here $?
 
+kept=$(ls -d "$FOLDER/run/checkpoints"/update-* | wc -l) # fewer where OPTIONS make the training short
+NUM_AVERAGED=$((kept < NUM_AVERAGED ? kept : NUM_AVERAGED))
 say "the mean of the last $NUM_AVERAGED checkpoints -> $FOLDER/average"
 rm -rf "$FOLDER/average"
 "$BIN/nmt-average" "$FOLDER/run/checkpoints" --last "$NUM_AVERAGED" --output "$FOLDER/average"

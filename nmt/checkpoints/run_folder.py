@@ -267,13 +267,13 @@ def load_config(folder: Path) -> TrainConfig[Any]:
     return load_model_config(folder)
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Task[Any]]:
+def load_model(folder: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, Task[Any]]:
     """Return the model of a model folder, or of a run's best checkpoint, in evaluation mode, and its task.
 
     Raises:
         UserError: The folder lacks a file, is cut short, has another format version, or does not fit together.
     """
-    folder = find_model(folder).folder
+    folder = find_model(Path(folder)).folder
     task: Task[Any] = load_config(folder).task_options.build(folder)
     return build_model(task, folder).to(device).eval(), task
 
