@@ -30,6 +30,11 @@ def test_script_is_executable_and_stops_at_the_first_error(script: Path) -> None
     assert "\nset -euo pipefail\n" in text
 
 
+def test_a_python_script_that_names_its_interpreter_is_executable() -> None:
+    scripts = [path for path in ROOT.glob("scripts/**/*.py") if path.read_bytes().startswith(b"#!")]
+    assert scripts and [name_of(path) for path in scripts if not path.stat().st_mode & 0o111] == []
+
+
 def test_ci_runs_the_tests_then_lint() -> None:
     commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert commands[-2:] == ["./scripts/test.sh", "./scripts/lint.sh"]
