@@ -67,6 +67,15 @@ def test_each_answer_names_flags_that_the_command_has(prog: str) -> None:
 
 
 @pytest.mark.parametrize("prog", OPTIONS)
+def test_each_answer_to_a_name_is_the_first_that_fits_for_some_task(prog: str) -> None:
+    """Otherwise nobody gets it, and someone gets the answer for another task."""
+    tasks = [flags_of(type_, prog) for type_ in OPTIONS[prog]]
+    for name, answers in read_table()[prog].items():
+        fitting = [next((text for text in answers if flags_in(text) <= flags), None) for flags in tasks]
+        assert len(answers) == 1 or set(answers) <= set(fitting), f"{prog} --{name}: {answers}"
+
+
+@pytest.mark.parametrize("prog", OPTIONS)
 def test_no_name_is_an_option_of_the_command_itself(prog: str) -> None:
     all_flags = set.intersection(*(flags_of(type_, prog) for type_ in OPTIONS[prog]))
     assert not all_flags & {f"--{name}" for name in read_table()[prog]}
