@@ -3,6 +3,7 @@
 Shapes: N, M tokens of the rows of queries and keys, P parts, I items, H heads, E head size, D = H*E model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -96,12 +97,17 @@ def have_kernels(dtype: torch.dtype, head_size: int, device: torch.device) -> bo
     is_half = dtype in (torch.bfloat16, torch.float16)
     if device.type != "cuda" or not is_half or head_size not in (16, 32, 64, 128):
         return False
+    return works("Triton", lambda: _kernels().try_out(dtype, head_size, device))
+
+
+def works(what: str, try_out: Callable[[], None]) -> bool:
+    """Return whether kernels of ours can be used; a warning says why not."""
     try:
-        _kernels().try_out(dtype, head_size, device)
+        try_out()
     except (
         Exception
     ) as error:  # of Triton, of the compiler that it calls, of the driver: there is no common type
-        warn_slower("Triton", error)
+        warn_slower(what, error)
         return False
     return True
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nmt.models import packed_layers
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual, recomputed
 from nmt.models.decoder_state import DecoderState, LayerState, Memory
@@ -202,6 +203,17 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         """(B, S, D) -> (B, S, D); the mask is True where attention is allowed, or says so of packed rows."""
+        if isinstance(attention_mask, Spans) and packed_layers.can_run(self, x):
+            return packed_layers.run(
+                x,
+                [
+                    (
+                        self.around_attention,
+                        packed_layers.self_attention(self.self_attention, attention_mask),
+                    ),
+                    (self.around_feed_forward, packed_layers.feed_forward(self.feed_forward)),
+                ],
+            )
         x = self.around_attention(x, lambda y: self.self_attention(y, attention_mask=attention_mask))
         return self.around_feed_forward(x, self.feed_forward)
 
@@ -244,6 +256,18 @@ class DecoderLayer(nn.Module):
         Returns:
             (R, T, D).
         """
+        if spans is not None and isinstance(memory, Tensor) and packed_layers.can_run(self, x):
+            return packed_layers.run(
+                x,
+                [
+                    (self.around_self_attention, packed_layers.self_attention(self.self_attention, spans[0])),
+                    (
+                        self.around_cross_attention,
+                        packed_layers.cross_attention(self.cross_attention, memory, spans[1]),
+                    ),
+                    (self.around_feed_forward, packed_layers.feed_forward(self.feed_forward)),
+                ],
+            )
 
         def attend_to_past(y: Tensor) -> Tensor:
             if spans is not None:

@@ -38,12 +38,13 @@ wanted=" ${*:-tests train decode} "
 if [[ $wanted == *" tests "* ]]; then
     say "tests"
     "$PYTHON" -m pytest -q --tb=short -m gpu -p no:cacheprovider tests 2>&1 | grep -E "^(FAILED|ERROR|E  )|passed|failed" | cut -c1-300
-    "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider tests/test_packed_kernels.py tests/test_loss_kernel.py 2>&1 |
+    "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider tests/test_{packed,norm,linear}_kernels.py \
+        tests/test_loss_kernel.py 2>&1 |
         grep -E "^(FAILED|ERROR|E  )|passed|failed" | cut -c1-300
 fi
 if [[ $wanted == *" train "* ]]; then
     say "training"
-    "$PYTHON" scripts/bench/gpu_train.py --sizes base --precision bf16 fp16 fp32 --peer huggingface
+    "$PYTHON" scripts/bench/gpu_train.py --sizes base --precision bf16 fp16 fp32 --without-layer-kernels --peer huggingface
     "$PYTHON" scripts/bench/gpu_train.py --sizes tiny --precision bf16 fp32 --updates 300
     "$PYTHON" scripts/bench/gpu_train.py --sizes big --precision bf16 --updates 30
     "$PYTHON" scripts/bench/gpu_train.py --sizes base big --precision bf16 --updates 40 --compile

@@ -2,7 +2,7 @@
 """Measure updates on a GPU: packed and recorded, as `nmt-train` makes them there, beside peers.
 
     scripts/bench/gpu_train.py [--sizes tiny base big] [--precision bf16 fp32 fp16] [--compile] [--padded]
-                               [--peer huggingface] [--profile] [--quick]
+                               [--peer huggingface] [--without-layer-kernels] [--profile] [--quick]
 
 Sentences are random ids of the lengths that captions have (14 tokens on average), 8,000 types on both sides.
 Batches are read by two worker processes, as by default on a GPU; the clock runs over reading, copying and update.
@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
 from nmt.data.parallel_dataset import ParallelDataset
 from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.distributed import World, join_world
+from nmt.models import packed_layers
 from nmt.models.architectures import ARCHITECTURES
 from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
@@ -119,13 +121,29 @@ def main() -> None:
             )
             max_tokens = 256 if args.quick else max_tokens
             for precision in args.precision:
-                ways = [True, False] if args.padded else [True]
-                for is_packed in ways:
-                    print(
-                        ours(size, options, max_tokens, precision, pairs, world, args, is_packed), flush=True
-                    )
+                for way in ways(args, precision):
+                    print(ours(size, options, max_tokens, precision, pairs, world, args, way), flush=True)
             if args.peer:
                 print(huggingface(size, options, max_tokens, pairs, world, args), flush=True)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the toolkit trains."""
+
+    is_packed: bool = True
+    has_layer_kernels: bool = True
+
+    def __str__(self) -> str:
+        return ("packed" if self.is_packed else "padded") + (
+            "" if self.has_layer_kernels else ", torch's layers"
+        )
+
+
+def ways(args: argparse.Namespace, precision: str) -> list[Way]:
+    has_kernels = precision != "fp32" and not args.compile
+    others = [Way(has_layer_kernels=False)] if args.without_layer_kernels and has_kernels else []
+    return [Way(), *others, *([Way(is_packed=False)] if args.padded else [])]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -140,6 +158,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--padded", action="store_true", help="the padded path, too")
+    parser.add_argument(
+        "--without-layer-kernels",
+        action="store_true",
+        help="once more, with PyTorch's operators for dropout, residual connections, norms, ReLU and biases",
+    )
     parser.add_argument("--peer", choices=["huggingface"])
     parser.add_argument("--profile", action="store_true", help="what the GPU spends its time on")
     parser.add_argument("--quick", action="store_true", help="one layer and small batches, to try the script")
@@ -154,9 +177,10 @@ def ours(
     pairs: ParallelDataset,
     world: World,
     args: argparse.Namespace,
-    is_packed: bool,
+    way: Way,
 ) -> Measured:
     """Train with the toolkit's own iterator and trainer."""
+    is_packed = way.is_packed
     batching = BatchingOptions(max_tokens=max_tokens)
     is_gpu = world.device.type == "cuda"
     start = time.perf_counter()
@@ -197,7 +221,7 @@ def ours(
         limits=limits,
     )
     losses: list[float] = []
-    with batches:
+    with batches, layer_kernels(way.has_layer_kernels):
         updates = forever(batches)
         train(trainer, updates, 1, losses)
         first_seconds = time.perf_counter() - start
@@ -212,10 +236,9 @@ def ours(
     del trainer, model
     if is_gpu:
         torch.cuda.empty_cache()
-    way = "packed" if is_packed else "padded"
-    way += " compiled" if args.compile and is_packed else ""
+    compiled = " compiled" if args.compile and is_packed else ""
     return Measured(
-        f"nmt {size} {precision} {max_tokens:,} {way}",
+        f"nmt {size} {precision} {max_tokens:,} {way}{compiled}",
         num_targets / seconds,
         args.updates / seconds,
         flops / seconds,
@@ -224,6 +247,18 @@ def ours(
         first_seconds,
         losses,
     )
+
+
+@contextmanager
+def layer_kernels(are_wanted: bool) -> Iterator[None]:
+    """Leave the kernels of layers out, but for attention, if they are not wanted."""
+    have_kernels = packed_layers.have_kernels
+    if not are_wanted:
+        packed_layers.have_kernels = lambda *_: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        packed_layers.have_kernels = have_kernels
 
 
 def forever(batches: BatchIterator) -> Iterator[list[MicroBatch]]:

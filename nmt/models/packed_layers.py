@@ -1,0 +1,173 @@
+"""The layers of the Transformer for packed rows on a GPU: all but their products in kernels of our own.
+
+PyTorch reads and writes the rows once for each of dropout, residual connection, normalisation and ReLU, and for
+each sum over them in the backward pass. Here a residual connection is one kernel each way (`norm_kernels.py`), and
+so is the gradient of a bias (`linear_kernels.py`). What is computed is what the modules say (`blocks.py`,
+`attention.py`), whose weights are read; a layer of which a part is anything else runs as it is.
+
+Shapes: N, M tokens of a row, D model.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmt.models.attention import CrossAttention, SelfAttention
+from nmt.models.blocks import FeedForward, Residual
+from nmt.models.fused import Dropout, Linear
+from nmt.models.packed import Spans, attend_to_other, attend_to_self, works
+
+if TYPE_CHECKING:
+    from nmt.models.norm_kernels import Drop, Product
+
+Block = Callable[[Tensor], "Product"]
+"""(N, D) -> (N, D), the bias of its last product apart."""
+
+_LINEAR, _DROPOUT = (Linear, nn.Linear), (Dropout, nn.Dropout)
+_PARTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    SelfAttention: _LINEAR,
+    CrossAttention: _LINEAR,
+    FeedForward: (*_LINEAR, *_DROPOUT),
+    Residual: (nn.LayerNorm, *_DROPOUT),
+}
+
+
+_WIDEST = 4096  # a program holds some whole rows
+
+
+def can_run(layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a layer's parts are what is computed here, and our kernels work for its input (1, N, D).
+
+    torch.compile makes kernels of its own from the modules.
+    """
+    if torch.compiler.is_compiling() or not have_kernels(x.dtype, x.size(-1), x.device):
+        return False
+    return all(
+        type(part) in _PARTS
+        and _is_plain(part, x.dtype)
+        and all(type(child) in _PARTS[type(part)] and _is_plain(child, x.dtype) for child in part.children())
+        for part in layer.children()
+    )
+
+
+def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether nothing but its class and its weights, all of this type, says what a module computes."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    if any(hooks) or module._backward_pre_hooks or "forward" in vars(module):
+        return False
+    weights = module._parameters.values()
+    return all(w is not None and type(w) in (nn.Parameter, Tensor) and w.dtype == dtype for w in weights)
+
+
+@cache
+def have_kernels(dtype: torch.dtype, width: int, device: torch.device) -> bool:
+    """Return whether layers of this width are computed here: in half precision on a GPU, where Triton works.
+
+    The kernels are tried out the first time; a warning says why they cannot be used.
+    """
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or not is_half or width > _WIDEST:
+        return False
+
+    def try_out() -> None:
+        _linear_kernels().try_out(dtype, device)
+        _norm_kernels().try_out(dtype, width, device)
+        torch.cuda.synchronize(device)
+
+    return works(try_out)
+
+
+def _linear_kernels() -> ModuleType:
+    from nmt.models import linear_kernels  # Triton is where PyTorch is built for GPUs
+
+    return linear_kernels
+
+
+def _norm_kernels() -> ModuleType:
+    from nmt.models import norm_kernels
+
+    return norm_kernels
+
+
+def run(x: Tensor, blocks: Sequence[tuple[Residual, Block]]) -> Tensor:
+    """Compute a layer: its blocks, each within its residual connection.
+
+    Args:
+        x: (1, N, D).
+        blocks: Of `self_attention`, `cross_attention` and `feed_forward`.
+
+    Returns:
+        (1, N, D).
+    """
+    kernels = _norm_kernels()
+    seeds = torch.zeros(len(blocks), dtype=torch.int64, device=x.device)
+    if any(_probability(around.dropout) for around, _ in blocks):
+        seeds.random_(2**62)
+    # What a block reads, and what goes past it: one tensor, but two gradients.
+    read = past = x.flatten(0, 1)
+    for (around, block), seed in zip(blocks, seeds.split(1), strict=True):
+        drop: Drop = kernels.Drop(_probability(around.dropout), seed)
+        norm = kernels.Norm(around.norm.weight, around.norm.bias, around.norm.eps)
+        if around.pre_norm:
+            read, past = kernels.norm_beside(past, norm)
+            read = past = kernels.add(past, block(read), drop)
+        else:
+            read, past = kernels.add_and_norm(past, block(read), norm, drop)
+    return past[None]
+
+
+def self_attention(attention: SelfAttention, spans: Spans) -> Block:
+    """Return the block that lets each part of a row attend to itself."""
+
+    def block(x: Tensor) -> "Product":
+        projected = _linear(attention.qkv_proj, x)
+        dropout = attention.dropout if attention.training else 0.0
+        attended = attend_to_self(projected[None], spans, num_heads=attention.num_heads, dropout=dropout)
+        return _product(attention.out_proj, attended.flatten(0, 1))
+
+    return block
+
+
+def cross_attention(attention: CrossAttention, memory: Tensor, spans: Spans) -> Block:
+    """Return the block that lets each part of a row attend to that of another, `memory` (1, M, memory_dim)."""
+
+    def block(x: Tensor) -> "Product":
+        query, projected = _linear(attention.q_proj, x), _linear(attention.kv_proj, memory.flatten(0, 1))
+        dropout = attention.dropout if attention.training else 0.0
+        attended = attend_to_other(
+            query[None], projected[None], spans, num_heads=attention.num_heads, dropout=dropout
+        )
+        return _product(attention.out_proj, attended.flatten(0, 1))
+
+    return block
+
+
+def feed_forward(module: FeedForward) -> Block:
+    """Return the block of two linear layers with an activation between them."""
+    has_relu = module.activation is F.relu
+
+    def block(x: Tensor) -> "Product":
+        hidden = _linear(module.expand, x, has_relu=has_relu)
+        hidden = module.dropout(hidden if has_relu else module.activation(hidden))
+        return _product(module.contract, hidden)
+
+    return block
+
+
+def _probability(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _linear(layer: nn.Linear, x: Tensor, *, has_relu: bool = False) -> Tensor:
+    result: Tensor = _linear_kernels().linear(x, layer.weight, layer.bias, has_relu=has_relu)
+    return result
+
+
+def _product(layer: nn.Linear, x: Tensor) -> "Product":
+    product: Product = _norm_kernels().Product(F.linear(x, layer.weight), layer.bias)
+    return product
