@@ -18,9 +18,10 @@ from nmt import recording
 from nmt.data.packing import PackedTranslationBatch, pack_pairs
 from nmt.data.vocabulary import PAD_ID
 from nmt.determinism import deterministic_algorithms
-from nmt.models import packed_layers
+from nmt.models import norm_kernels, packed_layers
 from nmt.models.fused import Linear
 from nmt.models.options import TransformerOptions
+from nmt.models.packed import Spans
 from nmt.models.transformer import EncoderLayer, Transformer
 from nmt.translation.loss import packed_translation_loss
 
@@ -140,9 +141,7 @@ def test_dropout_leaves_the_mean_as_it_is(num_runs: list[int]) -> None:
 
 
 def _product_of(rows: Tensor) -> Any:
-    from nmt.models.norm_kernels import Product
-
-    return Product(rows, rows.new_zeros(rows.size(1)))
+    return norm_kernels.Product(rows, rows.new_zeros(rows.size(1)))
 
 
 class OtherNorm(nn.LayerNorm):
@@ -210,16 +209,31 @@ def test_any_function_may_be_the_activation(num_runs: list[int]) -> None:
     assert_close(found, without_kernels(model), 2e-4)
 
 
-def test_weights_of_another_type_are_left_to_the_modules(num_runs: list[int]) -> None:
-    layer = make_model().encoder.layers[0]
-    assert packed_layers.can_run(layer, torch.zeros(1, 2, 24, device=DEVICE))
-    assert not packed_layers.can_run(layer, torch.zeros(1, 2, 24, dtype=torch.float64, device=DEVICE))
+def can_run(dtype: torch.dtype = torch.float32, *, has_layer_kernels: bool = True) -> bool:
+    spans = Spans(None, None, has_layer_kernels=has_layer_kernels)  # type: ignore[arg-type]
+    return packed_layers.can_run(make_model().encoder.layers[0], torch.zeros(1, 2, 24, dtype=dtype), spans)
 
 
-def test_the_compiler_meets_the_modules(num_runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make_model().encoder.layers[0]
+def test_what_our_kernels_are_not_for_is_left_to_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_run()
+    assert not can_run(has_layer_kernels=False)
+    assert not can_run(torch.float64)  # weights are of another type
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not packed_layers.can_run(layer, torch.zeros(1, 2, 24, device=DEVICE))
+    assert not can_run()
+
+
+def test_kernels_are_tried_out_apart_from_layers_that_are_computed_again(
+    num_runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backward pass within such a layer would compute it again, and so without end."""
+
+    def have_kernels(dtype: torch.dtype, width: int, device: torch.device) -> bool:
+        norm_kernels.try_out(dtype, width, device)
+        return True
+
+    monkeypatch.setattr(packed_layers, "have_kernels", have_kernels)
+    model = make_model(activation_checkpointing=True)
+    assert_close(loss_and_gradients(model), without_kernels(model), 2e-4)
 
 
 def test_updates_by_kernels_are_the_plain_ones(num_runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ class Spans:
     """Each token attends to those up to itself (a row to itself)."""
     by_kernels: bool = False
     """Whether our own kernels compute it, see `have_kernels`."""
+    has_layer_kernels: bool = False
+    """Whether our own kernels may compute the rest of a layer, see `packed_layers.have_kernels`."""
 
 
 def attend_to_self(projected: Tensor, spans: Spans, *, num_heads: int, dropout: float) -> Tensor:

@@ -40,12 +40,12 @@ _PARTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
 _WIDEST = 4096  # a program holds some whole rows
 
 
-def can_run(layer: nn.Module, x: Tensor) -> bool:
+def can_run(layer: nn.Module, x: Tensor, spans: Spans) -> bool:
     """Return whether a layer's parts are what is computed here, and our kernels work for its input (1, N, D).
 
     torch.compile makes kernels of its own from the modules.
     """
-    if torch.compiler.is_compiling() or not have_kernels(x.dtype, x.size(-1), x.device):
+    if not spans.has_layer_kernels or torch.compiler.is_compiling():
         return False
     return all(
         type(part) in _PARTS
@@ -105,7 +105,7 @@ def run(x: Tensor, blocks: Sequence[tuple[Residual, Block]]) -> Tensor:
         (1, N, D).
     """
     kernels = _norm_kernels()
-    seeds = torch.zeros(len(blocks), dtype=torch.int64, device=x.device)
+    seeds = torch.empty(len(blocks), dtype=torch.int64, device=x.device)  # not read where nothing is dropped
     if any(_probability(around.dropout) for around, _ in blocks):
         seeds.random_(2**62)
     # What a block reads, and what goes past it: one tensor, but two gradients.

@@ -124,8 +124,7 @@ class Encoder(nn.Module):
     def packed(self, source: PackedTokens) -> Tensor:
         """Encode a packed row of N tokens: (1, N, D)."""
         x = self.embedding(source.ids[None], positions=source.positions)
-        by_kernels = have_kernels(x.dtype, self.head_size, x.device)
-        return self._run_layers(x, Spans(source, source, by_kernels=by_kernels))
+        return self._run_layers(x, Spans(source, source, **_kernels_for(x, self.head_size)))
 
     def _run_layers(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -176,10 +175,10 @@ class Decoder(nn.Module):
     def packed(self, target_input: PackedTokens, encoded: Tensor, source: PackedTokens) -> Tensor:
         """Decode a packed row of M tokens from its encoded source (1, N, D): (M, D)."""
         x = self.embedding(target_input.ids[None], positions=target_input.positions)
-        by_kernels = have_kernels(x.dtype, self.head_size, x.device)
+        kernels = _kernels_for(x, self.head_size)
         spans = (
-            Spans(target_input, target_input, is_causal=True, by_kernels=by_kernels),
-            Spans(target_input, source, by_kernels=by_kernels),
+            Spans(target_input, target_input, is_causal=True, **kernels),
+            Spans(target_input, source, **kernels),
         )
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
@@ -203,7 +202,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         """(B, S, D) -> (B, S, D); the mask is True where attention is allowed, or says so of packed rows."""
-        if isinstance(attention_mask, Spans) and packed_layers.can_run(self, x):
+        if isinstance(attention_mask, Spans) and packed_layers.can_run(self, x, attention_mask):
             return packed_layers.run(
                 x,
                 [
@@ -256,7 +255,7 @@ class DecoderLayer(nn.Module):
         Returns:
             (R, T, D).
         """
-        if spans is not None and isinstance(memory, Tensor) and packed_layers.can_run(self, x):
+        if spans is not None and isinstance(memory, Tensor) and packed_layers.can_run(self, x, spans[0]):
             return packed_layers.run(
                 x,
                 [
@@ -284,3 +283,11 @@ class DecoderLayer(nn.Module):
         x = self.around_self_attention(x, attend_to_past)
         x = self.around_cross_attention(x, attend_to_source)
         return self.around_feed_forward(x, self.feed_forward)
+
+
+def _kernels_for(x: Tensor, head_size: int) -> dict[str, bool]:
+    """Say, for `Spans`, which kernels of ours work for packed rows (1, N, D); they may be tried out now."""
+    return {
+        "by_kernels": have_kernels(x.dtype, head_size, x.device),
+        "has_layer_kernels": packed_layers.have_kernels(x.dtype, x.size(-1), x.device),
+    }
