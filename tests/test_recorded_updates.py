@@ -458,7 +458,8 @@ def test_layers_that_are_computed_again_on_a_gpu_make_the_same_updates(precision
         with deterministic_algorithms(True):
             model = {"dropout": 0.3, "attention_dropout": 0.1, "activation_checkpointing": is_wanted}
             found.append(trained(make_trainer(GPU, precision=precision, model=model), updates()))
-    assert_close(*found, 1e-5)
+    # In half precision a sum of gradients is rounded between layers that are run one by one.
+    assert_close(*found, 1e-5 if precision == "fp32" else 1e-2)
 
 
 @pytest.mark.gpu

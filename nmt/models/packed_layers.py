@@ -23,10 +23,12 @@ from nmt.models.fused import Dropout, Linear
 from nmt.models.packed import Spans, attend_to_other, attend_to_self, works
 
 if TYPE_CHECKING:
-    from nmt.models.norm_kernels import Drop, Product
+    from nmt.models.norm_kernels import Product
 
 Block = Callable[[Tensor], "Product"]
 """(N, D) -> (N, D), the bias of its last product apart."""
+Sublayer = tuple[Residual, Block]
+"""A block within its residual connection."""
 
 _LINEAR, _DROPOUT = (Linear, nn.Linear), (Dropout, nn.Dropout)
 _PARTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
@@ -52,6 +54,13 @@ def can_run(layer: nn.Module, x: Tensor, spans: Spans) -> bool:
         and _is_plain(part, x.dtype)
         and all(type(child) in _PARTS[type(part)] and _is_plain(child, x.dtype) for child in part.children())
         for part in layer.children()
+    )
+
+
+def can_run_all(layers: nn.ModuleList, kind: type[nn.Module], x: Tensor, spans: Spans) -> bool:
+    """Return whether all layers of a stack can be run as one: each of this class, and just what that says."""
+    return all(
+        type(layer) is kind and _is_plain(layer, x.dtype) and can_run(layer, x, spans) for layer in layers
     )
 
 
@@ -94,30 +103,31 @@ def _norm_kernels() -> ModuleType:
     return norm_kernels
 
 
-def run(x: Tensor, blocks: Sequence[tuple[Residual, Block]]) -> Tensor:
-    """Compute a layer: its blocks, each within its residual connection.
+def run(x: Tensor, layers: Sequence[Sequence[Sublayer]]) -> Tensor:
+    """Compute a layer, or some one after the other.
 
     Args:
         x: (1, N, D).
-        blocks: Of `self_attention`, `cross_attention` and `feed_forward`.
+        layers: The sublayers of each, with blocks of `self_attention`, `cross_attention` and `feed_forward`.
 
     Returns:
         (1, N, D).
     """
     kernels = _norm_kernels()
-    seeds = torch.empty(len(blocks), dtype=torch.int64, device=x.device)  # not read where nothing is dropped
-    if any(_probability(around.dropout) for around, _ in blocks):
-        seeds.random_(2**62)
     # What a block reads, and what goes past it: one tensor, but two gradients.
     read = past = x.flatten(0, 1)
-    for (around, block), seed in zip(blocks, seeds.split(1), strict=True):
-        drop: Drop = kernels.Drop(_probability(around.dropout), seed)
-        norm = kernels.Norm(around.norm.weight, around.norm.bias, around.norm.eps)
-        if around.pre_norm:
-            read, past = kernels.norm_beside(past, norm)
-            read = past = kernels.add(past, block(read), drop)
-        else:
-            read, past = kernels.add_and_norm(past, block(read), norm, drop)
+    for sublayers in layers:
+        drops = [_probability(around.dropout) for around, _ in sublayers]
+        seeds = torch.empty(len(drops), dtype=torch.int64, device=x.device)
+        if any(drops):  # or nothing reads them
+            seeds.random_(2**62)
+        for (around, block), drop in zip(sublayers, map(kernels.Drop, drops, seeds.split(1)), strict=True):
+            norm = kernels.Norm(around.norm.weight, around.norm.bias, around.norm.eps)
+            if around.pre_norm:
+                read, past = kernels.norm_beside(past, norm)
+                read = past = kernels.add(past, block(read), drop)
+            else:
+                read, past = kernels.add_and_norm(past, block(read), norm, drop)
     return past[None]
 
 

@@ -124,7 +124,13 @@ class Encoder(nn.Module):
     def packed(self, source: PackedTokens) -> Tensor:
         """Encode a packed row of N tokens: (1, N, D)."""
         x = self.embedding(source.ids[None], positions=source.positions)
-        return self._run_layers(x, Spans(source, source, **_kernels_for(x, self.head_size)))
+        spans = Spans(source, source, **_kernels_for(x, self.head_size))
+        if not self.activation_checkpointing and packed_layers.can_run_all(
+            self.layers, EncoderLayer, x, spans
+        ):
+            layers = [cast(EncoderLayer, layer).sublayers(spans) for layer in self.layers]
+            return self.final_norm(packed_layers.run(x, layers))
+        return self._run_layers(x, spans)
 
     def _run_layers(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -180,6 +186,11 @@ class Decoder(nn.Module):
             Spans(target_input, target_input, is_causal=True, **kernels),
             Spans(target_input, source, **kernels),
         )
+        if not self.activation_checkpointing and packed_layers.can_run_all(
+            self.layers, DecoderLayer, x, spans[0]
+        ):
+            layers = [cast(DecoderLayer, layer).sublayers(encoded, spans) for layer in self.layers]
+            return self.final_norm(packed_layers.run(x, layers)).squeeze(0)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             x = recomputed(layer, x, encoded, spans=spans) if recompute else layer(x, encoded, spans=spans)
@@ -203,18 +214,16 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         """(B, S, D) -> (B, S, D); the mask is True where attention is allowed, or says so of packed rows."""
         if isinstance(attention_mask, Spans) and packed_layers.can_run(self, x, attention_mask):
-            return packed_layers.run(
-                x,
-                [
-                    (
-                        self.around_attention,
-                        packed_layers.self_attention(self.self_attention, attention_mask),
-                    ),
-                    (self.around_feed_forward, packed_layers.feed_forward(self.feed_forward)),
-                ],
-            )
+            return packed_layers.run(x, [self.sublayers(attention_mask)])
         x = self.around_attention(x, lambda y: self.self_attention(y, attention_mask=attention_mask))
         return self.around_feed_forward(x, self.feed_forward)
+
+    def sublayers(self, spans: Spans) -> list[packed_layers.Sublayer]:
+        """Return the same for a packed row, in the form of kernels."""
+        return [
+            (self.around_attention, packed_layers.self_attention(self.self_attention, spans)),
+            (self.around_feed_forward, packed_layers.feed_forward(self.feed_forward)),
+        ]
 
 
 class DecoderLayer(nn.Module):
@@ -256,17 +265,7 @@ class DecoderLayer(nn.Module):
             (R, T, D).
         """
         if spans is not None and isinstance(memory, Tensor) and packed_layers.can_run(self, x, spans[0]):
-            return packed_layers.run(
-                x,
-                [
-                    (self.around_self_attention, packed_layers.self_attention(self.self_attention, spans[0])),
-                    (
-                        self.around_cross_attention,
-                        packed_layers.cross_attention(self.cross_attention, memory, spans[1]),
-                    ),
-                    (self.around_feed_forward, packed_layers.feed_forward(self.feed_forward)),
-                ],
-            )
+            return packed_layers.run(x, [self.sublayers(memory, spans)])
 
         def attend_to_past(y: Tensor) -> Tensor:
             if spans is not None:
@@ -283,6 +282,16 @@ class DecoderLayer(nn.Module):
         x = self.around_self_attention(x, attend_to_past)
         x = self.around_cross_attention(x, attend_to_source)
         return self.around_feed_forward(x, self.feed_forward)
+
+    def sublayers(self, memory: Tensor, spans: tuple[Spans, Spans]) -> list[packed_layers.Sublayer]:
+        """Return the same for a packed row, in the form of kernels."""
+        to_past = packed_layers.self_attention(self.self_attention, spans[0])
+        to_source = packed_layers.cross_attention(self.cross_attention, memory, spans[1])
+        return [
+            (self.around_self_attention, to_past),
+            (self.around_cross_attention, to_source),
+            (self.around_feed_forward, packed_layers.feed_forward(self.feed_forward)),
+        ]
 
 
 def _kernels_for(x: Tensor, head_size: int) -> dict[str, bool]:
