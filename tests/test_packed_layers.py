@@ -1,6 +1,7 @@
 """Layers of packed rows by our own kernels, beside the plain modules: on a GPU, or by Triton's interpreter."""
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -14,15 +15,17 @@ from toy_run import assert_bit_equal
 # Interpreters of older releases do not run with NumPy 2.4 and newer.
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
 
-from nmt import recording
 from nmt.data.packing import PackedTranslationBatch, pack_pairs
 from nmt.data.vocabulary import PAD_ID
-from nmt.determinism import deterministic_algorithms
 from nmt.models import norm_kernels, packed_layers
-from nmt.models.fused import Linear
+from nmt.models.attention import SelfAttention
+from nmt.models.blocks import FeedForward, Residual
 from nmt.models.options import TransformerOptions
 from nmt.models.packed import Spans
+from nmt.models.training_ops import Linear
 from nmt.models.transformer import EncoderLayer, Transformer
+from nmt.system import cuda_graphs as recording
+from nmt.system.determinism import deterministic_algorithms
 from nmt.translation.loss import packed_translation_loss
 
 DEVICE = GPU if torch.cuda.is_available() else CPU
@@ -202,6 +205,22 @@ def test_a_layer_with_a_part_of_another_kind_runs_as_it_is(strange: str, num_run
     assert_close(found, without_kernels(model), 2e-4)
 
 
+@pytest.mark.parametrize("owner", [nn.LayerNorm, Linear, Residual, FeedForward, SelfAttention])
+def test_a_method_of_somebody_else_is_called(
+    owner: type[nn.Module], num_runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = owner.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return 2 * plain(self, *args, **kwargs)
+
+    model = make_model()
+    for function in (forward, wraps(plain)(forward)):
+        monkeypatch.setattr(owner, "forward", function)
+        assert_close(loss_and_gradients(model), without_kernels(model), 2e-4)
+    assert not num_runs
+
+
 class DoublingLayer(EncoderLayer):
     """Doubles."""
 
@@ -275,7 +294,10 @@ def test_kernels_that_do_not_work_are_told_and_left_out(monkeypatch: pytest.Monk
             patch.setattr(packed_layers, name, Broken)
             patch.setattr(torch.cuda, "synchronize", lambda _: None)
             packed_layers.have_kernels.cache_clear()
-            with pytest.warns(UserWarning, match=r"Triton does not work here \(Failed to find C compiler\)"):
+            with pytest.warns(
+                UserWarning,
+                match=r"kernel of layers does not work here \(Failed to find C",
+            ):
                 assert not packed_layers.have_kernels(torch.bfloat16, 64, GPU)
             # Nothing to be told: they are for rows of some width in half precision on a GPU.
             for given in ((torch.float32, 64, GPU), (torch.bfloat16, 64, CPU), (torch.bfloat16, 8192, GPU)):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import FeedForward, Residual
-from nmt.models.fused import Dropout, Linear
 from nmt.models.packed import Spans, attend_to_other, attend_to_self, works
+from nmt.models.training_ops import Dropout, Linear
 
 if TYPE_CHECKING:
     from nmt.models.norm_kernels import Product
@@ -39,6 +39,7 @@ _PARTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
 }
 
 
+_RELU = F.relu
 _WIDEST = 4096  # a program holds some whole rows
 
 
@@ -69,8 +70,16 @@ def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     if any(hooks) or module._backward_pre_hooks or "forward" in vars(module):
         return False
+    if not all(_is_as_written(type(module), name) for name in ("forward", "attend_packed")):
+        return False
     weights = module._parameters.values()
     return all(w is not None and type(w) in (nn.Parameter, Tensor) and w.dtype == dtype for w in weights)
+
+
+def _is_as_written(cls: type[nn.Module], name: str) -> bool:
+    """Return whether nobody has put another function in the place of a method, if there is one."""
+    method = getattr(cls, name, None)
+    return method is None or (method.__module__ == cls.__module__ and not hasattr(method, "__wrapped__"))
 
 
 @cache
@@ -88,7 +97,7 @@ def have_kernels(dtype: torch.dtype, width: int, device: torch.device) -> bool:
         _norm_kernels().try_out(dtype, width, device)
         torch.cuda.synchronize(device)
 
-    return works(try_out)
+    return works("Triton's kernel of layers", try_out)
 
 
 def _linear_kernels() -> ModuleType:
@@ -159,7 +168,7 @@ def cross_attention(attention: CrossAttention, memory: Tensor, spans: Spans) -> 
 
 def feed_forward(module: FeedForward) -> Block:
     """Return the block of two linear layers with an activation between them."""
-    has_relu = module.activation is F.relu
+    has_relu = module.activation is _RELU
 
     def block(x: Tensor) -> "Product":
         hidden = _linear(module.expand, x, has_relu=has_relu)
