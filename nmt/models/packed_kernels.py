@@ -3,8 +3,9 @@
 FlashAttention gives every sentence a program of its own, of 128 queries and 128 keys, however short it is, and as
 many programs as the longest sentence has blocks. Here neighbouring sentences share a program as long as they fit
 into a block, and a table says what each program works on. Scores are recomputed in the backward pass (Dao et al.,
-2022). Gradients are written where the gradient of the projection is read, so that nothing is copied; and sums have
-one order, so that they are the same bits each time.
+2022): once where all queries of a group are in one block, which then forms all gradients, and once more for the
+keys of longer ones. Gradients are written where the gradient of the projection is read, so that nothing is copied;
+and sums have one order, so that they are the same bits each time.
 
 Shapes: N, M tokens of the rows of queries and keys, H heads, E head size, I items of a table.
 """
@@ -17,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128
+# Keys that a block of queries meets at once: so few that what it computes stays in registers.
+FORWARD_KEYS, BACKWARD_KEYS = 64, 64
 
 
 @triton.jit
@@ -34,11 +37,18 @@ def _allowed(q_part, k_part, q_at, k_at, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _is_alone(items, item, Q_SIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Say whether one block holds all queries of an item's group."""
+    num_queries = tl.load(items + item * 6 + Q_SIDE + 1) - tl.load(items + item * 6 + Q_SIDE)
+    return (num_queries > 0) & (num_queries <= BLOCK)
+
+
+@triton.jit
 def _forward(
     q, k, v, out, lse, items, q_parts, k_parts, seed_at, scale, dropout,
     q_stride, k_stride, out_stride, num_q, num_k,
     OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
@@ -54,8 +64,8 @@ def _forward(
         highest = tl.full((BLOCK,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         summed = tl.zeros((BLOCK, E), tl.float32)
-        for first_k in range(first, last, BLOCK):
-            k_at = first_k + tl.arange(0, BLOCK)
+        for first_k in range(first, last, KEYS):
+            k_at = first_k + tl.arange(0, KEYS)
             k_in = k_at < last
             at = k_at[:, None] * k_stride + head * E + sizes[None, :]
             key = tl.load(k + at, mask=k_in[:, None], other=0.0)
@@ -87,14 +97,16 @@ def _forward(
 
 @triton.jit
 def _backward_queries(
-    q, k, v, out, grad_out, lse, delta, grad_q, items, q_parts, k_parts, seed_at, scale, dropout,
-    q_stride, k_stride, out_stride, grad_q_stride, num_q, num_k,
-    OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr,
+    q, k, v, out, grad_out, lse, delta, grad_q, grad_k, grad_v, items, q_parts, k_parts, seed_at, scale, dropout,
+    q_stride, k_stride, out_stride, grad_q_stride, grad_k_stride, num_q, num_k,
+    OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
     if start < end:
+        # Where all queries of a group are in this block, nothing else adds to the gradients of its keys.
+        is_alone = _is_alone(items, item, OWN, BLOCK)
         first, last = tl.load(items + item * 6 + OTHER), tl.load(items + item * 6 + OTHER + 1)
         sizes = tl.arange(0, E)
         q_at = start + tl.arange(0, BLOCK)
@@ -110,8 +122,8 @@ def _backward_queries(
         q_lse = tl.load(lse + head * num_q + q_at, mask=q_in, other=float("inf"))
         q_part = tl.load(q_parts + q_at, mask=q_in, other=-1)
         summed = tl.zeros((BLOCK, E), tl.float32)
-        for first_k in range(first, last, BLOCK):
-            k_at = first_k + tl.arange(0, BLOCK)
+        for first_k in range(first, last, KEYS):
+            k_at = first_k + tl.arange(0, KEYS)
             k_in = k_at < last
             at = k_at[:, None] * k_stride + head * E + sizes[None, :]
             key = tl.load(k + at, mask=k_in[:, None], other=0.0)
@@ -121,11 +133,19 @@ def _backward_queries(
             scores = tl.dot(query, tl.trans(key)) * scale
             weights = tl.where(allowed, tl.exp(scores - q_lse[:, None]), 0.0)
             grad_weights = tl.dot(grad, tl.trans(value))
+            used = weights
             if DROPS:
                 kept = _keep(tl.load(seed_at), head, q_at[:, None], k_at[None, :], num_k, dropout)
+                used = tl.where(kept, weights / (1.0 - dropout), 0.0)
                 grad_weights = tl.where(kept, grad_weights / (1.0 - dropout), 0.0)
-            grad_scores = weights * (grad_weights - q_delta[:, None]) * scale
-            summed += tl.dot(grad_scores.to(key.dtype), key)
+            grad_scores = (weights * (grad_weights - q_delta[:, None]) * scale).to(key.dtype)
+            summed += tl.dot(grad_scores, key)
+            if is_alone:
+                k_place = k_at[:, None] * grad_k_stride + head * E + sizes[None, :]
+                sum_v = tl.dot(tl.trans(used.to(grad.dtype)), grad)
+                tl.store(grad_v + k_place, sum_v.to(grad_v.dtype.element_ty), mask=k_in[:, None])
+                sum_k = tl.dot(tl.trans(grad_scores), query)
+                tl.store(grad_k + k_place, sum_k.to(grad_k.dtype.element_ty), mask=k_in[:, None])
         place = q_at[:, None] * grad_q_stride + head * E + sizes[None, :]
         tl.store(grad_q + place, summed.to(grad_q.dtype.element_ty), mask=q_in[:, None])
 
@@ -139,7 +159,7 @@ def _backward_keys(
 ):  # fmt: skip
     item, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
-    if start < end:
+    if (start < end) & (not _is_alone(items, item, OTHER, BLOCK)):
         first, last = tl.load(items + item * 6 + OTHER), tl.load(items + item * 6 + OTHER + 1)
         sizes = tl.arange(0, E)
         k_at = start + tl.arange(0, BLOCK)
@@ -214,7 +234,7 @@ def attend_packed(
         q, k, v, out, lse, q_items, q_parts, k_parts, seed, size**-0.5, dropout,
         q.stride(0), k.stride(0), out.stride(0), num_q, k.size(0),
         OTHER=k_side, CAUSAL=is_causal, DROPS=dropout > 0.0, E=size, BLOCK=BLOCK,
-        num_warps=8, num_stages=1,
+        KEYS=FORWARD_KEYS, num_warps=8, num_stages=1,
     )  # fmt: skip
     return out, lse
 
@@ -261,8 +281,9 @@ def attend_packed_backward(
         **{"num_warps": 8, "num_stages": 1},
     }
     _backward_queries[(q_items.size(0), num_heads)](
-        q, k, v, out, grad, lse, delta, grad_q, q_items, q_parts, k_parts, seed, size**-0.5, dropout,
-        q.stride(0), k.stride(0), out.stride(0), grad_q.stride(0), num_q, num_k, OTHER=k_side, **shared,
+        q, k, v, out, grad, lse, delta, grad_q, grad_k, grad_v, q_items, q_parts, k_parts, seed, size**-0.5,
+        dropout, q.stride(0), k.stride(0), out.stride(0), grad_q.stride(0), grad_k.stride(0), num_q, num_k,
+        OWN=q_side, OTHER=k_side, KEYS=BACKWARD_KEYS, **shared,
     )  # fmt: skip
     _backward_keys[(k_items.size(0), num_heads)](
         q, k, v, grad, lse, delta, grad_k, grad_v, k_items, q_parts, k_parts, seed, size**-0.5, dropout,
