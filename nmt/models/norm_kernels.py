@@ -149,7 +149,7 @@ class Drop(NamedTuple):
     probability: float
     """Rounded to a multiple of 2**-16."""
     seed: Tensor
-    """(1,) int64; nothing reads it where the probability is 0."""
+    """int64, of which the first number is read; none where the probability is 0."""
 
 
 class _Dropping(NamedTuple):

@@ -37,8 +37,6 @@ _PARTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     FeedForward: (*_LINEAR, *_DROPOUT),
     Residual: (nn.LayerNorm, *_DROPOUT),
 }
-
-
 _RELU = F.relu
 _WIDEST = 4096  # a program holds some whole rows
 
@@ -127,10 +125,12 @@ def run(x: Tensor, layers: Sequence[Sequence[Sublayer]]) -> Tensor:
     read = past = x.flatten(0, 1)
     for sublayers in layers:
         drops = [_probability(around.dropout) for around, _ in sublayers]
-        seeds = torch.empty(len(drops), dtype=torch.int64, device=x.device)
-        if any(drops):  # or nothing reads them
+        # Two numbers each, of which one is read: Triton compiles a kernel once more for what does not begin at a
+        # multiple of 16 bytes. Where nothing is dropped nothing is read.
+        seeds = torch.empty(len(drops), 2, dtype=torch.int64, device=x.device)
+        if any(drops):
             seeds.random_(2**62)
-        for (around, block), drop in zip(sublayers, map(kernels.Drop, drops, seeds.split(1)), strict=True):
+        for (around, block), drop in zip(sublayers, map(kernels.Drop, drops, seeds.unbind()), strict=True):
             norm = kernels.Norm(around.norm.weight, around.norm.bias, around.norm.eps)
             if around.pre_norm:
                 read, past = kernels.norm_beside(past, norm)

@@ -38,8 +38,8 @@ wanted=" ${*:-tests train decode} "
 if [[ $wanted == *" tests "* ]]; then
     say "tests"
     "$PYTHON" -m pytest -q --tb=short -m gpu -p no:cacheprovider tests 2>&1 | grep -E "^(FAILED|ERROR|E  )|passed|failed" | cut -c1-300
-    "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider tests/test_{packed,norm,linear}_kernels.py \
-        tests/test_loss_kernel.py 2>&1 |
+    "$PYTHON" -m pytest -q --tb=short -m "not gpu" -p no:cacheprovider tests/test_{packed,norm,linear}_kernels.py \
+        tests/test_loss_kernel.py tests/test_packed_layers.py 2>&1 |
         grep -E "^(FAILED|ERROR|E  )|passed|failed" | cut -c1-300
 fi
 if [[ $wanted == *" train "* ]]; then
