@@ -102,7 +102,7 @@ CHANGED = [
 @pytest.mark.parametrize(
     "change",
     [halved, halved_in_disguise, halved_by_torch, lambda x: mock.Mock(wraps=x), lambda _: F.silu],
-    ids=str,
+    ids=["halved", "halved in disguise", "halved by torch", "wrapped", "another"],
 )
 @pytest.mark.parametrize(("owner", "name"), CHANGED, ids=[f"{x.__name__}.{name}" for x, name in CHANGED])
 def test_a_function_in_the_place_of_another_is_noticed(
