@@ -54,7 +54,10 @@ def assert_same(
     found, expected = ours(inputs), plain(accurate)
     grads = [torch.randn_like(out) * weight for out, weight in zip(found, weights, strict=True)]
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
+        scale = (
+            float(other.detach().abs().max()) + 1.0
+        )  # terms that cancel each other were rounded at their size
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * scale)
     found_grads = torch.autograd.grad(found, inputs, grads, allow_unused=True)
     wanted_grads = torch.autograd.grad(expected, accurate, [g.double() for g in grads], allow_unused=True)
     for name, one, other in zip(NAMES, found_grads, wanted_grads, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 BLOCK = 128
 # Keys that a block of queries meets at once: so few that what it computes stays in registers.
-FORWARD_KEYS, BACKWARD_KEYS = 64, 64
+FORWARD_KEYS, BACKWARD_KEYS = 32, 32
 
 
 @triton.jit
