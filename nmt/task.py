@@ -59,11 +59,29 @@ B = TypeVar("B", bound=Batch)
 B_co = TypeVar("B_co", bound=Batch, covariant=True)
 
 
+class AllSizes(Protocol):
+    """The lengths of all examples of a split, (N, C): an array, or what reads them where they are asked for.
+
+    Nothing reads the lengths of a training split all at once: `sizes[places]` are those of a window, or of a
+    block. So a corpus may have more of them than a process should hold.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C)."""
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def __getitem__(self, places: Any, /) -> np.ndarray:
+        """Return the lengths of some examples: (n, C) integers. `places` are a slice, or (n,) indices."""
+
+
 class Examples(Protocol[B_co]):
     """The examples of one split."""
 
     @property
-    def sizes(self) -> np.ndarray:
+    def sizes(self) -> AllSizes:
         """(N, C) int32: the lengths that batches are sorted and cut by; (N, 1) ones where all are equal."""
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from nmt.checkpoints.run_folder import CheckpointFolder, load_config, load_weigh
 from nmt.config.mapping import check_options, check_types, write_yaml
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.data.batch_loader import refuse_import_by_worker
-from nmt.data.batching import longest_within
+from nmt.data.limits import are_all_equal
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError, UserError, one_line
 from nmt.options import TrainConfig
@@ -136,8 +136,7 @@ class Run:
         self.packing = packing(*given)
         self.chosen += notes_on_padding(*given)
         if config.optimization.compile and self.packing is None:
-            sizes = self.train_examples.sizes
-            compile_model(model, has_one_shape=bool((sizes == sizes[:1]).all()))
+            compile_model(model, has_one_shape=are_all_equal(self.train_examples.sizes))
         self.batches = BatchIterator(
             self.train_examples,
             config.batching,
@@ -234,7 +233,7 @@ class Run:
             found = find_split(self.trainer, self.train_examples, first_batches)
         else:
             assert isinstance(max_tokens, int)
-            longest = longest_within(self.train_examples.sizes, self.packing.limits)
+            longest = self.batches.survey.longest
             found = find_packed_split(
                 self.trainer, self.packing.pack, first_batches[0][:1], longest=longest, max_tokens=max_tokens
             )

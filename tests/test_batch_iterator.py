@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 from nmt.data.batch_iterator import BatchIterator, OrderedBatches
 from nmt.data.batching import Window, window_examples
 from nmt.data.options import BatchingOptions
+from nmt.data.order import Permutation
+from nmt.data.packing import packed_limits
+from nmt.data.parallel_dataset import ParallelDataset
 from nmt.errors import UnreadableExamplesError, UserError
 
 # This machine may have fewer cores than the tests have workers.
@@ -149,6 +152,18 @@ def test_resuming_at_any_update_equals_no_interruption():
         assert resumed_end == end
 
 
+def test_a_position_of_an_older_release_is_taken():
+    """They wrote `max_positions`, which was never set, and not all that there is now."""
+    examples = some_lengths(130)
+    uninterrupted, _ = run_ranks(examples, OPTIONS, world_size=1)
+    before, state = run_ranks(examples, OPTIONS, world_size=1, updates=4)
+    (limits, num_consumed) = state["cuts"][-1]
+    old = {name: limits[name] for name in ("max_tokens", "max_sentences", "multiple")}
+    old_state = state | {"cuts": [[old | {"max_positions": None}, num_consumed]]}
+    after, _ = run_ranks(examples, OPTIONS, world_size=1, state=old_state)
+    assert before + after == uninterrupted
+
+
 def test_a_run_stopped_after_the_last_update_still_ends_that_epoch():
     examples = some_lengths(50)
     updates, _ = run_ranks(examples, OPTIONS, world_size=1)
@@ -234,9 +249,6 @@ def test_examples_that_are_too_long_are_left_out_and_counted_until_the_limit_is_
     batches = BatchIterator(examples, replace(OPTIONS, max_tokens=29), seed=1)
     assert (batches.num_too_long, batches.num_examples) == (2, 4)
     assert sorted(indices(batches)) == [0, 2, 4, 5]
-    limited = BatchIterator(examples, OPTIONS, seed=1, max_positions=(8, 7))
-    assert sorted(indices(limited)) == [0, 2, 4]
-    assert BatchIterator(examples, OPTIONS, seed=1, max_positions=8).num_too_long == 2
     _, state = run_ranks(examples, replace(OPTIONS, max_tokens=29), world_size=1, updates=1)
     consumed = state["examples_consumed"]
     rest, _ = run_ranks(examples, replace(OPTIONS, max_tokens=70), world_size=1, state=state)
@@ -316,13 +328,33 @@ def test_iterating_leaves_the_global_random_generator_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+class Repeated:
+    """A side of very many equal sentences, which takes next to no memory."""
+
+    def __init__(self, count, size):
+        self.sizes = np.broadcast_to(np.array([size], dtype=np.int32), (count,))  # takes 4 bytes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        return np.full(self.sizes[index], 7)
+
+
+def many_pairs(count, positions=None):
+    return ParallelDataset(Repeated(count, 20), Repeated(count, 25), positions=positions)
+
+
 def test_memory_and_a_seek_cost_a_window_and_not_the_data_set():
-    sizes = np.broadcast_to(np.array([[20, 25]], dtype=np.int32), (20_000_000, 2))  # takes 8 bytes
     options = replace(OPTIONS, max_tokens=4096, window_size=2**15)
-    next(iter(BatchIterator(Lengths(sizes[:100]), options, seed=1)))  # what PyTorch loads the first time
+    next(iter(BatchIterator(many_pairs(100), options, seed=1)))  # what PyTorch loads the first time
+    examples, cut = many_pairs(20_000_000), many_pairs(20_000_000, positions=(30, 24))
     tracemalloc.start()
     try:
-        batches = BatchIterator(Lengths(sizes), options, seed=1)
+        assert examples.longest == (20, 25) and cut.num_cut == 20_000_000
+        assert packed_limits(options, examples.sizes).max_sentences == 1.25 * 4096 // 25 + 8
+        batches = BatchIterator(examples, options, seed=1)
+        assert batches.num_examples == 20_000_000 and batches.updates_per_epoch > 100_000
         next(iter(batches))
         state = batches.state_dict() | {"window": 500}
         batches.load_state_dict(state)
@@ -446,7 +478,7 @@ def test_what_batches_will_be_like_is_told_by_the_first_window_that_has_any():
     size = OPTIONS.window_size
     examples = some_lengths(3 * size)
     windows = [
-        window_examples(Window(seed=1, epoch=1, number=number, size=size), num_examples=len(examples))
+        window_examples(Window(Permutation(len(examples), seed=1, epoch=1), number, size))
         for number in range(3)
     ]
     too_long = OPTIONS.max_tokens + 1

@@ -3,6 +3,7 @@
 import itertools
 import math
 import tracemalloc
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,18 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmt.data.batching import (
-    BatchLimits,
     Window,
-    count_too_long,
     cut_batches,
-    keyed_permutation,
     num_windows,
     plan_ordered,
     plan_window,
-    too_long,
     window_examples,
 )
+from nmt.data.limits import BatchLimits, are_all_equal, survey, too_long
 from nmt.data.options import BatchingOptions
+from nmt.data.order import Permutation, keyed_permutation
 from nmt.errors import UserError
 
 keys = st.tuples(st.integers(0, 2**70), st.integers(0, 1000))
@@ -32,6 +31,10 @@ def size_arrays(draw, max_count=150, longest=12):
     columns = draw(st.integers(1, 3))
     rows = draw(st.lists(st.tuples(*[st.integers(1, longest)] * columns), max_size=max_count))
     return np.array(rows, dtype=np.int32).reshape(-1, columns)
+
+
+def some_window(num_places, *, seed=1, epoch=1, number=0, size):
+    return Window(Permutation(num_places, seed, epoch), number, size)
 
 
 def cut_slowly(sizes, *, max_tokens, max_sentences, multiple):
@@ -139,12 +142,14 @@ def test_a_last_batch_of_too_few_goes_with_the_one_before_it(count, most, least)
 
 def test_one_that_is_left_of_an_epoch_makes_no_batch_where_two_must():
     """As where the limits have changed within it."""
-    sizes, window = np.ones((9, 1), dtype=np.int32), Window(seed=1, epoch=1, number=0, size=100)
+    sizes, window = np.ones((9, 1), dtype=np.int32), some_window(9, size=100)
     four, three = BatchLimits(None, 4, 1, least=2), BatchLimits(None, 3, 1, least=2)
     assert sorted(map(len, plan_window(sizes, [(four, 0)], window=window))) == [4, 5]
     left = plan_window(sizes, [(BatchLimits(None, 8, 1), 1), (three, 0)], window=window)
     assert list(map(len, left)) == []  # 8 + 1
-    assert list(map(len, plan_window(sizes[:1], [(four, 0)], window=window))) == [1]  # there is nothing else
+    assert list(map(len, plan_window(sizes[:1], [(four, 0)], window=some_window(1, size=100)))) == [
+        1
+    ]  # there is nothing else
 
 
 def test_cut_batches_puts_an_overlong_example_into_a_batch_of_its_own():
@@ -158,48 +163,108 @@ def test_cut_batches_puts_an_overlong_example_into_a_batch_of_its_own():
     sizes=size_arrays(),
     window_size=st.integers(1, 60),
     max_tokens=st.integers(5, 100),
-    max_positions=st.none() | st.integers(5, 12).map(lambda n: (n,)),
 )
-def test_windows_hold_every_example_that_fits_exactly_once(sizes, window_size, max_tokens, max_positions):
-    limits = BatchLimits(max_tokens, max_positions=max_positions)
+def test_windows_hold_every_example_that_fits_exactly_once(sizes, window_size, max_tokens):
+    limits = BatchLimits(max_tokens)
     planned = []
     for number in range(num_windows(len(sizes), window_size)):
-        window = Window(seed=1, epoch=1, number=number, size=window_size)
+        window = some_window(len(sizes), number=number, size=window_size)
         batches = plan_window(sizes, [(limits, 0)], window=window)
         assert all(len(batch) * sizes[batch].max() <= max_tokens for batch in batches)
         planned += [int(i) for batch in batches for i in batch]
         assert set(planned[-sum(map(len, batches)) :] if batches else []) <= set(
-            window_examples(window, num_examples=len(sizes)).tolist()
+            window_examples(window).tolist()
         )
     fitting = np.flatnonzero(~too_long(sizes, limits))
     assert sorted(planned) == fitting.tolist()
-    assert count_too_long(sizes, limits, block=7) == len(sizes) - len(fitting)
+    found = survey(sizes, limits, block=7)
+    assert found.num_too_long == len(sizes) - len(fitting)
+    assert found.longest == sizes[fitting].max(initial=0)
+    assert found.sums == sizes[fitting].sum(axis=0).tolist()
 
 
 def test_examples_and_batches_are_in_another_order_in_each_epoch_and_window():
     sizes = np.ones((200, 1), dtype=np.int32)  # all equal, so that sorting leaves the order of the epoch
     example_orders, batch_orders = set(), set()
     for seed, epoch, number in itertools.product((1, 2), (1, 2), (0, 1)):
-        window = Window(seed=seed, epoch=epoch, number=number, size=100)
-        examples = window_examples(window, num_examples=200).tolist()
+        window = some_window(200, seed=seed, epoch=epoch, number=number, size=100)
+        examples = window_examples(window).tolist()
         batches = plan_window(sizes, [(BatchLimits(5, multiple=1), 0)], window=window)
         example_orders.add(tuple(examples))
         batch_orders.add(tuple(examples.index(batch[0]) for batch in batches))
     assert len(example_orders) == len(batch_orders) == 8
 
 
+@dataclass(frozen=True)
+class Given:
+    """An order that stands in a list."""
+
+    examples: tuple[int, ...]
+    seed: int = 1
+    epoch: int = 1
+
+    @property
+    def num_places(self):
+        return len(self.examples)
+
+    def examples_at(self, places):
+        return np.array(self.examples, dtype=np.int64)[places]
+
+
+@settings(deadline=None)
+@given(sizes=size_arrays(max_count=20), window_size=st.integers(1, 30), data=st.data())
+def test_an_order_may_bring_an_example_several_times_or_not_at_all(sizes, window_size, data):
+    """Each of its places comes once, also where a window is cut anew after some batches."""
+    places = st.lists(st.integers(0, len(sizes) - 1), max_size=60) if len(sizes) else st.just([])
+    order = Given(tuple(data.draw(places)))
+    first, second = BatchLimits(15, multiple=1), BatchLimits(24, multiple=1)
+    planned = []
+    for number in range(num_windows(order.num_places, window_size)):
+        window = Window(order, number, window_size)
+        batches = plan_window(sizes, [(first, 0)], window=window)
+        num_consumed = data.draw(st.integers(0, len(batches)))
+        rest = plan_window(sizes, [(first, num_consumed), (second, 0)], window=window)
+        planned += [int(i) for batch in batches[:num_consumed] + rest for i in batch]
+    assert sorted(planned) == sorted(order.examples)
+
+
+class Computed:
+    """The lengths of very many examples, computed where they are asked for."""
+
+    shape = (10**12, 2)
+
+    def __init__(self):
+        self.num_read = 0
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, places):
+        assert isinstance(places, np.ndarray), "a whole range would be read"
+        self.num_read += len(places)
+        return np.stack([1 + places % 40, 1 + places % 37], axis=1).astype(np.int32)
+
+
+def test_a_window_reads_the_lengths_of_its_own_examples_alone():
+    sizes = Computed()
+    window = some_window(len(sizes), number=9, size=1000)
+    batches = plan_window(sizes, [(BatchLimits(200), 3), (BatchLimits(100), 0)], window=window)
+    assert sizes.num_read == 1000 + sum(
+        map(len, batches)
+    )  # for the second cut, those that the first has left
+
+
+@given(sizes=size_arrays(longest=2))
+def test_lengths_are_compared_with_those_of_the_first(sizes):
+    assert are_all_equal(sizes) == (len({tuple(row) for row in sizes.tolist()}) <= 1)
+
+
 def test_short_and_long_batches_are_mixed():
     sizes = np.repeat(np.arange(1, 41, dtype=np.int32), 50)[:, None]
-    batches = plan_window(sizes, [(BatchLimits(200), 0)], window=Window(seed=1, epoch=1, number=0, size=2000))
+    batches = plan_window(sizes, [(BatchLimits(200), 0)], window=some_window(2000, size=2000))
     lengths = np.array([sizes[batch].max() for batch in batches])
     # Of a random order: serial correlation 0 +- 1/sqrt(number of batches).
     assert abs(np.corrcoef(lengths[:-1], lengths[1:])[0, 1]) < 4 / math.sqrt(len(lengths))
-
-
-def test_max_positions_may_differ_by_column():
-    sizes = np.array([[5, 1], [6, 1], [1, 8], [1, 9]])
-    assert too_long(sizes, BatchLimits(None, max_positions=(5, 8))).tolist() == [False, True, False, True]
-    assert too_long(sizes, BatchLimits(None, max_positions=(7,))).tolist() == [False, False, True, True]
 
 
 @settings(deadline=None)
@@ -216,11 +281,11 @@ def test_ordered_plans_share_all_examples_among_the_ranks(sizes, world_size, max
 
 def test_planning_takes_memory_by_the_window_and_not_by_the_data_set():
     sizes = np.broadcast_to(np.array([[20, 25]], dtype=np.int32), (50_000_000, 2))  # takes 8 bytes
-    window = Window(seed=1, epoch=1, number=30, size=2**16)
+    window = some_window(len(sizes), number=30, size=2**16)
     tracemalloc.start()
     try:
         batches = plan_window(sizes, [(BatchLimits(4096), 0)], window=window)
-        assert count_too_long(sizes[:5_000_000], BatchLimits(4096)) == 0
+        assert survey(sizes[:5_000_000], BatchLimits(4096)) == (0, 25, [100_000_000, 125_000_000])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -17,7 +17,8 @@ from ranks import run_ranks
 from test_trainer import SIZES
 from torch import Tensor, nn
 
-from nmt.data.batch_iterator import BatchIterator, MicroBatch, batch_limits
+from nmt.data.batch_iterator import BatchIterator, MicroBatch
+from nmt.data.limits import batch_limits
 from nmt.data.options import BatchingOptions
 from nmt.data.packing import PackedShape, PackedTranslationBatch, pack_pairs
 from nmt.data.parallel_dataset import Pair, TranslationBatch

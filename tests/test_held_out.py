@@ -64,8 +64,8 @@ def test_batches_have_what_fits_and_items_all(
         [side.tolist() for side in whole[index]] for index in range(len(whole))
     ]
     batch = cut.collate(items)
-    lengths = whole.sizes.tolist()
-    assert cut.sizes.tolist() == [[min(a, source), min(b, target)] for a, b in lengths]
+    lengths = whole.sizes[:].tolist()
+    assert cut.sizes[:].tolist() == [[min(a, source), min(b, target)] for a, b in lengths]
     assert batch.num_targets == sum(min(b, target) for _, b in lengths)
     assert batch.source.shape[1] <= source and batch.target.shape[1] <= target
     assert cut.num_cut == sum(a > source or b > target for a, b in lengths)

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_transformer import VOCABULARY_SIZE, random_transformer
 
-from nmt.data.batch_iterator import packed_limits
-from nmt.data.batching import BatchLimits, Window, cut_packed, plan_window
+from nmt.data.batching import Window, cut_packed, plan_window
+from nmt.data.limits import BatchLimits
 from nmt.data.options import BatchingOptions
-from nmt.data.packing import PackedShape, pack_pairs
+from nmt.data.order import Permutation
+from nmt.data.packing import PackedShape, pack_pairs, packed_limits
 from nmt.data.parallel_dataset import collate_pairs
 from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.translation.loss import packed_translation_loss, translation_loss
@@ -102,7 +103,9 @@ def test_packed_windows_hold_every_pair_once_in_random_order():
     sizes = np.random.default_rng(1).integers(1, 20, size=(500, 2)).astype(np.int32)
     limits = BatchLimits(64, max_sentences=32, is_packed=True)
     first, second = (
-        plan_window(sizes, [(limits, 0)], window=Window(seed=1, epoch=epoch, number=0, size=500))
+        plan_window(
+            sizes, [(limits, 0)], window=Window(Permutation(500, seed=1, epoch=epoch), number=0, size=500)
+        )
         for epoch in (1, 2)
     )
     assert sorted(np.concatenate(first).tolist()) == list(range(500))

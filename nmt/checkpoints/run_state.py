@@ -12,7 +12,6 @@ _LIMITS = Record(
         "max_tokens": Maybe(Whole(1)),
         "max_sentences": Maybe(Whole(1)),
         "multiple": Whole(1),
-        "max_positions": Maybe(ListOf(Whole(1), longest=16)),
     },
     optional={"least": Whole(1), "is_packed": Flag()},
 )

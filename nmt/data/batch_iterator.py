@@ -16,30 +16,16 @@ from weakref import ref
 import numpy as np
 
 from nmt.data.batch_loader import Feed, PlannedBatch, Refusal, end_workers, make_loader, read_batches
-from nmt.data.batching import (
-    BatchLimits,
-    Cut,
-    Indices,
-    Sizes,
-    Window,
-    count_too_long,
-    cut_by,
-    longest,
-    num_windows,
-    plan_ordered,
-    plan_window,
-)
+from nmt.data.batching import Cut, Window, cut_by, num_windows, plan_ordered, plan_window
+from nmt.data.limits import BatchLimits, Survey, batch_limits, longest, survey
 from nmt.data.options import BatchingOptions
-from nmt.data.packing import most_sentences
+from nmt.data.order import Indices, Order, Permutation
 from nmt.errors import DamagedError, UserError, counted
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from nmt.task import Examples
-
-
-_NUM_SAMPLED = 2**16  # examples that tell how long they are
 
 
 class MicroBatch(NamedTuple):
@@ -84,7 +70,7 @@ class BatchIterator:
 
     The same seed, data and options give the same sequence, bit for bit, interrupted or not, for any number
     of worker processes. If a restored run has other limits (`max_tokens`, `batch_size`,
-    `required_batch_size_multiple`, `max_positions`, `is_packed`), what is left of the open window is cut
+    `required_batch_size_multiple`, `is_packed`), what is left of the open window is cut
     again; with another number of ranks or another `update_freq` the same sequence is dealt in other groups.
     Either way each example comes once per epoch. A changed `seed` or `window_size` takes effect with the next
     epoch.
@@ -102,7 +88,6 @@ class BatchIterator:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int | None = None,
-        max_positions: int | tuple[int, ...] | None = None,
         pin_memory: bool = False,
         limits: BatchLimits | None = None,
     ) -> None:
@@ -115,8 +100,6 @@ class BatchIterator:
             rank: of this process, in range(world_size).
             world_size: number of processes that share each update.
             num_workers: worker processes of this rank, `options.num_workers` unless given.
-            max_positions: largest length that the model takes, per column of `examples.sizes` or for all of
-                them; longer examples are left out.
             pin_memory: hand out batches in page-locked memory, for copies to a CUDA device.
             limits: what a batch may hold, instead of what the options say.
         """
@@ -126,7 +109,7 @@ class BatchIterator:
         options.check()
         self._examples = examples
         self._options = options
-        self._limits = limits or batch_limits(options, max_positions)
+        self._limits = limits or batch_limits(options)
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
@@ -161,7 +144,7 @@ class BatchIterator:
         It is still the old one between the last update and the end of the iteration, so that a run that is
         resumed there ends that epoch like any other.
         """
-        return self._position.window.epoch
+        return self._position.window.order.epoch
 
     @property
     def examples_consumed(self) -> int:
@@ -178,10 +161,15 @@ class BatchIterator:
         """Number of examples of an epoch under the current limits, over all ranks."""
         return len(self._examples) - self.num_too_long
 
-    @cached_property
+    @property
     def num_too_long(self) -> int:
-        """Number of examples left out since they are beyond `max_tokens` or `max_positions`."""
-        return count_too_long(self._examples.sizes, self._limits)
+        """Number of examples left out since they are beyond `max_tokens`."""
+        return self.survey.num_too_long
+
+    @cached_property
+    def survey(self) -> Survey:
+        """What the limits leave of the data, for which the lengths of all examples are read once."""
+        return survey(self._examples.sizes, self._limits)
 
     @cached_property
     def updates_per_epoch(self) -> int:
@@ -197,9 +185,9 @@ class BatchIterator:
 
         A window of nothing but examples that are left out is passed over; there are none if all windows are so.
         """
-        size = self._options.window_size
-        for number in range(num_windows(len(self._examples), size)):
-            window = Window(seed=self._seed, epoch=1, number=number, size=size)
+        order, size = self._order(self._seed, epoch=1), self._options.window_size
+        for number in range(num_windows(order.num_places, size)):
+            window = Window(order, number, size)
             if batches := plan_window(self._examples.sizes, [(self._limits, 0)], window=window):
                 return batches
         return []
@@ -279,11 +267,11 @@ class BatchIterator:
         """Return the position, the same on all ranks, in JSON types."""
         window = self._position.window
         return {
-            "epoch": window.epoch,
+            "epoch": window.order.epoch,
             "window": window.number,
             "cuts": [[asdict(limits), num_consumed] for limits, num_consumed in self._position.cuts],
             "examples_consumed": self._position.examples_consumed,
-            "seed": window.seed,
+            "seed": window.order.seed,
             "window_size": window.size,
             "dataset_size": len(self._examples),
         }
@@ -294,7 +282,7 @@ class BatchIterator:
         Raises:
             UserError: the position is inside an epoch over another number of examples.
         """
-        cuts = tuple((_limits_from_json(limits), num_consumed) for limits, num_consumed in state["cuts"])
+        cuts = tuple((BatchLimits.from_json(limits), num_consumed) for limits, num_consumed in state["cuts"])
         if state["window"] == 0 and not any(num_consumed for _, num_consumed in cuts):
             self._position = self._epoch_start(state["epoch"])
             return
@@ -304,16 +292,9 @@ class BatchIterator:
                 f"with {counted(state['dataset_size'], 'example')}, and now there are {len(self._examples):,}. "
                 "Resume with the data directory that the run was started with."
             )
-        window = Window(
-            seed=state["seed"], epoch=state["epoch"], number=state["window"], size=state["window_size"]
-        )
-        num_columns = self._examples.sizes.shape[1]
-        positions = [limits.max_positions for limits, _ in cuts if limits.max_positions is not None]
-        if (
-            window.number >= num_windows(len(self._examples), window.size)
-            or state["examples_consumed"] > len(self._examples)
-            or any(len(limit) not in (1, num_columns) for limit in positions)
-        ):
+        window = Window(self._order(state["seed"], state["epoch"]), state["window"], state["window_size"])
+        num_places = window.order.num_places
+        if window.number >= num_windows(num_places, window.size) or state["examples_consumed"] > num_places:
             raise DamagedError(
                 f"the place in the training data must lie within its {counted(len(self._examples), 'example')}, "
                 "but does not. Restore the checkpoint, or begin a new run."
@@ -321,8 +302,12 @@ class BatchIterator:
         self._position = _Position(window, cuts, state["examples_consumed"])
 
     def _epoch_start(self, epoch: int) -> _Position:
-        window = Window(seed=self._seed, epoch=epoch, number=0, size=self._options.window_size)
+        window = Window(self._order(self._seed, epoch), number=0, size=self._options.window_size)
         return _Position(window, ((self._limits, 0),), examples_consumed=0)
+
+    def _order(self, seed: int, epoch: int) -> Order:
+        """Return the order of an epoch: here alone it is decided what an epoch is."""
+        return Permutation(len(self._examples), seed=seed, epoch=epoch)
 
     def _start_loading(self, plan: Iterator[PlannedBatch]) -> Iterator[Any]:
         """Return the collated batches of a plan, in its order."""
@@ -338,10 +323,11 @@ class BatchIterator:
         """Yield batch after batch, and note the updates that they make up in `planned`."""
         for update in self._plan_updates():
             planned.append(update)
-            window = update.end.window
+            order = update.end.window.order
             for batch in update.batches:
-                # An example comes once in an epoch, so the first one tells the batches apart.
-                yield PlannedBatch(batch.tolist(), key=(window.seed, window.epoch, int(batch[0])))
+                # An example comes once in an epoch, so the first one tells the batches apart. The number of the
+                # batch would do for any order, but would seed augmentation otherwise than in runs begun so far.
+                yield PlannedBatch(batch.tolist(), key=(order.seed, order.epoch, int(batch[0])))
 
     def _plan_updates(self) -> Iterator[_Update]:
         """Yield this rank's part of every update from the position to the end of the epoch."""
@@ -382,7 +368,7 @@ class BatchIterator:
         window, cuts, examples_consumed = position.window, position.cuts, position.examples_consumed
         if cuts[-1][0] != self._limits:
             cuts = (*cuts, (self._limits, 0))
-        for number in range(window.number, num_windows(len(self._examples), window.size)):
+        for number in range(window.number, num_windows(window.order.num_places, window.size)):
             window = replace(window, number=number)
             *earlier_cuts, (limits, num_consumed) = cuts
             for batch in plan_window(self._examples.sizes, cuts, window=window):
@@ -442,52 +428,5 @@ class OrderedBatches:
         self._loader = None
 
 
-def batch_limits(options: BatchingOptions, max_positions: int | tuple[int, ...] | None = None) -> BatchLimits:
-    """Return what the options say that a batch may hold."""
-    assert options.max_tokens != "auto", "find it first (nmt/run/memory_probe.py)"
-    can_have_least = options.batch_size is None or options.batch_size >= options.min_batch_size
-    return BatchLimits(
-        max_tokens=options.max_tokens,
-        max_sentences=options.batch_size,
-        multiple=options.required_batch_size_multiple,
-        least=options.min_batch_size if can_have_least else 1,
-        max_positions=(max_positions,) if isinstance(max_positions, int) else max_positions,
-    )
-
-
-def packed_limits(options: BatchingOptions, sizes: Sizes) -> BatchLimits:
-    """Return what a packed batch may hold.
-
-    Its number of examples is limited in any case, since its tensors must have room for them: a quarter more than
-    are expected, by a sample of the data.
-
-    Args:
-        options: `max_tokens` is a number.
-        sizes: (N, C) lengths of all examples.
-    """
-    limits = batch_limits(options)
-    assert limits.max_tokens is not None
-    sample = np.linspace(0, len(sizes) - 1, min(len(sizes), _NUM_SAMPLED)).astype(np.int64)
-    lengths = longest(sizes[sample])
-    mean = (
-        float(lengths[lengths <= limits.max_tokens].mean()) if (lengths <= limits.max_tokens).any() else 1.0
-    )
-    room = min(int(1.25 * limits.max_tokens / mean) + 8, most_sentences(limits.max_tokens))
-    most = room if limits.max_sentences is None else min(room, limits.max_sentences)
-    return replace(limits, max_sentences=most, is_packed=True)
-
-
 def _num_workers(options: BatchingOptions) -> int:
     return 0 if options.num_workers == "auto" else options.num_workers
-
-
-def _limits_from_json(fields: Mapping[str, Any]) -> BatchLimits:
-    max_positions = fields["max_positions"]
-    return BatchLimits(
-        max_tokens=fields["max_tokens"],
-        max_sentences=fields["max_sentences"],
-        multiple=fields["multiple"],
-        least=fields.get("least", 1),
-        max_positions=None if max_positions is None else tuple(max_positions),
-        is_packed=fields.get("is_packed", False),  # checkpoints before it had none
-    )

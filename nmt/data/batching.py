@@ -1,54 +1,27 @@
 """From the lengths of the examples to batches of their indices, one window of an epoch at a time.
 
-The order of an epoch is a keyed permutation of all examples that can be evaluated at any index, so that
-nothing as long as the data set has to be kept. The epoch is cut into windows of, say, 2**20 consecutive
-places of that order. Each window is sorted by length, cut into batches and its batches are shuffled, knowing
-nothing of the other windows.
-
-Every random choice is a function of (seed, epoch, window) and is taken from raw bits, whose stream NumPy
-promises not to change between versions.
+The epoch is cut into windows of, say, 2**20 consecutive places of its order (`nmt/data/order.py`). Each window is
+sorted by length, cut into batches and its batches are shuffled. It knows nothing of the other windows: only the
+lengths of its own examples are read.
 
 Legend: N examples of the data set, n examples at hand, C lengths per example (columns: source, target).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
-from numpy.typing import NDArray
 
-Indices = NDArray[np.int64]
-Sizes = NDArray[np.integer]
-
-# Two Feistel rounds each. With so many, even permutations of five elements are equally frequent over keys.
-_NUM_ROUND_PAIRS = 8
-
-# First entry of every key, so that the two uses of randomness never share a stream.
-_ORDER_KEY, _SHUFFLE_KEY = 1, 2
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """What a batch may hold. Two equal limits cut the same examples into the same batches."""
-
-    max_tokens: int | None
-    max_sentences: int | None = None
-    multiple: int = 8
-    least: int = 1
-    """Smallest number of examples in a batch."""
-    max_positions: tuple[int, ...] | None = None
-    """Largest length per column, or one for all of them: what the model can take."""
-    is_packed: bool = False
-    """Nothing is padded: `max_tokens` limits the sum of the lengths of each column, and the order stays random."""
+from nmt.data.limits import BatchLimits, Sizes, longest, too_long
+from nmt.data.order import Indices, Order, shuffled
+from nmt.task import AllSizes
 
 
 @dataclass(frozen=True)
 class Window:
-    """One window of one epoch: the places [number * size, (number + 1) * size) of the epoch's order."""
+    """One window of one epoch: the places [number * size, (number + 1) * size) of its order."""
 
-    seed: int
-    epoch: int
+    order: Order
     number: int
     size: int
 
@@ -57,7 +30,7 @@ Cut = tuple[BatchLimits, int]
 """The limits that a window was cut with, and how many of the resulting batches have been consumed."""
 
 
-def plan_window(sizes: Sizes, cuts: Sequence[Cut], *, window: Window) -> list[Indices]:
+def plan_window(sizes: AllSizes, cuts: Sequence[Cut], *, window: Window) -> list[Indices]:
     """Return the batches of a window that are still to come.
 
     A run that is resumed with other limits cuts what is left of its window again. So the history of a window
@@ -65,7 +38,7 @@ def plan_window(sizes: Sizes, cuts: Sequence[Cut], *, window: Window) -> list[In
     number of batches consumed of it says what it leaves in turn.
 
     Args:
-        sizes: (N, C) lengths of all examples; only those of the window are read, so it may be a memory map.
+        sizes: (N, C) lengths of all examples; only those of the window are read.
         cuts: the history of the window, the current cut last.
         window: which one.
 
@@ -73,16 +46,16 @@ def plan_window(sizes: Sizes, cuts: Sequence[Cut], *, window: Window) -> list[In
         Index batches in the order of training. Examples beyond the current limits are in none of them, nor are
         fewer than `least` that alone are left of an epoch.
     """
-    left = window_examples(window, num_examples=len(sizes))
+    left = window_examples(window)
     batches: list[Indices] = []
     for number, (limits, num_consumed) in enumerate(cuts):
         left_sizes = sizes[left]
         fitting = np.flatnonzero(~too_long(left_sizes, limits))
         cut = cut_by(left_sizes[fitting], limits)
-        if len(cut) == 1 and len(cut[0]) < limits.least and len(left) < len(sizes):
+        if len(cut) == 1 and len(cut[0]) < limits.least and len(left) < window.order.num_places:
             cut = []  # there is nothing that it could go with; other epochs have these examples
-        key = (_SHUFFLE_KEY, window.seed, window.epoch, window.number, number)
-        local_batches = [fitting[cut[i]] for i in _shuffled(len(cut), key)]
+        random_order = shuffled(len(cut), window.order, window=window.number, cut=number)
+        local_batches = [fitting[cut[i]] for i in random_order]
         batches = [left[batch] for batch in local_batches[num_consumed:]]
         is_left = np.ones(len(left), dtype=bool)
         for batch in local_batches[:num_consumed]:
@@ -105,16 +78,16 @@ def cut_by(sizes: Sizes, limits: BatchLimits) -> list[Indices]:
     )
 
 
-def window_examples(window: Window, *, num_examples: int) -> Indices:
+def window_examples(window: Window) -> Indices:
     """Return the indices of the examples of a window, in the order of the epoch: (n,), n <= `window.size`."""
     start = window.number * window.size
-    places = np.arange(start, max(start, min(start + window.size, num_examples)), dtype=np.int64)
-    return keyed_permutation(places, size=num_examples, key=(_ORDER_KEY, window.seed, window.epoch))
+    end = max(start, min(start + window.size, window.order.num_places))
+    return window.order.examples_at(np.arange(start, end, dtype=np.int64))
 
 
-def num_windows(num_examples: int, window_size: int) -> int:
-    """Return how many windows an epoch has."""
-    return -(-num_examples // window_size)
+def num_windows(num_places: int, window_size: int) -> int:
+    """Return how many windows an epoch of so many places has."""
+    return -(-num_places // window_size)
 
 
 def cut_batches(
@@ -197,92 +170,14 @@ def cut_packed(sizes: Sizes, *, max_tokens: int, max_sentences: int | None) -> l
     return batches
 
 
-def plan_ordered(sizes: Sizes, limits: BatchLimits, *, rank: int, world_size: int) -> list[Indices]:
+def plan_ordered(sizes: AllSizes, limits: BatchLimits, *, rank: int, world_size: int) -> list[Indices]:
     """Return this rank's share of all examples, in batches by length: nothing shuffled, nothing left out.
 
     An example longer than `limits.max_tokens` is a batch of its own, since a validation must see all of them.
     """
-    return cut_by(sizes, limits)[rank::world_size]
+    return cut_by(sizes[:], limits)[rank::world_size]
 
 
-def longest(sizes: Sizes) -> Indices:
-    """Return the longest length of each example: (n, C) -> (n,) int64."""
-    columns: Iterator[Sizes] = iter(sizes.T)
-    return reduce(np.maximum, columns).astype(np.int64)
-
-
-def padded_size(sizes: Sizes, batch: Indices) -> int:
+def padded_size(sizes: AllSizes, batch: Indices) -> int:
     """Return the number of examples of a batch times its longest length."""
     return len(batch) * int(longest(sizes[batch]).max())
-
-
-def too_long(sizes: Sizes, limits: BatchLimits) -> NDArray[np.bool_]:
-    """Return which examples are beyond the limits, True: too long, even alone: (n, C) -> (n,)."""
-    result = np.zeros(len(sizes), dtype=bool)
-    if limits.max_tokens is not None:
-        result |= longest(sizes) > limits.max_tokens
-    if limits.max_positions is not None:
-        result |= (sizes > np.asarray(limits.max_positions)).any(axis=1)
-    return result
-
-
-def longest_within(sizes: Sizes, limits: BatchLimits, *, block: int = 2**20) -> int:
-    """Return the longest length, of any column, of the examples within the limits; 0 if there are none."""
-    blocks = (sizes[start : start + block] for start in range(0, len(sizes), block))
-    return max(int(longest(block[~too_long(block, limits)]).max(initial=0)) for block in blocks)
-
-
-def count_too_long(sizes: Sizes, limits: BatchLimits, *, block: int = 2**20) -> int:
-    """Count the examples of the whole data set that are beyond the limits, reading a block at a time."""
-    return sum(
-        int(np.count_nonzero(too_long(sizes[start : start + block], limits)))
-        for start in range(0, len(sizes), block)
-    )
-
-
-def keyed_permutation(indices: Indices, *, size: int, key: Sequence[int]) -> Indices:
-    """Evaluate a pseudo-random permutation of range(size) at some indices.
-
-    A Feistel network (Luby and Rackoff 1988) with tables of random bits as round functions permutes the
-    smallest power of two that holds `size`; what falls outside the range walks on along its cycle until it
-    is inside (Black and Rogaway 2002), under two passes on average. A table holds about sqrt(size) numbers.
-
-    Args:
-        indices: (n,) int64, each in range(size).
-        size: number of elements permuted.
-        key: non-negative numbers; another key is another permutation.
-
-    Returns:
-        (n,) int64: their images. Over all of range(size) each number comes exactly once.
-    """
-    num_bits = max(2, (size - 1).bit_length())
-    num_low = num_bits // 2
-    num_high = num_bits - num_low
-    random = np.random.Philox(np.random.SeedSequence(key))
-    high_to_low = _random_tables(random, from_bits=num_high, to_bits=num_low)
-    low_to_high = _random_tables(random, from_bits=num_low, to_bits=num_high)
-
-    def encipher(values: Indices) -> Indices:
-        high, low = values >> num_low, values & ((1 << num_low) - 1)
-        for to_low, to_high in zip(high_to_low, low_to_high, strict=True):
-            low ^= to_low[high]
-            high ^= to_high[low]
-        return (high << num_low) | low
-
-    images = encipher(indices)
-    outside = np.flatnonzero(images >= size)
-    while len(outside):
-        images[outside] = encipher(images[outside])
-        outside = outside[images[outside] >= size]
-    return images
-
-
-def _random_tables(random: np.random.Philox, *, from_bits: int, to_bits: int) -> Indices:
-    """Draw a random function for each pair of rounds: (pairs, 2**from_bits), numbers of `to_bits` bits."""
-    bits = random.random_raw(_NUM_ROUND_PAIRS << from_bits) >> np.uint64(64 - to_bits)
-    return bits.astype(np.int64).reshape(_NUM_ROUND_PAIRS, -1)
-
-
-def _shuffled(count: int, key: Sequence[int]) -> Indices:
-    """Return range(count) in a random order: (count,) int64."""
-    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count).argsort(kind="stable")

@@ -7,7 +7,7 @@ Legend: B sentences, L tokens of a row, P parts of a row: its sentences, then th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -16,12 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nmt.data.batching import cut_packed
-from nmt.data.parallel_dataset import Pair, ParallelDataset
+from nmt.data.limits import BatchLimits, batch_limits, longest
+from nmt.data.options import BatchingOptions
+from nmt.data.parallel_dataset import Pair, PairSizes, ParallelDataset
 from nmt.data.vocabulary import EOS_ID, PAD_ID
+from nmt.task import AllSizes
 
 MOST_PARTS = 65_535
 """Of a row: CUDA starts no more programs than this along the axis on which PyTorch's attention puts them."""
 _TOKENS_OF_A_FILLER = 256
+_NUM_SAMPLED = 2**16  # examples that tell how long they are
 _NUM_ROWS = 7  # of `PackedTranslationBatch.content`, before the tables
 _BLOCK = 128  # tokens that one program of a kernel works on (`nmt/models/packed_kernels.py`)
 
@@ -57,6 +61,28 @@ class PackedShape:
 def most_sentences(max_tokens: int) -> int:
     """Return how many sentences a row of so many tokens may hold at most, whatever their length."""
     return MOST_PARTS - _num_fillers(max_tokens)
+
+
+def packed_limits(options: BatchingOptions, sizes: AllSizes) -> BatchLimits:
+    """Return what a packed batch may hold.
+
+    Its number of examples is limited in any case, since its tensors must have room for them: a quarter more than
+    are expected, by a sample of the data.
+
+    Args:
+        options: `max_tokens` is a number.
+        sizes: (N, C) lengths of all examples.
+    """
+    limits = batch_limits(options)
+    assert limits.max_tokens is not None
+    sample = np.linspace(0, len(sizes) - 1, min(len(sizes), _NUM_SAMPLED)).astype(np.int64)
+    lengths = longest(sizes[sample])
+    mean = (
+        float(lengths[lengths <= limits.max_tokens].mean()) if (lengths <= limits.max_tokens).any() else 1.0
+    )
+    room = min(int(1.25 * limits.max_tokens / mean) + 8, most_sentences(limits.max_tokens))
+    most = room if limits.max_sentences is None else min(room, limits.max_sentences)
+    return replace(limits, max_sentences=most, is_packed=True)
 
 
 def _num_fillers(max_tokens: int) -> int:
@@ -176,7 +202,7 @@ class PackedDataset:
         self.shape = shape
 
     @property
-    def sizes(self) -> NDArray[np.int32]:
+    def sizes(self) -> PairSizes:
         """Numbers of source and target tokens of each pair, eos included: (N, 2)."""
         return self.pairs.sizes
 

@@ -5,7 +5,6 @@ Legend: B sentences, S source length, T target length, N pairs of the data set.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Protocol, Self
 
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nmt.data.limits import size_blocks
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.errors import UserError, by_number, counted
 
@@ -73,6 +73,37 @@ class TranslationBatch:
         return type(self)(source, target_input, target, self.num_examples, self.num_targets)
 
 
+@dataclass(frozen=True)
+class PairSizes:
+    """The lengths of all pairs, (N, 2) int32, of which `sizes[places]` reads some: nothing is kept.
+
+    The two sides lie in two files. To lay them side by side would take 8 bytes a pair in each process.
+    """
+
+    source: NDArray[np.int32]
+    """(N,), such as a memory map."""
+    target: NDArray[np.int32]
+    """(N,)."""
+    positions: tuple[int, int] | None = None
+    """No length is told as more than this."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, 2)."""
+        return len(self.source), 2
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.source)
+
+    def __getitem__(self, places: Any) -> NDArray[np.int32]:
+        """Return the lengths at a slice of places, or at (n,) indices: (n, 2)."""
+        sizes = np.stack([self.source[places], self.target[places]], axis=1).astype(np.int32, copy=False)
+        return (
+            sizes if self.positions is None else np.minimum(sizes, np.array(self.positions, dtype=np.int32))
+        )
+
+
 class ParallelDataset:
     """The pairs of a split: sentence i of the source belongs to sentence i of the target.
 
@@ -119,12 +150,19 @@ class ParallelDataset:
         """Return source and target ids of a pair."""
         return self._source[index], self._target[index]
 
-    @cached_property
-    def sizes(self) -> NDArray[np.int32]:
-        """Numbers of source and target tokens of each pair, eos included: (N, 2), 8 bytes per pair."""
-        sizes = np.stack([self._source.sizes, self._target.sizes], axis=1).astype(np.int32, copy=False)
+    @property
+    def sizes(self) -> PairSizes:
+        """Numbers of source and target tokens of each pair, eos included: (N, 2)."""
+        return PairSizes(self._source.sizes, self._target.sizes, self.positions)
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The longest sides that come into batches, in tokens; 0 if there are no pairs."""
+        source, target = (int(side.sizes.max(initial=0)) for side in (self._source, self._target))
         return (
-            sizes if self.positions is None else np.minimum(sizes, np.array(self.positions, dtype=np.int32))
+            (source, target)
+            if self.positions is None
+            else (min(source, self.positions[0]), min(target, self.positions[1]))
         )
 
     @property
@@ -132,8 +170,8 @@ class ParallelDataset:
         """Number of pairs that do not come into batches as a whole."""
         if self.positions is None:
             return 0
-        sides = zip((self._source, self._target), self.positions, strict=True)
-        return int(np.logical_or.reduce([side.sizes > limit for side, limit in sides]).sum())
+        whole = PairSizes(self._source.sizes, self._target.sizes)
+        return sum(int((part > np.array(self.positions)).any(axis=1).sum()) for part in size_blocks(whole))
 
     def notes(self) -> list[str]:
         """Say how many pairs are cut for the loss."""
@@ -159,19 +197,11 @@ class ParallelDataset:
         )
         return source, target
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leave out `sizes`, which the worker processes that this is pickled for never ask for."""
-        return _restore, (self._source, self._target, self.positions)
-
     def collate(self, items: Sequence[Pair]) -> TranslationBatch:
         """Pad pairs to a batch."""
         if self.positions is None:
             return collate_pairs(items)
         return collate_pairs([cut_pair(pair, self.positions) for pair in items])
-
-
-def _restore(source: Sentences, target: Sentences, positions: tuple[int, int] | None) -> ParallelDataset:
-    return ParallelDataset(source, target, positions=positions)
 
 
 def cut_pair(pair: Pair, positions: tuple[int, int]) -> Pair:

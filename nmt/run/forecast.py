@@ -3,11 +3,10 @@
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from nmt.data.batch_iterator import BatchIterator
-from nmt.data.batching import BatchLimits, padded_size, too_long
+from nmt.data.batching import padded_size
 from nmt.errors import by_number, counted
 from nmt.options import TrainConfig
 from nmt.run.flops import FlopCounter
@@ -19,8 +18,6 @@ from nmt.update.schedule import num_updates
 
 if TYPE_CHECKING:
     from nmt.task import Examples
-
-_BLOCK = 2**20
 
 
 def size_rows(
@@ -37,7 +34,7 @@ def size_rows(
     counts = parameter_counts(trainer.model)
     rows = [("model", counted(sum(counts.values()), "parameter"))]
     rows += [("", f"{count:>13,} {part}") for part, count in counts.items()]
-    sums = sum_of_sizes(train_examples, batches.limits)
+    sums = batches.survey.sums
     sizes = " / ".join(f"{size:,}" for size in sums)
     # Where each example has the size 1 there is nothing to add.
     in_size = "" if sums == [batches.num_examples] else f" of {sizes} in size"
@@ -102,14 +99,6 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
         part = ".".join(module.split(".")[:2])
         counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
-
-
-def sum_of_sizes(examples: "Examples[Any]", limits: BatchLimits) -> list[int]:
-    """Return the sum of each column of the sizes, of what is not left out: source and target tokens, for one."""
-    sizes = examples.sizes
-    blocks = (np.asarray(sizes[start : start + _BLOCK]) for start in range(0, len(sizes), _BLOCK))
-    sums = [block[~too_long(block, limits)].sum(axis=0, dtype=np.int64) for block in blocks]
-    return np.sum(sums, axis=0).tolist() if sums else []
 
 
 def duration(seconds: float) -> str:

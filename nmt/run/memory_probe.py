@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmt.data.batching import Indices, cut_batches, longest, padded_size
+from nmt.data.batching import cut_batches, padded_size
+from nmt.data.limits import longest
+from nmt.data.order import Indices
 from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.trainer import Trainer

@@ -13,8 +13,10 @@ from torch import nn
 
 from nmt.checkpoints.run_folder import CheckpointFolder, load_config
 from nmt.config.mapping import changed_fixed_options
-from nmt.data.batch_iterator import BatchIterator, packed_limits
-from nmt.data.batching import BatchLimits, Window, longest, window_examples
+from nmt.data.batch_iterator import BatchIterator
+from nmt.data.limits import BatchLimits, are_all_equal, longest
+from nmt.data.order import Permutation
+from nmt.data.packing import packed_limits
 from nmt.distributed import World, single
 from nmt.errors import UserError, by_number, counted
 from nmt.options import TrainConfig
@@ -122,7 +124,7 @@ def notes_on_padding(
 
     Examples of one length need no padding, such as images.
     """
-    if not _wants_packing(config, device) or bool((examples.sizes == examples.sizes[:1]).all()):
+    if not _wants_packing(config, device) or are_all_equal(examples.sizes):
         return []
     reason = _why_padded(config, task, model)
     if reason is None:
@@ -175,8 +177,8 @@ def with_max_tokens(
             seed=config.seed,
             updates_per_epoch=1,
         )
-        window = Window(seed=config.seed, epoch=1, number=0, size=batching.window_size)
-        sample = np.sort(window_examples(window, num_examples=len(examples)))
+        order = Permutation(len(examples), seed=config.seed, epoch=1)
+        sample = np.sort(order.examples_at(np.arange(min(len(examples), batching.window_size))))
         lengths = longest(examples.sizes[sample])
         most = most_tokens(
             round(float(lengths.mean()) * len(examples)),

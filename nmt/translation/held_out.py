@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nmt.data.batching import Indices, cut_batches
+from nmt.data.batching import cut_batches
+from nmt.data.order import Indices
 from nmt.data.parallel_dataset import ParallelDataset, pad_right
 from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import EOS_ID

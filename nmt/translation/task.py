@@ -126,10 +126,9 @@ class TranslationTask:
             self.target_segmenter.decode([[UNK_ID]])
             if directory.has_raw_text:
                 self._references(dataset)
-        longest = dataset.sizes.max(axis=0).tolist()
         for side, length, limit in zip(
             ("source", "target"),
-            longest,
+            dataset.longest,
             (model.max_source_positions, model.max_target_positions),
             strict=True,
         ):
@@ -163,7 +162,7 @@ class TranslationTask:
 
     def pack(self, examples: ParallelDataset, *, max_tokens: int, max_sentences: int) -> PackedDataset:
         """Return training examples to be packed."""
-        longest = min(int(examples.sizes.max()), max_tokens)
+        longest = min(max(examples.longest), max_tokens)
         shape = PackedShape.of(max_tokens=max_tokens, max_sentences=max_sentences, longest=longest)
         return PackedDataset(examples, shape)
 
@@ -188,7 +187,7 @@ class TranslationTask:
         if not self.options.eval_bleu:
             return {}
         assert isinstance(model, Transformer)
-        by_length = np.argsort(examples.sizes[:, 0], kind="stable").tolist()
+        by_length = np.argsort(examples.sizes[:][:, 0], kind="stable").tolist()
         translations = self._translate(model, examples, by_length[world.rank :: world.size], world)
         everywhere = {index: text for part in world.gather(translations) for index, text in part.items()}
         texts = [everywhere[index] for index in range(len(examples))]

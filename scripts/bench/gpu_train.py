@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from train import count_flops, measure_gemm
 
-from nmt.data.batch_iterator import BatchIterator, MicroBatch, packed_limits
+from nmt.data.batch_iterator import BatchIterator, MicroBatch
 from nmt.data.options import BatchingOptions
-from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
+from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch, packed_limits
 from nmt.data.parallel_dataset import ParallelDataset
 from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.distributed import World, join_world
@@ -189,7 +189,7 @@ def ours(
     if is_packed:
         limits = packed_limits(batching, pairs.sizes)
         assert limits.max_sentences is not None
-        longest = int(pairs.sizes.max())
+        longest = max(pairs.longest)
         shape = PackedShape.of(max_tokens=max_tokens, max_sentences=limits.max_sentences, longest=longest)
         examples = PackedDataset(pairs, shape)
     torch.manual_seed(1)
