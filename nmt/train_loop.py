@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nmt.checkpoints.run_folder import CheckpointFolder, load_config, load_weights
 from nmt.config.mapping import check_options, check_types, write_yaml
-from nmt.data.batch_iterator import BatchIterator, OrderedBatches
+from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batch_loader import refuse_import_by_worker
 from nmt.data.limits import are_all_equal
+from nmt.data.ordered_batches import OrderedBatches
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError, UserError, one_line
 from nmt.options import TrainConfig

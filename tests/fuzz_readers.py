@@ -33,8 +33,9 @@ from test_fairseq_data import write_split
 
 from nmt.config.mapping import from_mapping, read_yaml
 from nmt.data.batch_iterator import BatchIterator
-from nmt.data.blocks import check_file, decode_lines, read_blocks
 from nmt.data.options import BatchingOptions
+from nmt.data.pair_blocks import read_blocks
+from nmt.data.text_lines import check_file, decode_lines
 from nmt.errors import UserError
 from nmt.interop.fairseq import convert_checkpoint
 from nmt.options import TrainConfig

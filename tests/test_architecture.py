@@ -66,6 +66,7 @@ DATA_WITH_TENSORS = {
     "nmt.data.parallel_dataset",
     "nmt.data.batch_iterator",
     "nmt.data.batch_loader",
+    "nmt.data.ordered_batches",
 }
 
 

@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmt.data.batch_iterator import BatchIterator, OrderedBatches
+from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batching import Window, window_examples
 from nmt.data.options import BatchingOptions
 from nmt.data.order import Permutation
+from nmt.data.ordered_batches import OrderedBatches
 from nmt.data.packing import packed_limits
 from nmt.data.parallel_dataset import ParallelDataset
 from nmt.errors import UnreadableExamplesError, UserError

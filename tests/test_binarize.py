@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmt.data.binarize import BlockEncoder, SplitFiles, SplitReport, binarize
-from nmt.data.blocks import read_blocks
 from nmt.data.indexed_dataset import IndexedDataset
+from nmt.data.pair_blocks import read_blocks
 from nmt.data.segmenter import Segmenter, read_vocabulary, train_segmenter
 from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError

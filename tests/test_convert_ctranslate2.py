@@ -90,7 +90,7 @@ def test_the_folder_is_all_that_ctranslate2_needs(model: Path, tmp_path: Path, s
     assert {"model.bin", "config.json", "sentencepiece.model"} <= names
     engine = ctranslate2.Translator(str(tmp_path / "ct2"))
     segmenter = Translator.load(model).task.source_segmenter
-    tokens = segmenter.pieces(segmenter.encode(["A dog runs."])[0])  # type: ignore[union-attr]
+    tokens = [segmenter.vocabulary.tokens[i] for i in segmenter.encode(["A dog runs."])[0]]
     (result,) = engine.translate_batch([tokens], beam_size=5)
     assert "".join(result.hypotheses[0]).replace("▁", " ").strip() == "Ein Hund läuft."
 

@@ -493,7 +493,7 @@ def test_memory_does_not_grow_with_the_number_of_lines(
         return [[Hypothesis(row[:3], -1.0, [-1.0] * 4)] for row in source.tolist()]
 
     monkeypatch.setattr(Generator, "generate", instantly)
-    monkeypatch.setattr("nmt.data.blocks._CHUNK_BYTES", 4096)  # a file is read ahead so far
+    monkeypatch.setattr("nmt.data.text_lines._CHUNK_BYTES", 4096)  # a file is read ahead so far
 
     def peak(num_lines: int) -> int:
         source = write(tmp_path / "source", "the old dog sees a red bird\n" * num_lines)

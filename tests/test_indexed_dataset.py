@@ -60,15 +60,15 @@ _sequences = st.lists(st.lists(st.integers(0, 65535), max_size=6), max_size=20)
 
 
 @given(first=_sequences, second=_sequences)
-def test_what_is_written_and_appended_is_read(
+def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, first: list[list[int]], second: list[list[int]]
 ) -> None:
     folder = tmp_path_factory.mktemp("dataset")
-    write(folder / "second", second)
     with IndexedDatasetWriter(folder / "both", UINT16) as writer:
         flat = np.array([token for sequence in first for token in sequence], dtype=np.int64)
         writer.add_many(flat, np.array([len(sequence) for sequence in first], dtype=np.int64))
-        writer.append_file(folder / "second")
+        for sequence in second:
+            writer.add(np.array(sequence, dtype=np.int64))
     dataset = IndexedDataset(folder / "both")
     assert len(dataset) == len(first) + len(second)
     assert [dataset[i].tolist() for i in range(len(dataset))] == first + second
@@ -107,15 +107,6 @@ def test_nothing_is_left_of_a_dataset_that_failed(tmp_path: Path) -> None:
         writer.add(np.array([1, 2]))
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-
-
-def test_another_type_is_not_appended(tmp_path: Path) -> None:
-    write(tmp_path / "wide", [[1, 2]], np.dtype(np.int32))
-    with (
-        pytest.raises(UserError, match=r"must hold uint16 .* but holds int32"),
-        IndexedDatasetWriter(tmp_path / "a", UINT16) as writer,
-    ):
-        writer.append_file(tmp_path / "wide")
 
 
 def test_megatrons_variant_is_refused_by_name(tmp_path: Path) -> None:

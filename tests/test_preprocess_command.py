@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from nmt.data.blocks import TextFile
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.options import PreprocessOptions
 from nmt.data.preprocess import preprocess, sample_lines
 from nmt.data.segmenter import Segmenter
+from nmt.data.text_lines import TextFile
 from nmt.errors import UserError
 
 WORDS = [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from nmt.cli.options import GenerateOptions
 from nmt.cli.text_files import STANDARD_INPUT, read_text
-from nmt.data.blocks import unequal_counts
+from nmt.data.pair_blocks import unequal_counts
 from nmt.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from nmt.cli.command import announce_models, run_command
 from nmt.cli.options import ScoreOptions
 from nmt.cli.text_files import check_parallel, open_output, read_text
 from nmt.config.mapping import parse_command
-from nmt.data.blocks import unequal_counts
+from nmt.data.pair_blocks import unequal_counts
 from nmt.errors import UserError, counted
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from nmt.cli.command import WRITE_ERRORS
-from nmt.data.blocks import check_file, decode_lines, read_lines, unequal_counts
+from nmt.data.pair_blocks import unequal_counts
+from nmt.data.text_lines import check_file, decode_lines, read_lines
 from nmt.errors import UserError
 from nmt.system.places import check_output_file
 

@@ -1,26 +1,42 @@
 """Epochs of micro-batches for one rank, with a position that can be saved and restored.
 
-There is one global sequence of batches per epoch, the same for any number of ranks. Each update takes the
-next world_size * update_freq batches of it; rank r gets every world_size-th of these, from the r-th on. So a
-position in the sequence means the same to all ranks, and to a later run with another number of them.
+Nothing is pushed: each of these pulls from the one below it, the DataLoader whenever it has room for one more.
+
+    the training loop       an update: its micro-batches, collated
+      BatchIterator         takes the note of the update, and as many batches as it says; then moves the position
+        DataLoader          collated batches, read here or ahead by worker processes    (batch_loader.py)
+          _plan_loading     the indices of one batch after another; leaves a note of each update
+            plan_updates    this rank's part of each update                             (update_plan.py)
+              plan_batches  all ranks' batches, each with the position after it
+                plan_window the batches of a window, cut from the order of the epoch    (batching.py, order.py)
+
+So what is below the DataLoader is ahead of what has been handed out. The notes that wait between the two are in
+`planned`; the position (position.py) is that of the last update that was handed out.
 """
 
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from weakref import ref
 
-import numpy as np
-
-from nmt.data.batch_loader import Feed, PlannedBatch, Refusal, end_workers, make_loader, read_batches
-from nmt.data.batching import Cut, Window, cut_by, num_windows, plan_ordered, plan_window
-from nmt.data.limits import BatchLimits, Survey, batch_limits, longest, survey
+from nmt.data.batch_loader import (
+    Feed,
+    PlannedBatch,
+    Refusal,
+    end_workers,
+    make_loader,
+    read_batches,
+    worker_processes,
+)
+from nmt.data.batching import Window, num_windows, plan_window
+from nmt.data.limits import BatchLimits, Survey, batch_limits, survey
 from nmt.data.options import BatchingOptions
 from nmt.data.order import Indices, Order, Permutation
-from nmt.errors import DamagedError, UserError, counted
+from nmt.data.position import Position, is_start_of_epoch
+from nmt.data.update_plan import Dealing, PlannedUpdate, plan_updates
+from nmt.errors import UserError
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -41,26 +57,6 @@ class MicroBatch(NamedTuple):
     """Of its examples in the split, to name them by."""
 
 
-@dataclass(frozen=True)
-class _Position:
-    """A place in the sequence of batches: the next one to come is batch `cuts[-1][1]` of the last cut."""
-
-    window: Window
-    cuts: tuple[Cut, ...]
-    """How this window has been cut so far, and the number of batches consumed of each cut."""
-    examples_consumed: int
-    """In this epoch."""
-
-
-class _Update(NamedTuple):
-    """The part of one rank in one update, as planned."""
-
-    batches: list[Indices]
-    weights: list[float]
-    end: _Position
-    """The position once this update is handed out; the same on all ranks."""
-
-
 class BatchIterator:
     """Iterates over the updates of an epoch, as the micro-batches of this rank.
 
@@ -70,10 +66,9 @@ class BatchIterator:
 
     The same seed, data and options give the same sequence, bit for bit, interrupted or not, for any number
     of worker processes. If a restored run has other limits (`max_tokens`, `batch_size`,
-    `required_batch_size_multiple`, `is_packed`), what is left of the open window is cut
-    again; with another number of ranks or another `update_freq` the same sequence is dealt in other groups.
-    Either way each example comes once per epoch. A changed `seed` or `window_size` takes effect with the next
-    epoch.
+    `required_batch_size_multiple`, `is_packed`), what is left of the open window is cut again; with another
+    number of ranks or another `update_freq` the same sequence is dealt in other groups. Either way each example
+    comes once per epoch. A changed `seed` or `window_size` takes effect with the next epoch.
 
     Worker processes live until `close()`, or until the iterator is garbage. They are spawned, since forking a
     process with threads or a CUDA context is unsafe. So `examples` must pickle: as paths rather than content.
@@ -117,7 +112,7 @@ class BatchIterator:
         self._iteration: ref[Generator[list[MicroBatch], None, None]] | None = None
         self._feed = Feed()
         self._loader: DataLoader[Any] | None = None
-        self._num_workers = _num_workers(options) if num_workers is None else num_workers
+        self._num_workers = worker_processes(options) if num_workers is None else num_workers
         self._pin_memory = pin_memory
         self.split_above: int | None = None
         """Batches of a larger size are run in parts, as micro-batches; the update stays the same. The size is that
@@ -208,10 +203,10 @@ class BatchIterator:
     def _iterate(self) -> Generator[list[MicroBatch], None, None]:
         if self.num_examples == 0:
             raise UserError(
-                "the training data must hold an example within `max-tokens` and the model's positions, but "
-                f"of {len(self._examples):,} there is none. Raise `max-tokens`, or check the data."
+                "the training data must hold an example within `max-tokens`, but of "
+                f"{len(self._examples):,} there is none. Raise `max-tokens`, or check the data."
             )
-        planned: deque[_Update] = deque()
+        planned: deque[PlannedUpdate] = deque()
         plan = self._plan_loading(planned)
         loaded = self._start_loading(plan)
         for first in loaded:
@@ -265,16 +260,7 @@ class BatchIterator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, the same on all ranks, in JSON types."""
-        window = self._position.window
-        return {
-            "epoch": window.order.epoch,
-            "window": window.number,
-            "cuts": [[asdict(limits), num_consumed] for limits, num_consumed in self._position.cuts],
-            "examples_consumed": self._position.examples_consumed,
-            "seed": window.order.seed,
-            "window_size": window.size,
-            "dataset_size": len(self._examples),
-        }
+        return self._position.to_state(dataset_size=len(self._examples))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Move to a saved position; it counts from the next iteration on.
@@ -282,28 +268,15 @@ class BatchIterator:
         Raises:
             UserError: the position is inside an epoch over another number of examples.
         """
-        cuts = tuple((BatchLimits.from_json(limits), num_consumed) for limits, num_consumed in state["cuts"])
-        if state["window"] == 0 and not any(num_consumed for _, num_consumed in cuts):
+        if is_start_of_epoch(state):
             self._position = self._epoch_start(state["epoch"])
-            return
-        if state["dataset_size"] != len(self._examples):
-            raise UserError(
-                f"the training data must stay the same during an epoch, but epoch {state['epoch']} was begun "
-                f"with {counted(state['dataset_size'], 'example')}, and now there are {len(self._examples):,}. "
-                "Resume with the data directory that the run was started with."
-            )
-        window = Window(self._order(state["seed"], state["epoch"]), state["window"], state["window_size"])
-        num_places = window.order.num_places
-        if window.number >= num_windows(num_places, window.size) or state["examples_consumed"] > num_places:
-            raise DamagedError(
-                f"the place in the training data must lie within its {counted(len(self._examples), 'example')}, "
-                "but does not. Restore the checkpoint, or begin a new run."
-            )
-        self._position = _Position(window, cuts, state["examples_consumed"])
+        else:
+            order = self._order(state["seed"], state["epoch"])
+            self._position = Position.from_state(state, order, dataset_size=len(self._examples))
 
-    def _epoch_start(self, epoch: int) -> _Position:
+    def _epoch_start(self, epoch: int) -> Position:
         window = Window(self._order(self._seed, epoch), number=0, size=self._options.window_size)
-        return _Position(window, ((self._limits, 0),), examples_consumed=0)
+        return Position(window, ((self._limits, 0),), examples_consumed=0)
 
     def _order(self, seed: int, epoch: int) -> Order:
         """Return the order of an epoch: here alone it is decided what an epoch is."""
@@ -319,114 +292,19 @@ class BatchIterator:
         self._feed.plan = plan
         return read_batches(self._loader)
 
-    def _plan_loading(self, planned: deque[_Update]) -> Iterator[PlannedBatch]:
+    def _plan_loading(self, planned: deque[PlannedUpdate]) -> Iterator[PlannedBatch]:
         """Yield batch after batch, and note the updates that they make up in `planned`."""
-        for update in self._plan_updates():
+        dealing = Dealing(
+            limits=self._limits,
+            rank=self._rank,
+            world_size=self._world_size,
+            update_freq=self._options.update_freq,
+            split_above=self.split_above,
+        )
+        for update in plan_updates(self._examples.sizes, self._position, dealing):
             planned.append(update)
             order = update.end.window.order
             for batch in update.batches:
                 # An example comes once in an epoch, so the first one tells the batches apart. The number of the
                 # batch would do for any order, but would seed augmentation otherwise than in runs begun so far.
                 yield PlannedBatch(batch.tolist(), key=(order.seed, order.epoch, int(batch[0])))
-
-    def _plan_updates(self) -> Iterator[_Update]:
-        """Yield this rank's part of every update from the position to the end of the epoch."""
-        group_size = self._world_size * self._options.update_freq
-        group: list[Indices] = []
-        end = self._position
-        for batch, end in self._plan_batches(self._position):
-            group.append(batch)
-            if len(group) == group_size:
-                yield self._deal(group, end)
-                group = []
-        if group:
-            yield self._deal(group, end)
-
-    def _deal(self, group: list[Indices], end: _Position) -> _Update:
-        """Take this rank's share of the batches of an update, with fillers if other ranks get more."""
-        shares = [
-            [part for batch in group[rank :: self._world_size] for part in self._split(batch)]
-            for rank in range(self._world_size)
-        ]
-        share = shares[self._rank]
-        num_fillers = max(map(len, shares)) - len(share)
-        weights = [1.0] * len(share) + [0.0] * num_fillers
-        return _Update(share + shares[0][:1] * num_fillers, weights, end)
-
-    def _split(self, batch: Indices) -> list[Indices]:
-        """Cut a batch into equal parts that the device has memory for."""
-        if self.split_above is None:
-            return [batch]
-        if self._limits.is_packed:
-            limits = replace(self._limits, max_tokens=self.split_above)
-            return [batch[part] for part in cut_by(self._examples.sizes[batch], limits)]
-        most = max(1, self.split_above // int(longest(self._examples.sizes[batch]).max()))
-        return np.array_split(batch, -(-len(batch) // most))
-
-    def _plan_batches(self, position: _Position) -> Iterator[tuple[Indices, _Position]]:
-        """Yield all ranks' batches from a position to the epoch's end, each with the position after it."""
-        window, cuts, examples_consumed = position.window, position.cuts, position.examples_consumed
-        if cuts[-1][0] != self._limits:
-            cuts = (*cuts, (self._limits, 0))
-        for number in range(window.number, num_windows(window.order.num_places, window.size)):
-            window = replace(window, number=number)
-            *earlier_cuts, (limits, num_consumed) = cuts
-            for batch in plan_window(self._examples.sizes, cuts, window=window):
-                num_consumed += 1
-                examples_consumed += len(batch)
-                end = (*earlier_cuts, (limits, num_consumed))
-                yield batch, _Position(window, end, examples_consumed)
-            cuts = ((self._limits, 0),)
-
-
-class OrderedBatches:
-    """This rank's batches of a validation: by length, each example exactly once over all ranks.
-
-    Nothing is shuffled or left out: an example longer than `max_tokens` is a batch of its own. Ranks may get
-    different numbers of batches, so nothing may be reduced over the ranks in between. Each iteration yields the
-    same batches; worker processes live until `close()`.
-    """
-
-    def __init__(
-        self,
-        examples: "Examples[Any]",
-        options: BatchingOptions,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
-    ) -> None:
-        """Plan the batches; `options` limits them and says how many processes read them."""
-        self._plan = [
-            PlannedBatch(batch.tolist(), key=(int(batch[0]),))
-            for batch in plan_ordered(examples.sizes, batch_limits(options), rank=rank, world_size=world_size)
-        ]
-        self._feed = Feed()
-        # Workers that have nothing to read would only be started.
-        num_workers = min(_num_workers(options), len(self._plan))
-        self._loader: DataLoader[Any] | None = make_loader(
-            examples, self._feed, num_workers=num_workers, pin_memory=pin_memory
-        )
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield what `Examples.collate` makes of each batch.
-
-        Raises:
-            UnreadableExamplesError: Some examples cannot be read.
-        """
-        assert self._loader is not None, "closed"
-        self._feed.plan = iter(self._plan)
-        for batch in read_batches(self._loader):
-            if isinstance(batch, Refusal):
-                raise batch.error()
-            yield batch
-
-    def close(self) -> None:
-        """End the worker processes."""
-        if self._loader is not None:
-            end_workers(self._loader)
-        self._loader = None
-
-
-def _num_workers(options: BatchingOptions) -> int:
-    return 0 if options.num_workers == "auto" else options.num_workers

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from nmt.data.options import BatchingOptions
 from nmt.errors import UnreadableExamplesError, UserError
 from nmt.system.signals import shielded_from_signals
 
@@ -80,6 +81,11 @@ def make_loader(
         # Before multiprocessing's own: it asks workers to end by a signal that they are shielded from, and waits.
         atexit.register(_end_workers_of, ref(loader))
     return loader
+
+
+def worker_processes(options: BatchingOptions) -> int:
+    """Return how many processes the options ask for; none by themselves, where nobody knows the device."""
+    return 0 if options.num_workers == "auto" else options.num_workers
 
 
 def end_workers(loader: "DataLoader[Any]") -> None:

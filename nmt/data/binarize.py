@@ -23,9 +23,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nmt.data.blocks import Block, decode_lines
 from nmt.data.indexed_dataset import IndexedDatasetWriter, smallest_dtype
+from nmt.data.pair_blocks import Block
 from nmt.data.segmenter import Segmenter
+from nmt.data.text_lines import decode_lines
 from nmt.data.vocabulary import EOS_ID, UNK_ID
 from nmt.errors import UserError
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -225,21 +224,6 @@ class IndexedDatasetWriter:
         data.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
         index.write(np.ascontiguousarray(sizes, dtype="<i4").data)
         self._count += len(sizes)
-
-    def append_file(self, path_prefix: Path) -> None:
-        """Append all sequences of a finished dataset of the same type."""
-        other = IndexedDataset(path_prefix)
-        if other.dtype != self.dtype:
-            raise UserError(
-                f"{path_prefix} must hold {self.dtype.name} to be appended to {self.path_prefix}, "
-                f"but holds {other.dtype.name}"
-            )
-        data, index = self._open()
-        with bin_path(path_prefix).open("rb") as file:
-            shutil.copyfileobj(file, data, 2**22)
-        for start in range(0, len(other), _CHUNK):
-            index.write(other.sizes[start : start + _CHUNK].tobytes())
-        self._count += len(other)
 
     def finish(self) -> None:
         """Write the offsets, bring everything to the disk, and give the files their names."""

@@ -15,22 +15,15 @@ from typing import Any
 from tqdm import tqdm
 
 from nmt.data.binarize import BlockEncoder, SideReport, SplitFiles, SplitReport, binarize
-from nmt.data.blocks import (
-    BLOCK_BYTES,
-    TextFile,
-    check_file,
-    find_file,
-    read_blocks,
-    read_lines,
-    unequal_counts,
-)
 from nmt.data.data_directory import FORMAT_VERSION, MODEL_NAME, RECORD_NAME, dictionary_name, split_name
 from nmt.data.indexed_dataset import smallest_dtype
 from nmt.data.languages import guess_language, is_named_otherwise
 from nmt.data.options import PreprocessOptions
 from nmt.data.overwriting import check_inputs_stay, check_replaceable
+from nmt.data.pair_blocks import BLOCK_BYTES, read_blocks, unequal_counts
 from nmt.data.segmenter import Segmenter, find_misnamed_pieces, read_vocabulary, train_segmenter
 from nmt.data.segmenter_file import without_paths
+from nmt.data.text_lines import TextFile, check_file, find_file, read_lines
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError, by_number, counted
 from nmt.system.new_folder import new_folder

@@ -100,10 +100,6 @@ class Segmenter:
             texts.append(text.replace("\n", " ").replace("\r", " "))
         return texts
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Return the token of each id, specials included."""
-        return [self.vocabulary.tokens[index] for index in ids]
-
     @property
     def is_byte(self) -> NDArray[np.bool_]:
         """Which vocabulary ids are bytes of characters that have no piece of their own: (V,)."""

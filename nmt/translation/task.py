@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
-from nmt.data.blocks import decode_lines, read_lines
 from nmt.data.data_directory import DataDirectory, dictionary_name
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
 from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
+from nmt.data.text_lines import decode_lines, read_lines
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, Vocabulary
 from nmt.distributed import World
 from nmt.errors import UserError

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nmt.checkpoints.run_folder import build_model
-from nmt.data.batch_iterator import OrderedBatches
+from nmt.data.ordered_batches import OrderedBatches
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError
 from nmt.options import TrainConfig

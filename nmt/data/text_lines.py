@@ -1,7 +1,7 @@
-"""Two parallel text files, read once from front to back, as blocks of pairs.
+"""Text files, read once from front to back, as lines.
 
 A line ends with `\\n` and with nothing else: `\\r`, U+2028, U+0085 and form feeds stay inside their line, so
-that both sides are counted as `wc -l` counts them. Where lines are decoded, the `\\r` of CRLF is left out. The
+that lines are counted as `wc -l` counts them. Where lines are decoded, the `\\r` of CRLF is left out. The
 last line needs no newline. Files ending in `.gz` are inflated while reading; a UTF-8 byte order mark at the start
 of a file is skipped.
 """
@@ -13,26 +13,15 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from nmt.errors import UserError
 
-BLOCK_BYTES = 4 * 2**20  # both sides together
 _CHUNK_BYTES = 2**20
-
-
-class Block(NamedTuple):
-    """Consecutive pairs; each side holds `num_pairs` lines, every one ended by a newline."""
-
-    first_line: int  # 1-based number of its first line in the files
-    num_pairs: int
-    source: bytes
-    target: bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,7 @@ def check_file(path: Path) -> TextFile:
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_newlines = 0
     last = b"\n"
-    with _Reader(path) as reader:
+    with TextReader(path) as reader:
         while True:
             chunk = reader.read(_CHUNK_BYTES)
             try:
@@ -89,37 +78,14 @@ def check_file(path: Path) -> TextFile:
 
 def read_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file without their newlines, holding about a megabyte at a time."""
-    with _Reader(path) as reader:
-        side = _Side(reader)
+    with TextReader(path) as reader:
+        side = LineBuffer(reader)
         while side.fill(_CHUNK_BYTES):
             yield from side.take(side.num_lines).split(b"\n")[:-1]
 
 
-def read_blocks(source: Path, target: Path, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Cut two files at the same lines, into blocks of about `block_bytes` (more only for a longer pair).
-
-    Memory stays at a few blocks, however the lengths of the two sides differ.
-
-    Raises:
-        UserError: The files have different numbers of lines (both counts are given), or a .gz is damaged.
-    """
-    with ExitStack() as stack:
-        sides = [_Side(stack.enter_context(_Reader(path))) for path in (source, target)]
-        first_line = 1
-        while True:
-            at_hand = [side.fill(block_bytes // 2) for side in sides]
-            num_pairs = min(at_hand)
-            if num_pairs == 0:
-                break
-            yield Block(first_line, num_pairs, *(side.take(num_pairs) for side in sides))
-            first_line += num_pairs
-        counts = [first_line - 1 + side.count_rest() for side in sides]
-        if counts[0] != counts[1]:
-            raise unequal_counts(source, counts[0], target, counts[1])
-
-
 def decode_lines(data: bytes, path: Path, *, first_line: int) -> list[str]:
-    """Decode one side of a block into lines, without the carriage returns of CRLF.
+    """Decode lines that are each ended by a newline, without the carriage returns of CRLF.
 
     `first_line` (1-based) serves to name the line of an error.
     """
@@ -127,15 +93,6 @@ def decode_lines(data: bytes, path: Path, *, first_line: int) -> list[str]:
         return [line.rstrip("\r") for line in data.decode("utf-8").split("\n")[:-1]]
     except UnicodeDecodeError as error:
         raise _not_utf8(path, first_line + data[: error.start].count(b"\n"), error) from None
-
-
-def unequal_counts(source: Path, num_source: int, target: Path, num_target: int) -> UserError:
-    """Say that two files are not parallel."""
-    return UserError(
-        f"{source} and {target} must have the same number of lines, "
-        f"but have {num_source:,} and {num_target:,}. "
-        "Line i of one must be the translation of line i of the other."
-    )
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
@@ -146,14 +103,14 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
     )
 
 
-class _Reader:
+class TextReader:
     """The bytes of a file: inflated if it ends in .gz, and without a byte order mark."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._at_start = True
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> TextReader:
         if self._path.suffix == ".gz":
             self._file = cast(BinaryIO, gzip.open(self._path, "rb"))
         else:
@@ -181,10 +138,10 @@ class _Reader:
             ) from None
 
 
-class _Side:
-    """What was read of one file and not yet handed out."""
+class LineBuffer:
+    """What was read of a file and not yet handed out, in whole lines."""
 
-    def __init__(self, reader: _Reader) -> None:
+    def __init__(self, reader: TextReader) -> None:
         self._reader = reader
         self._buffer = b""
         self._ended = False
