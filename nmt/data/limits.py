@@ -18,7 +18,7 @@ from nmt.task import AllSizes
 Sizes = NDArray[np.integer]
 """(n, C) lengths of examples at hand."""
 
-_BLOCK = 2**20  # examples whose lengths are in memory at a time
+_BLOCK = 2**16  # examples whose lengths are in memory at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def survey(sizes: AllSizes, limits: BatchLimits, *, block: int = _BLOCK) -> Surv
     for part in size_blocks(sizes, block=block):
         is_too_long = too_long(part, limits)
         num_too_long += int(np.count_nonzero(is_too_long))
-        within = part[~is_too_long]
+        within = part[~is_too_long] if is_too_long.any() else part
         most = max(most, int(within.max(initial=0)))
         sums += within.sum(axis=0, dtype=np.int64)
     return Survey(num_too_long, most, sums.tolist())

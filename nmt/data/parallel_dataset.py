@@ -98,7 +98,8 @@ class PairSizes:
 
     def __getitem__(self, places: Any) -> NDArray[np.int32]:
         """Return the lengths at a slice of places, or at (n,) indices: (n, 2)."""
-        sizes = np.stack([self.source[places], self.target[places]], axis=1).astype(np.int32, copy=False)
+        # Each column in one piece, since what is asked of lengths is asked by columns.
+        sizes = np.stack([self.source[places], self.target[places]]).astype(np.int32, copy=False).T
         return (
             sizes if self.positions is None else np.minimum(sizes, np.array(self.positions, dtype=np.int32))
         )

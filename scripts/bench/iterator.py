@@ -4,9 +4,9 @@
     scripts/bench/iterator.py [--pairs 100000000] [--ranks 1 8 64] [--max-tokens 4096] [--folder DIR]
 
 A corpus of random lengths is written, 24 bytes a pair, to a folder of its own in DIR (or where temporary files
-go), which is deleted at the end. Its ids are holes in a file, which take no room. What is measured is the toolkit's
-own path: data directory -> IndexedDataset -> ParallelDataset -> BatchIterator. Of each number of ranks the last one
-is run, alone and in a process of its own: ranks plan apart from each other, so each of the others takes as long.
+go), which is deleted at the end. Its ids are holes in a file, which take no room. What is measured is the path of
+a training: data directory -> IndexedDataset -> ParallelDataset -> BatchIterator. Of each number of ranks the last
+one is run, alone and in a process of its own: ranks plan apart from each other, so the others take as long.
 
   open      the lengths of both sides are checked, and the longest is found: once in each process
   survey    one pass over all lengths: what is left out, how many tokens
