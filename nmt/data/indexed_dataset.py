@@ -22,7 +22,7 @@ _HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the type, number of
 _VERSION = 1
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 _BYTES_PER_SEQUENCE = 4 + 8  # size and offset
-_CHUNK = 2**20  # sequences whose offsets are computed at a time
+_CHUNK = 2**16  # sequences at a time: what is computed of them stays in the processor's cache
 
 
 def smallest_dtype(vocabulary_size: int) -> np.dtype[np.integer]:
