@@ -120,6 +120,15 @@ def test_cut_batches_equals_the_slow_reference(sizes, max_tokens, max_sentences,
     assert batches == cut_slowly(sizes.tolist(), **limits)
 
 
+@pytest.mark.parametrize("longest", [2**15 - 1, 2**15, 2**31 - 1])
+def test_sorting_by_length_is_right_for_the_longest_examples(longest):
+    """In fewer bits they would be negative."""
+    rows = [(longest, 1), (1, longest), (longest, longest), (longest - 1, 3), (longest - 1, longest), (1, 5)]
+    sizes = np.array(rows * 2, dtype=np.int32)
+    by_length = [batch.tolist() for batch in cut_batches(sizes, max_tokens=None, max_sentences=1)]
+    assert by_length == cut_slowly(sizes.tolist(), max_tokens=None, max_sentences=1, multiple=8)
+
+
 @settings(deadline=None)
 @given(sizes=size_arrays(), max_tokens=st.integers(12, 200), multiple=st.integers(1, 9))
 def test_batches_hold_each_example_once_within_max_tokens_in_multiples(sizes, max_tokens, multiple):
