@@ -12,7 +12,8 @@ one is run, alone and in a process of its own: ranks plan apart from each other,
   survey    one pass over all lengths: what is left out, how many tokens
   first     from there to the first update, read and collated
   seek      from a saved position in the middle of an epoch to its first update
-  an update planning a window, for each of its updates: the work of a rank that grows with their number
+  window    planning one more window, which each rank does for itself
+  a window  updates in it: the more ranks, the sooner the next one must be planned
   private   the most memory that is the process's own, without what its imports take
   mapped    pages of the data's files: the ranks of a machine share them, and the system takes them back at need
 
@@ -37,13 +38,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from nmt.data.batch_iterator import BatchIterator
+from nmt.data.batching import Window, plan_window
 from nmt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
 from nmt.data.options import BatchingOptions
+from nmt.data.order import Permutation
 from nmt.data.parallel_dataset import ParallelDataset
 
 BLOCK = 2**20
 LONGEST = 250  # tokens of a sentence
 SIDES = ("source", "target")
+SEED = 1
 
 
 @dataclass
@@ -54,8 +58,7 @@ class Found:
     """By the clock, and of the processor."""
     updates: int = 0
     """In an epoch."""
-    planning: float = 0.0
-    """Seconds of planning an update."""
+    updates_a_window: float = 0.0
     private: int = 0
     """Bytes."""
     mapped: int = 0
@@ -150,15 +153,16 @@ def measure(folder: Path, max_tokens: int, world_size: int) -> Found:
         with found.timed("seek"):
             next(iter(middle))
         middle.close()
+        window = Window(Permutation(len(pairs), SEED, epoch=1), number=0, size=options.window_size)
+        with found.timed("window"):
+            num_batches = len(plan_window(pairs.sizes, [(batches.limits, 0)], window=window))
     found.private, found.mapped = memory.private, memory.mapped
-    # Most of a seek is the planning of its window.
-    updates_a_window = max(1.0, len(batches.first_batches) / world_size)
-    found.planning = found.seconds["seek"][1] / updates_a_window
+    found.updates_a_window = num_batches / world_size
     return found
 
 
 def new_iterator(pairs: ParallelDataset, options: BatchingOptions, world_size: int) -> BatchIterator:
-    return BatchIterator(pairs, options, seed=1, rank=world_size - 1, world_size=world_size)
+    return BatchIterator(pairs, options, seed=SEED, rank=world_size - 1, world_size=world_size)
 
 
 def in_the_middle(state: dict, *, num_batches: int) -> dict:
@@ -202,14 +206,14 @@ class Memory:
 
 def report(args: argparse.Namespace, rows: list[Found]) -> None:
     print(f"{args.pairs:,} pairs, batches of {args.max_tokens:,} tokens, {os.cpu_count()} cores")
-    names = ("open", "survey", "first", "seek")
-    heads = [*(f"{name}, s" for name in names), "updates", "an update, ms", "private, MB", "mapped, MB"]
+    names = ("open", "survey", "first", "seek", "window")
+    heads = [*(f"{name}, s" for name in names), "updates", "a window", "private, MB", "mapped, MB"]
     print("| ranks | " + " | ".join(heads) + " |")
     print("|---" * (1 + len(heads)) + "|")
     for world_size, row in zip(args.ranks, rows, strict=True):
-        times = [f"{row.seconds[name][0]:.1f} ({row.seconds[name][1]:.1f})" for name in names]
+        times = [f"{row.seconds[name][0]:.2f} ({row.seconds[name][1]:.2f})" for name in names]
         memory = [f"{row.private / 1e6:,.0f}", f"{row.mapped / 1e6:,.0f}"]
-        cells = [*times, f"{row.updates:,}", f"{1000 * row.planning:.1f}", *memory]
+        cells = [*times, f"{row.updates:,}", f"{row.updates_a_window:,.0f}", *memory]
         print(f"| {world_size} | " + " | ".join(cells) + " |")
 
 
