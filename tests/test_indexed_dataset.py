@@ -169,6 +169,19 @@ def test_an_id_beyond_the_dictionary_is_named(tmp_path: Path, dtype: str) -> Non
         data.check_ids(9, Path("dict.en.txt"))
 
 
+@pytest.mark.parametrize("number", [0, 3, 6_553, 13_106, 30_000, 39_998])
+def test_an_id_beyond_the_dictionary_is_found_wherever_it_stands(tmp_path: Path, number: int) -> None:
+    """Sequences of 10 ids, each but the first with one after it that has none."""
+    sizes = np.array([10, *[10, 0] * 20_000], dtype=np.int64)
+    ids = np.full(sizes.sum(), 5)
+    ids[[int(sizes[: number + 1].sum()) - 1, -1]] = 9  # the last one of its sequence; another at the end
+    with IndexedDatasetWriter(tmp_path / "a", UINT16) as writer:
+        writer.add_many(ids, sizes)
+    expected = number if sizes[number] else number - 1
+    with pytest.raises(UserError, match=rf"sequence {expected:,} \(from 0\) has the id 9\."):
+        IndexedDataset(tmp_path / "a").check_ids(9, Path("dict.en.txt"))
+
+
 def test_a_negative_id_is_named(tmp_path: Path) -> None:
     data = IndexedDataset(write(tmp_path / "a", [[7, 2], [-1, 2]], np.dtype("<i4")))
     with pytest.raises(UserError, match=r"sequence 1 \(from 0\) has the id -1"):

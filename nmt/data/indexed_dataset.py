@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +23,7 @@ _HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the type, number of
 _VERSION = 1
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 _BYTES_PER_SEQUENCE = 4 + 8  # size and offset
-_CHUNK = 2**16  # sequences at a time: what is computed of them stays in the processor's cache
+_CHUNK = 2**16  # sequences or ids at a time: what is computed of them stays in the processor's cache
 
 
 def smallest_dtype(vocabulary_size: int) -> np.dtype[np.integer]:
@@ -72,18 +73,26 @@ class IndexedDataset:
         Raises:
             UserError: An id is none of the first `num_types`, those of a dictionary.
         """
-        sizes, _, ids = self._open()
-        if not len(ids):
-            return
-        for extreme in (int(ids.max()), int(ids.min())):
+        lowest = highest = 0
+        for chunk in self._chunks():
+            lowest, highest = min(lowest, int(chunk.min())), max(highest, int(chunk.max()))
+        for extreme in (highest, lowest):
             if not 0 <= extreme < num_types:
-                place = int(np.flatnonzero(ids == extreme)[0])
-                number = int(np.searchsorted(np.cumsum(sizes, dtype=np.int64), place, side="right"))
                 raise UserError(
                     f"{bin_path(self.path_prefix)} must hold ids from 0 to {num_types - 1:,}, since {dictionary} "
-                    f"has {num_types:,} types with the special ones, but sequence {number:,} (from 0) has the id "
-                    f"{extreme:,}. Take the dictionary that the data were made with, or make them again."
+                    f"has {num_types:,} types with the special ones, but sequence {self._first_with(extreme):,} "
+                    f"(from 0) has the id {extreme:,}. Take the dictionary that the data were made with, or make "
+                    "them again."
                 )
+
+    def _first_with(self, token_id: int) -> int:
+        """Return the number of the first sequence that has an id."""
+        _, offsets, ids = self._open()
+        places = (
+            number * _CHUNK + int((chunk == token_id).argmax()) for number, chunk in enumerate(self._chunks())
+        )
+        place = next(place for place in places if ids[place] == token_id)
+        return int(np.searchsorted(offsets, place * ids.itemsize, side="right")) - 1
 
     @property
     def dtype(self) -> np.dtype[np.integer]:
@@ -92,17 +101,20 @@ class IndexedDataset:
 
     def digest(self) -> bytes:
         """Return a hash of all sequences in their order, whatever integer type they are of; it reads all."""
-        sizes, _, ids = self._open()
-        digest = hashlib.blake2b(sizes.data, digest_size=16)
-        for start in range(0, len(ids), _CHUNK):
-            digest.update(ids[start : start + _CHUNK].astype("<i4").data)
+        digest = hashlib.blake2b(self.sizes.data, digest_size=16)
+        for chunk in self._chunks():
+            digest.update(chunk.astype("<i4").data)
         return digest.digest()
 
     def count(self, token_id: int) -> int:
         """Return how often an id comes; it reads all."""
+        return sum(int(np.count_nonzero(chunk == token_id)) for chunk in self._chunks())
+
+    def _chunks(self) -> Iterator[NDArray[np.integer]]:
+        """Yield all ids, `_CHUNK` at a time."""
         _, _, ids = self._open()
-        chunks = (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
-        return sum(int(np.count_nonzero(chunk == token_id)) for chunk in chunks)
+        for start in range(0, len(ids), _CHUNK):
+            yield ids[start : start + _CHUNK]
 
     def __getstate__(self) -> Path:
         return self.path_prefix

@@ -91,7 +91,7 @@ class ImageExamples:
         self.classes = source.classes if classes is None else classes
         self.max_unreadable = max_unreadable
         self.unreadable = set(unreadable)
-        self.sizes = np.ones((len(source), 1), dtype=np.int32)
+        self.sizes = np.broadcast_to(np.int32(1), (len(source), 1))  # one number, however many images
         self._labels = [self.classes.index(name) for name in source.classes]
         self._transform = centre(format_) if augmentation is None else augment(format_, augmentation)
         self._mix = None if augmentation is None else mix(augmentation, len(self.classes))
