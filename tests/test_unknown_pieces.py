@@ -90,7 +90,7 @@ def test_from_python_a_call_warns_once(model: Path, model_of_pieces: Path) -> No
             call(["THE DOG", "SEES"], beam=1)
         assert len(caught) == 1 and caught[0].filename == __file__
     translator.translate(["▁the ▁dog"], beam=1)  # warnings are errors here
-    with pytest.warns(UserWarning, match="look as if they were split into pieces already"):
+    with pytest.warns(UserWarning, match="1 of 1 line of the input looks as if split"):
         Translator.load(model).translate(["▁the ▁dog"], beam=1)
 
 
