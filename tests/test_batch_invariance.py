@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.generation import choice as choice_module
-from nmt.generation import generator as generator_module
+from nmt.generation import roster
 from nmt.generation.beam_search import Beam, Candidates, Hypothesis
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
@@ -267,8 +267,8 @@ def test_sentences_that_are_given_up_and_begun_anew_are_translated_as_ever(
     translator = Translator([model.double() for model in loaded.models], loaded.task, device="cpu")
     batching = Batching(max_tokens=200)
     expected = through_the_translator(translator, lines, batching, seed=0)
-    monkeypatch.setattr(generator_module, "_STRAGGLING_SHARE", 2)
-    monkeypatch.setattr(generator_module, "_STRAGGLING_TIMES", 1.0)
+    monkeypatch.setattr(roster, "_STRAGGLING_SHARE", 2)
+    monkeypatch.setattr(roster, "_STRAGGLING_TIMES", 1.0)
     num_given_up = 0
     generate = Generator.generate
 

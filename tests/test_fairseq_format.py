@@ -11,9 +11,9 @@ from table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_tabl
 from tiny_translation_model import write_tiny_model
 
 from nmt.cli.generate import main
-from nmt.generation.adjust import forbid_repeats_
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
+from nmt.generation.rules import forbid_repeats_
 from nmt.translation.translator import Translator
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,11 +16,13 @@ from tiny_translation_model import WORDS, write_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
+from nmt.generation import roster
 from nmt.generation import static_search as module
 from nmt.generation.beam_search import Hypothesis
-from nmt.generation.choice import Rules
+from nmt.generation.choice import Settings
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
+from nmt.generation.rules import TokenIds
 from nmt.generation.static_search import StaticSearch
 from nmt.generation.static_step import SearchTables, make_tables, run_step, start_
 from nmt.models.inference import InferenceTransformer
@@ -182,8 +184,8 @@ def test_many_sentences_go_on_in_smaller_tables(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_stragglers_are_given_up_or_found_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_STRAGGLING_SHARE", 2)
-    monkeypatch.setattr(module, "_STRAGGLING_TIMES", 1.0)
+    monkeypatch.setattr(roster, "_STRAGGLING_SHARE", 2)
+    monkeypatch.setattr(roster, "_STRAGGLING_TIMES", 1.0)
     options = DecodingOptions(beam=2, max_len_a=3.0, max_len_b=9)
     sentences = [[UNK_ID + i % 11] * (1 + i % 8) for i in range(40)]
     num_given_up = 0
@@ -260,15 +262,14 @@ def operators_of_a_step(num_layers: int, options: DecodingOptions, *, is_late: b
     sizes = {"source_vocabulary_size": 200, "target_vocabulary_size": 200}
     model = Transformer(model_options, **sizes, pad_id=PAD_ID).eval()
     decoders = [StaticDecoder(InferenceTransformer(model))]
-    rules = Rules(options, PAD_ID, EOS_ID, UNK_ID, (0.0,))
-    beam_size = 1 if options.sampling else options.beam
+    settings = Settings(options, TokenIds(PAD_ID, EOS_ID, UNK_ID), (0.0,))
     with torch.inference_mode():
         tables = make_tables(
             decoders,
             Reserve(torch.device("cpu"), lambda: None),
-            Sizes(2, beam_size, 16, 32),
+            Sizes(2, settings.beam_size, 16, 32),
             score_dtype=torch.float32,
-            keeps_tokens=rules.read_tokens,
+            keeps_tokens=settings.read_tokens,
             has_prefixes=is_late,
         )
         tables.source.fill_(EOS_ID)
@@ -284,7 +285,7 @@ def operators_of_a_step(num_layers: int, options: DecodingOptions, *, is_late: b
         )
         for _ in range(2):
             with Operators() as operators:
-                run_step(decoders, tables, rules, width=16, some_at_limit=is_late, is_forced=is_late)
+                run_step(decoders, tables, settings, width=16, some_at_limit=is_late, is_forced=is_late)
     return operators.counts
 
 

@@ -1,15 +1,8 @@
-"""Beam search as functions over tensors. It knows neither a model nor where its probabilities come from.
+"""Beam search. It knows neither a model nor where its probabilities come from.
 
-A search begins with `start`. Then each step scores all continuations, chooses `Candidates` (see `select.py`)
-and calls `extend`; sentences that are done leave with `keep`. At the end `best` reads the results.
-
-    beam, finished = start(limits, beam_size=5, dtype=torch.float32)
-    while beam.scores.numel() > 0:
-        candidates = ...            # where limits <= step, of eos alone: `extend` takes the sentence for done
-        beam, rows = extend(beam, candidates, finished, eos_id=2, lenpen=1.0)
-        beam, rows = keep(beam, rows, live=(~beam.is_done).nonzero().squeeze(1))
-        ...                                             # what is kept of each row follows: state.reorder_(rows)
-    hypotheses = best(finished, nbest=1)
+`search` is the loop. A step has five parts: the decoder's features of all hypotheses; the choice of candidates
+among their continuations (`choice.py`, `rules.py`, `select.py`); `extend`, by which hypotheses end or grow; the
+roster, by which sentences that are done leave (`roster.py`); and the decoder's state, put into the new order.
 
 The rules are fairseq's. Of the 2K best candidates of a sentence, those that end it and rank among the first K
 are finished; those that end it and rank lower are dropped; the best K others go on. K of them always exist,
@@ -23,11 +16,14 @@ Shapes: B sentences in the batch now, N sentences in it at the start, K beam siz
 row = b*K + k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from nmt.generation.roster import Roster
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,13 @@ class Beam:
 
     @property
     def step(self) -> int:
-        """Number of tokens that each hypothesis has."""
+        """Number of tokens that each hypothesis has, or has room for."""
         return self.tokens.size(2)
+
+    @property
+    def length(self) -> int | Tensor:
+        """Number of tokens that each hypothesis has; a tensor where there is room for more."""
+        return self.step if self.num_filled is None else self.num_filled
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,60 @@ class Finished:
     scores: Tensor  # (N, K+1) normalised; -inf in an empty slot
     lengths: Tensor  # (N, K+1) int64, eos counted
     counts: Tensor  # (N,) int64: slots filled
+
+
+class Decoder(Protocol):
+    """What a search asks of its models: one of them, or several that vote."""
+
+    def features(self, last_tokens: Tensor) -> Sequence[Tensor]:
+        """Take a new token for each hypothesis, (B, K) int64; return what predicts the next, (R, D) of each."""
+
+    def keep(self, live: Tensor) -> None:
+        """Let the sentences go that are not at the places `live` (B',)."""
+
+    def reorder_(self, rows: Tensor) -> None:
+        """Let each hypothesis go on from an old row, (R,) int64, counted before any sentence was let go."""
+
+
+def search(
+    decoder: Decoder,
+    choose: Callable[[Sequence[Tensor], Beam], Candidates],
+    beam: Beam,
+    finished: Finished,
+    *,
+    roster: Roster,
+    eos_id: int,
+    lenpen: float,
+) -> list[int]:
+    """Search until all sentences are done, or those that are left are given up.
+
+    Args:
+        decoder: Computes what continuations are chosen by.
+        choose: Returns the best 2K continuations of each sentence. At the length limit of a sentence these are its
+            ends: `extend` takes it for done.
+        beam: From `start`.
+        finished: From `start`; receives the results.
+        roster: Which sentences stay in the batch, and when the search is over.
+        eos_id: The token that ends a hypothesis, and stands before the first one, as in fairseq.
+        lenpen: Exponent of the length in the final score; 0 leaves the sum as it is.
+
+    Returns:
+        The sentences that were given up.
+    """
+    last_tokens = torch.full_like(beam.scores, eos_id, dtype=torch.int64)
+    while True:
+        features = decoder.features(last_tokens)
+        candidates = choose(features, beam)
+        beam, rows = extend(beam, candidates, finished, eos_id=eos_id, lenpen=lenpen)
+        if roster.is_over(beam.is_done, step=beam.step):
+            given_up: list[int] = beam.sentences[~beam.is_done].tolist()
+            return given_up
+        live = roster.places_to_keep(beam.is_done)
+        if live is not None:
+            beam, rows = keep(beam, rows, live=live)
+            decoder.keep(live)
+        decoder.reorder_(rows)
+        last_tokens = beam.tokens[:, :, -1]
 
 
 def start(limits: Tensor, *, beam_size: int, dtype: torch.dtype) -> tuple[Beam, Finished]:

@@ -1,76 +1,127 @@
-"""A step's choice, from the models' logits to the candidates: what all searches have in common.
+"""A step's choice, from what the models compute to the candidates: what all searches have in common.
 
-Shapes: B sentences, K beam size, R = B*K rows, V vocabulary.
+Shapes: N sentences at the start of the search, B in the batch now, K beam size, R = B*K rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from nmt.generation.adjust import adjust_, combine, penalize_repetition_
-from nmt.generation.beam_search import Beam, Candidates
+from nmt.generation.adjust import combine, penalize_repetition_
+from nmt.generation.beam_search import Beam, Candidates, concatenate, copy_first, take
 from nmt.generation.options import DecodingOptions
+from nmt.generation.random_streams import uniform
+from nmt.generation.rules import Rule, TokenIds, prefix_tokens, search_rules
 from nmt.generation.select import best_candidates, sample_tokens, single_candidates
 
 
 @dataclass(frozen=True)
-class Rules:
-    """By what a choice is made, besides logits and hypotheses."""
+class Settings:
+    """What a search is told, whatever its sentences are."""
 
     options: DecodingOptions
-    pad_id: int
-    eos_id: int
-    unk_id: int
+    ids: TokenIds
     logit_offsets: tuple[float, ...]  # of each model: by how much its logits are less than they would be
+
+    @property
+    def beam_size(self) -> int:
+        """K: of translations that are drawn, each is a sentence of its own."""
+        return 1 if self.options.sampling else self.options.beam
 
     @property
     def read_tokens(self) -> bool:
         """Whether it matters which tokens the hypotheses have, and not only how many."""
         return self.options.no_repeat_ngram_size > 0 or self.options.repetition_penalty != 1.0
 
+    def choice(
+        self,
+        *,
+        first_limit: int | None = 0,
+        prefixes: Tensor | None = None,
+        streams: Tensor | None = None,
+        more: Sequence[Rule] = (),
+    ) -> Choice:
+        """Return how candidates are chosen in a search; all but `streams` is explained in `search_rules`.
 
-def choose(
-    logits: Sequence[Tensor],
-    hypotheses: Beam,
-    rules: Rules,
-    *,
-    some_at_limit: bool,
-    forced: Tensor | None,
-    numbers: Tensor | None,
-) -> Candidates:
-    """Return each sentence's best candidates, or the one that is drawn for it.
+        Args:
+            first_limit: No sentence has a lower length limit; None if none is looked for.
+            prefixes: (N, P) int64.
+            streams: (N,) int64, of random numbers to draw with.
+            more: Rules of the caller.
+        """
+        rules = search_rules(self.options, self.ids, first_limit=first_limit, prefixes=prefixes, more=more)
+        return Choice(self, tuple(rules), prefixes, streams)
 
-    Args:
-        logits: (R, V) of each model; overwritten.
-        hypotheses: The R of B sentences.
-        rules: What else counts.
-        some_at_limit: Whether a sentence may be at its length limit.
-        forced: (B,) int64, see `adjust_`.
-        numbers: (R,) random numbers to draw with.
-    """
-    options = rules.options
-    if options.repetition_penalty != 1.0:
-        logits = [x if x.dtype.itemsize >= 4 else x.float() for x in logits]
-        for x, offset in zip(logits, rules.logit_offsets, strict=True):
+
+@dataclass(frozen=True)
+class Choice:
+    """How candidates are chosen in one search."""
+
+    settings: Settings
+    rules: tuple[Rule, ...]
+    prefixes: Tensor | None  # (N, P) int64: what is prescribed, among the rules too
+    streams: Tensor | None  # (N,) int64, of random numbers to draw with
+
+    def candidates(self, logits: Sequence[Tensor], beam: Beam) -> Candidates:
+        """Return each sentence's best candidates, or the one that is drawn for it.
+
+        Args:
+            logits: (R, V) of each model; overwritten.
+            beam: The hypotheses so far.
+        """
+        options = self.settings.options
+        if options.repetition_penalty != 1.0:
+            logits = self._penalized(logits, beam)
+        scores = combine(logits, options)
+        by_sentence = scores.unflatten(0, beam.scores.shape)  # (R, V) -> (B, K, V)
+        for rule in self.rules:
+            rule(by_sentence, beam)
+        if self.streams is None:
+            candidates = best_candidates(scores, beam)
+        else:
+            numbers = uniform(self.streams.index_select(0, beam.sentences), beam.length)
+            candidates = single_candidates(scores, sample_tokens(scores, numbers, options), beam)
+        prescribed = None if self.prefixes is None else prefix_tokens(self.prefixes, beam)
+        if prescribed is not None:
+            candidates = copy_first(candidates, where=prescribed == self.settings.ids.eos)
+        return candidates
+
+    def _penalized(self, logits: Sequence[Tensor], beam: Beam) -> list[Tensor]:
+        found = [x if x.dtype.itemsize >= 4 else x.float() for x in logits]
+        for x, offset in zip(found, self.settings.logit_offsets, strict=True):
             penalize_repetition_(
                 x,
-                hypotheses.tokens.flatten(0, 1),
-                penalty=options.repetition_penalty,
+                beam.tokens.flatten(0, 1),
+                penalty=self.settings.options.repetition_penalty,
                 offset=offset,
-                num_filled=hypotheses.num_filled,
+                num_filled=beam.num_filled,
             )
-    scores = combine(logits, options)
-    adjust_(
-        scores.unflatten(0, hypotheses.scores.shape),
-        hypotheses,
-        options=options,
-        pad_id=rules.pad_id,
-        eos_id=rules.eos_id,
-        unk_id=rules.unk_id,
-        some_at_limit=some_at_limit,
-        forced=forced,
-    )
-    if numbers is None:
-        return best_candidates(scores, hypotheses)
-    return single_candidates(scores, sample_tokens(scores, numbers, options), hypotheses)
+        return found
+
+
+def choose_in_parts(
+    choice: Choice,
+    project: Callable[[slice], Sequence[Tensor]],
+    beam: Beam,
+    *,
+    at_once: int,
+) -> Candidates:
+    """Choose for a few sentences at a time, whose logits take less memory than those of all.
+
+    Args:
+        choice: How candidates are chosen.
+        project: Gives the logits (R', V) of each model for some rows.
+        beam: The hypotheses so far.
+        at_once: How many sentences.
+    """
+    num_sentences, beam_size = beam.scores.shape
+    if at_once >= num_sentences:
+        return choice.candidates(project(slice(0, num_sentences * beam_size)), beam)
+    parts = []
+    for first in range(0, num_sentences, at_once):
+        logits = project(slice(first * beam_size, (first + at_once) * beam_size))
+        parts.append(choice.candidates(logits, take(beam, slice(first, first + at_once))))
+    return concatenate(parts)

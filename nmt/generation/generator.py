@@ -13,21 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from nmt.generation.adjust import combine
-from nmt.generation.beam_search import (
-    Beam,
-    Candidates,
-    Hypothesis,
-    best,
-    concatenate,
-    copy_first,
-    extend,
-    keep,
-    start,
-    take,
-)
-from nmt.generation.choice import Rules, choose
+from nmt.generation.beam_search import Beam, Candidates, Hypothesis, best, search, start
+from nmt.generation.choice import Choice, Settings, choose_in_parts
 from nmt.generation.options import DecodingOptions
-from nmt.generation.random_streams import start_streams, uniform
+from nmt.generation.random_streams import start_streams
+from nmt.generation.roster import Roster
+from nmt.generation.rules import Rule, TokenIds
 from nmt.generation.static_search import Job, StaticSearch
 
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
@@ -35,11 +26,6 @@ ROWS_AT_ONCE = {"cpu": 256}
 _ROWS_AT_ONCE_ELSEWHERE = 2048
 _ROWS_DRAWN_AT_ONCE = {"cpu": 512}  # each with a memory of its own
 _ROWS_DRAWN_AT_ONCE_ELSEWHERE = 8192
-_DONE_SHARE = 16  # done sentences leave the batch when they are at least one in so many
-# A few sentences go on where nearly all are done, often to the limit, and a step costs hardly less for few than
-# for many. They are stragglers when at most one in so many is left, after so many times the steps of half of them.
-_STRAGGLING_SHARE = 16
-_STRAGGLING_TIMES = 2.0
 
 
 class TranslationModel(Protocol):
@@ -99,10 +85,9 @@ class Generator:
         self.models = models
         self.options = options
         self.pad_id = pad_id
-        self.eos_id = eos_id
-        self.unk_id = unk_id
         self.static_search = static_search
-        self.rules = Rules(options, pad_id, eos_id, unk_id, tuple(model.logit_offset for model in models))
+        ids = TokenIds(pad_id, eos_id, unk_id)
+        self.settings = Settings(options, ids, tuple(model.logit_offset for model in models))
 
     @torch.inference_mode()
     def generate(
@@ -111,6 +96,7 @@ class Generator:
         prefixes: Tensor | None = None,
         *,
         lines: Tensor | None = None,
+        rules: Sequence[Rule] = (),
         may_drop_stragglers: bool = False,
     ) -> list[list[Hypothesis]]:
         """Search for the translations of a batch, or draw them.
@@ -121,6 +107,8 @@ class Generator:
                 in eos is the whole translation, and fills all places of the beam.
             lines: (B,) int64, the number of each sentence, which with the seed determines what is drawn for it;
                 its place in the batch if left out.
+            rules: For this batch, besides those of the options: `beam.sentences` names its rows. With any, the
+                search is not that of `static_search`, which records steps to repeat them for other batches.
             may_drop_stragglers: Whether to give up a few sentences that take much longer than the others of a
                 search, for the caller to search again together with those of other batches.
 
@@ -130,30 +118,29 @@ class Generator:
         assert not any(model.training for model in self.models), "call model.eval() before decoding"
         if source.size(0) == 0:
             return []
+        job = Job(source, self._limits(source), prefixes, rules, may_drop_stragglers=may_drop_stragglers)
+        in_place = None if rules else self.static_search
+        memories = [] if in_place else [model.encode(source) for model in self.models]
+        if self.options.sampling:
+            places = torch.arange(source.size(0), device=source.device)
+            return self._draw(job, memories, places if lines is None else lines, in_place)
+        return in_place.search(job, self.settings) if in_place else self._search(memories, job)
+
+    def _draw(
+        self, job: Job, memories: Sequence[Any], lines: Tensor, in_place: StaticSearch | None
+    ) -> list[list[Hypothesis]]:
+        """Draw `beam` translations of each sentence, independently: each is a sentence with a beam of one."""
         options = self.options
-        memories = [] if self.static_search else [model.encode(source) for model in self.models]
-        limits = self._limits(source)
-        if not options.sampling:
-            if self.static_search:
-                job = Job(source, limits, prefixes, may_drop_stragglers=may_drop_stragglers)
-                return self.static_search.search(job, self.rules)
-            return self._search(memories, limits, prefixes, may_drop_stragglers=may_drop_stragglers)
-        # Translations are drawn independently: each is a sentence with a beam of one.
-        places = torch.arange(source.size(0), device=source.device)
-        streams = start_streams(
-            1 if options.seed is None else options.seed, places if lines is None else lines, options.beam
-        )
-        each = places.repeat_interleave(options.beam)  # (B*K,)
+        streams = start_streams(1 if options.seed is None else options.seed, lines, options.beam)  # (B*K,)
+        each = torch.arange(lines.numel(), device=lines.device).repeat_interleave(options.beam)  # (B*K,)
+        at_once = _ROWS_DRAWN_AT_ONCE.get(lines.device.type, _ROWS_DRAWN_AT_ONCE_ELSEWHERE)
         drawn: list[list[Hypothesis]] = []
-        at_once = _ROWS_DRAWN_AT_ONCE.get(source.device.type, _ROWS_DRAWN_AT_ONCE_ELSEWHERE)
         for rows, own_streams in zip(each.split(at_once), streams.split(at_once), strict=True):
-            own_prefixes = None if prefixes is None else prefixes[rows]
-            if self.static_search:
-                job = Job(source[rows], limits[rows], own_prefixes, own_streams)
-                drawn += self.static_search.search(job, self.rules)
+            own = job.take(rows, own_streams)
+            if in_place:
+                drawn += in_place.search(own, self.settings)
             else:
-                own_memories = [memory.select(rows) for memory in memories]
-                drawn += self._search(own_memories, limits[rows], own_prefixes, own_streams)
+                drawn += self._search([memory.select(rows) for memory in memories], own)
         together = [drawn[i : i + options.beam] for i in range(0, len(drawn), options.beam)]
         ranked = [sorted((x for (x,) in samples), key=lambda x: -x.score) for samples in together]
         return [samples[: options.nbest] for samples in ranked]
@@ -186,102 +173,27 @@ class Generator:
             )
         ]
 
-    def _search(
-        self,
-        memories: list[Any],
-        limits: Tensor,
-        prefixes: Tensor | None,
-        streams: Tensor | None = None,
-        *,
-        may_drop_stragglers: bool = False,
-    ) -> list[list[Hypothesis]]:
-        """Search for the best translations; with streams of random numbers (B,), draw one for each sentence."""
-        options = self.options
-        beam_size = 1 if options.sampling else options.beam
-        lenpen = 0.0 if options.unnormalized else options.lenpen
-        first_limit = int(limits.min())
-        most_stragglers = limits.numel() // _STRAGGLING_SHARE if may_drop_stragglers else 0
-        straggling_from = torch.inf  # the step, once half of the sentences are done
-        states = [model.start_state() for model in self.models]
-        beam, finished = start(limits, beam_size=beam_size, dtype=_score_dtype(self.models))
-        rooms = [_Room() for _ in self.models]
-        last_tokens = torch.full_like(beam.scores, self.eos_id, dtype=torch.int64)  # fairseq starts from eos
-        while True:
-            features = [
-                model.features(last_tokens.reshape(-1, 1), memory, state)[:, -1]  # (R, 1, D) -> (R, D)
-                for model, memory, state in zip(self.models, memories, states, strict=True)
-            ]
-            forced = None
-            if prefixes is not None and beam.step < prefixes.size(1):
-                forced = prefixes[beam.sentences, beam.step]
-            numbers = None if streams is None else uniform(streams[beam.sentences], beam.step)
-            candidates = self._choose(beam, features, forced, numbers, rooms, first_limit=first_limit)
-            if forced is not None:
-                candidates = copy_first(candidates, where=forced == self.eos_id)
-            beam, rows = extend(beam, candidates, finished, eos_id=self.eos_id, lenpen=lenpen)
-            num_done = int(beam.is_done.sum())  # the one read from the device in a step
-            num_sentences = beam.is_done.numel()
-            num_left = num_sentences - num_done
-            if 2 * num_left <= limits.numel():
-                straggling_from = min(straggling_from, _STRAGGLING_TIMES * beam.step)
-            if num_left == 0 or (num_left <= most_stragglers and beam.step >= straggling_from):
-                stragglers = set(beam.sentences[~beam.is_done].tolist())
-                results = best(finished, nbest=min(options.nbest, beam_size))
-                return [[] if i in stragglers else result for i, result in enumerate(results)]
-            num_kept = _round_up(num_left)
-            if num_done * _DONE_SHARE >= num_sentences > num_kept:
-                live = _places_to_keep(beam.is_done, num_kept=num_kept)
-                beam, rows = keep(beam, rows, live=live)
-                memories = [memory.keep(live) for memory in memories]
-            for state in states:
-                state.reorder_(rows)
-            last_tokens = beam.tokens[:, :, -1]
-
-    def _choose(
-        self,
-        beam: Beam,
-        features: Sequence[Tensor],
-        forced: Tensor | None,
-        numbers: Tensor | None,
-        rooms: Sequence[_Room],
-        *,
-        first_limit: int,
-    ) -> Candidates:
-        """Return each sentence's best candidates, or the one that is drawn for it.
-
-        Args:
-            beam: The hypotheses so far.
-            features: (R, D) of each model.
-            forced: (B,) int64, see `adjust_`.
-            numbers: (R,) random numbers to draw with.
-            rooms: For the logits of each model.
-            first_limit: No sentence has a lower limit.
-        """
-        num_sentences, beam_size = beam.scores.shape
-        rows_at_once = ROWS_AT_ONCE.get(features[0].device.type, _ROWS_AT_ONCE_ELSEWHERE)
-        at_once = max(1, rows_at_once // beam_size)  # sentences
-        if at_once > 8:
-            at_once -= at_once % 8  # what is left of a batch is a multiple of 8 too, see `_round_up`
-        parts = []
-        for first in range(0, num_sentences, at_once):
-            part = slice(first, first + at_once)
-            rows = slice(first * beam_size, (first + at_once) * beam_size)
-            hypotheses = beam if at_once >= num_sentences else take(beam, part)
-            logits = [
-                room.take_float(model.project(x[rows]))
-                for model, x, room in zip(self.models, features, rooms, strict=True)
-            ]
-            parts.append(
-                choose(
-                    logits,
-                    hypotheses,
-                    self.rules,
-                    some_at_limit=beam.step >= first_limit,
-                    forced=None if forced is None else forced[part],
-                    numbers=None if numbers is None else numbers[rows],
-                )
-            )
-        return concatenate(parts)
+    def _search(self, memories: Sequence[Any], job: Job) -> list[list[Hypothesis]]:
+        """Search for the best translations, or draw one for each sentence if it has a stream of random numbers."""
+        settings, options = self.settings, self.options
+        beam, finished = start(job.limits, beam_size=settings.beam_size, dtype=_score_dtype(self.models))
+        choice = settings.choice(
+            first_limit=int(job.limits.min()), prefixes=job.prefixes, streams=job.streams, more=job.rules
+        )
+        decoders = _Decoders(self.models, memories, choice)
+        given_up = search(
+            decoders,
+            decoders.choose,
+            beam,
+            finished,
+            roster=Roster(job.limits.numel(), may_drop_stragglers=job.may_drop_stragglers),
+            eos_id=settings.ids.eos,
+            lenpen=0.0 if options.unnormalized else options.lenpen,
+        )
+        results = best(finished, nbest=min(options.nbest, settings.beam_size))
+        for sentence in given_up:
+            results[sentence] = []
+        return results
 
     def _limits(self, source: Tensor) -> Tensor:
         """Return the length limit (B,) of each translation, eos not counted, from its own source's length."""
@@ -289,6 +201,48 @@ class Generator:
         a, b = self.options.max_len_a, self.options.max_len_b
         lengths = (source != self.pad_id).sum(dim=1).tolist()  # Python rounds alike on every device
         return source.new_tensor([min(int(a * length + b), longest) for length in lengths])
+
+
+class _Decoders:
+    """Several models in one search: what each has encoded, and the state of its hypotheses."""
+
+    def __init__(self, models: Sequence[TranslationModel], memories: Sequence[Any], choice: Choice) -> None:
+        self._models = models
+        self._memories = list(memories)
+        self._states = [model.start_state() for model in models]
+        self._rooms = [_Room() for _ in models]
+        self._choice = choice
+
+    def features(self, last_tokens: Tensor) -> list[Tensor]:
+        """Return those (R, D) of each model; see `beam_search.Decoder`."""
+        return [
+            model.features(last_tokens.reshape(-1, 1), memory, state)[:, -1]  # (R, 1, D) -> (R, D)
+            for model, memory, state in zip(self._models, self._memories, self._states, strict=True)
+        ]
+
+    def choose(self, features: Sequence[Tensor], beam: Beam) -> Candidates:
+        """Project the features (R, D) of each model to its vocabulary, and choose among continuations."""
+
+        def project(rows: slice) -> list[Tensor]:
+            return [
+                room.take_float(model.project(x[rows]))
+                for model, x, room in zip(self._models, features, self._rooms, strict=True)
+            ]
+
+        rows_at_once = ROWS_AT_ONCE.get(features[0].device.type, _ROWS_AT_ONCE_ELSEWHERE)
+        at_once = max(1, rows_at_once // beam.scores.size(1))  # sentences
+        if at_once > 8:
+            at_once -= at_once % 8  # what is left of a batch is a multiple of 8 too, see `roster.py`
+        return choose_in_parts(self._choice, project, beam, at_once=at_once)
+
+    def keep(self, live: Tensor) -> None:
+        """Let sentences go; see `beam_search.Decoder`."""
+        self._memories = [memory.keep(live) for memory in self._memories]
+
+    def reorder_(self, rows: Tensor) -> None:
+        """Let hypotheses go on from others; see `beam_search.Decoder`."""
+        for state in self._states:
+            state.reorder_(rows)
 
 
 class _Room:
@@ -304,27 +258,6 @@ class _Room:
         if self._memory.numel() < logits.numel():
             self._memory = torch.empty(logits.numel(), dtype=torch.float32, device=logits.device)
         return self._memory[: logits.numel()].view_as(logits).copy_(logits)
-
-
-def _round_up(num_sentences: int) -> int:
-    """Return how many sentences a batch keeps: above 8 a multiple of 8, so that few shapes come up.
-
-    oneDNN prepares its products for each number of rows, and keeps what it has prepared.
-    """
-    return num_sentences if num_sentences <= 8 else -(-num_sentences // 8) * 8
-
-
-def _places_to_keep(is_done: Tensor, *, num_kept: int) -> Tensor:
-    """Return the places (num_kept,) of all sentences that go on, and of others if there are fewer.
-
-    In the order in which the fewest have to move: those in the first places stay there, and the others take the
-    places of sentences that are done.
-    """
-    places = torch.arange(num_kept, device=is_done.device)
-    late = (~is_done[num_kept:]).nonzero().squeeze(1) + num_kept
-    free = is_done[:num_kept].nonzero().squeeze(1)[: late.numel()]
-    places[free] = late
-    return places
 
 
 def _score_dtype(models: Sequence[TranslationModel]) -> torch.dtype:

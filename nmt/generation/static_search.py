@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from nmt.generation.beam_search import Hypothesis
-from nmt.generation.choice import Rules
+from nmt.generation.choice import Settings
 from nmt.generation.record import best_of
+from nmt.generation.roster import Stragglers
+from nmt.generation.rules import Rule, of_rows
 from nmt.generation.static_step import SearchTables, make_tables, move_on_, run_step, start_
 from nmt.models.inference import InferenceTransformer
 from nmt.models.reserve import Reserve
@@ -41,9 +43,6 @@ _KEPT_SHARE = 2  # a search goes on in smaller tables when at most one sentence 
 _FEWEST_ROWS = 64  # for fewer, smaller tables save no time
 _MOST_RECORDINGS = 128
 _COLUMNS_A_PIECE = 4  # of a source: twice as long a translation, in tables that may be half empty
-# See `generator.py`.
-_STRAGGLING_SHARE = 16
-_STRAGGLING_TIMES = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,19 @@ class Job:
     source: Tensor  # (N, S) int64, padded on the right
     limits: Tensor  # (N,) int64: most tokens of each translation, eos not counted
     prefixes: Tensor | None = None  # (N, P) int64, see `Generator.generate`
+    rules: Sequence[Rule] = ()  # likewise; not for a search in place
     streams: Tensor | None = None  # (N,) int64, to draw by
     may_drop_stragglers: bool = False
+
+    def take(self, rows: Tensor, streams: Tensor) -> Job:
+        """Return a batch of some of its sentences, (N',) int64, each with a stream to draw one translation by."""
+        return Job(
+            self.source[rows],
+            self.limits[rows],
+            None if self.prefixes is None else self.prefixes[rows],
+            [of_rows(rule, rows) for rule in self.rules],
+            streams,
+        )
 
 
 class StaticSearch:
@@ -70,13 +80,13 @@ class StaticSearch:
         self._reserve = Reserve(self.device, self._known.forget)
 
     @torch.inference_mode()
-    def search(self, job: Job, rules: Rules) -> list[list[Hypothesis]]:
+    def search(self, job: Job, settings: Settings) -> list[list[Hypothesis]]:
         """Search for the translations of a batch, or draw one for each sentence; see `Generator.generate`.
 
         With `sampling` the beam is of one, whatever the options say.
         """
         try:
-            return _Search(self, job, rules).run()
+            return _Search(self, job, settings).run()
         except RuntimeError:  # there is no memory, perhaps
             if self.device.type == "cuda":
                 torch.cuda.synchronize(
@@ -95,9 +105,9 @@ class StaticSearch:
         num_columns = beam_size * _COLUMNS_A_PIECE * length
         return sum(x.bytes_of(source_length=length, num_columns=num_columns) for x in self.decoders) // length
 
-    def tables(self, sizes: Sizes, rules: Rules, *, has_prefixes: bool) -> SearchTables:
+    def tables(self, sizes: Sizes, settings: Settings, *, has_prefixes: bool) -> SearchTables:
         """Return the tables of some sizes, which are those of all sizes."""
-        key = (sizes, rules.read_tokens, has_prefixes)
+        key = (sizes, settings.read_tokens, has_prefixes)
         tables = self._known.tables.get(key)
         if tables is None:
             # What is cut may move what was cut before, and then nothing else is known any more.
@@ -106,7 +116,7 @@ class StaticSearch:
                 self._reserve,
                 sizes,
                 score_dtype=self._score_dtype,
-                keeps_tokens=rules.read_tokens,
+                keeps_tokens=settings.read_tokens,
                 has_prefixes=has_prefixes,
             )
             self._known.tables[key] = tables
@@ -150,13 +160,13 @@ class _Known:
 class _Search:
     """One batch on its way."""
 
-    def __init__(self, owner: StaticSearch, job: Job, rules: Rules) -> None:
-        self.owner, self.job, self.rules = owner, job, rules
+    def __init__(self, owner: StaticSearch, job: Job, settings: Settings) -> None:
+        self.owner, self.job, self.settings = owner, job, settings
         num_sentences, length = job.source.shape
         limits: list[int] = job.limits.tolist()
         self.first_limit, self.last_limit = min(limits), max(limits)
         self.prefix_length = 0 if job.prefixes is None else job.prefixes.size(1)
-        self.beam_size = 1 if rules.options.sampling else rules.options.beam
+        self.beam_size = settings.beam_size
         sizes = Sizes(
             num_sentences=_round_up(num_sentences, _SENTENCES),
             beam_size=self.beam_size,
@@ -164,16 +174,14 @@ class _Search:
             num_steps=_round_up(min(self.last_limit + 1, max(self.prefix_length, _STEPS[0])), _STEPS),
         )
         self.step_options = replace(  # without what a step does not read, to find what was recorded
-            rules.options, seed=None, nbest=1, lenpen=1.0, unnormalized=False, max_len_a=0.0, max_len_b=0
+            settings.options, seed=None, nbest=1, lenpen=1.0, unnormalized=False, max_len_a=0.0, max_len_b=0
         )
         self.tables = self._make_tables(sizes)
         self.step = 0
         # Which sentence of the batch is at each place; -1 where there is none, or its results have been read.
         self.sentences = list(range(num_sentences)) + [-1] * (sizes.num_sentences - num_sentences)
         self.results: list[list[Hypothesis]] = [[] for _ in range(num_sentences)]
-        most = num_sentences // _STRAGGLING_SHARE
-        self.most_stragglers = most if job.may_drop_stragglers else 0
-        self.straggling_from = float("inf")
+        self.stragglers = Stragglers(num_sentences, may_be_dropped=job.may_drop_stragglers)
 
     def run(self) -> list[list[Hypothesis]]:
         self._start()
@@ -196,7 +204,9 @@ class _Search:
     def _start(self) -> None:
         job, tables = self.job, self.tables
         num_sentences, length = job.source.shape
-        tables.source.fill_(self.rules.pad_id)[:, 0] = self.rules.eos_id  # where no sentence is: an empty one
+        tables.source.fill_(self.settings.ids.pad)[:, 0] = (
+            self.settings.ids.eos
+        )  # where no sentence is: an empty one
         tables.source[:num_sentences, :length] = job.source
         key = ("encode", tables.sizes.num_sentences, tables.sizes.source_length)
         self.owner.record(key, partial(_encode, self.owner.decoders, tables))()
@@ -206,8 +216,8 @@ class _Search:
             limits=job.limits,
             prefixes=job.prefixes,
             streams=job.streams,
-            pad_id=self.rules.pad_id,
-            eos_id=self.rules.eos_id,
+            pad_id=self.settings.ids.pad,
+            eos_id=self.settings.ids.eos,
         )
 
     def _run_step(self) -> None:
@@ -220,7 +230,7 @@ class _Search:
             run_step,
             self.owner.decoders,
             self.tables,
-            self.rules,
+            self.settings,
             width=width,
             some_at_limit=some_at_limit,
             is_forced=is_forced,
@@ -231,9 +241,7 @@ class _Search:
     def _may_end(self, is_done: Sequence[bool]) -> bool:
         """See whether all are done that are worth waiting for; who is not has no result."""
         left = [i for i, x in zip(self.sentences, is_done, strict=True) if i >= 0 and not x]
-        if 2 * len(left) <= len(self.results):
-            self.straggling_from = min(self.straggling_from, _STRAGGLING_TIMES * self.step)
-        if left and (len(left) > self.most_stragglers or self.step < self.straggling_from):
+        if not self.stragglers.are_given_up(len(left), step=self.step):
             return False
         self.sentences = [-1 if i in left else i for i in self.sentences]
         return True
@@ -264,13 +272,13 @@ class _Search:
         move_on_(self.owner.decoders, old, self.tables, places)
 
     def _make_tables(self, sizes: Sizes) -> SearchTables:
-        return self.owner.tables(sizes, self.rules, has_prefixes=self.prefix_length > 0)
+        return self.owner.tables(sizes, self.settings, has_prefixes=self.prefix_length > 0)
 
     def _read(self, places: list[int]) -> None:
         """Put the results of the sentences at the places into those of the batch, and forget where they were."""
         if not places:
             return
-        options = self.rules.options
+        options = self.settings.options
         is_all = places == list(range(self.tables.sizes.num_sentences))
         index = None if is_all else torch.tensor(places, device=self.owner.device)
         record = self.tables.record.take(self.step, index).to_host()

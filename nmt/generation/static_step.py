@@ -15,17 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmt.generation.beam_search import (
-    Beam,
-    Candidates,
-    concatenate,
-    copy_first,
-    free_slots,
-    ranks_going_on,
-    take,
-)
-from nmt.generation.choice import Rules, choose
-from nmt.generation.random_streams import uniform
+from nmt.generation.beam_search import Beam, Candidates, free_slots, ranks_going_on
+from nmt.generation.choice import Choice, Settings, choose_in_parts
 from nmt.generation.record import Record
 from nmt.generation.select import num_candidates
 from nmt.models.reserve import Reserve
@@ -40,6 +31,7 @@ class SearchTables:
 
     sizes: Sizes
     decoders: list[DecoderTables]
+    places: Tensor  # (B,) int64: 0, 1, 2 ...
     source: Tensor  # (B, S) int64
     step: Tensor  # () int64: how many tokens each hypothesis has
     last_tokens: Tensor  # (B, K) int64
@@ -81,9 +73,12 @@ def make_tables(
     def integers(name: str, *shape: int) -> Tensor:
         return reserve.take(name, shape, torch.int64)
 
+    places = integers("places", num_sentences)
+    torch.arange(num_sentences, out=places)
     return SearchTables(
         sizes,
         [decoder.tables(reserve, f"decoder {i}", sizes) for i, decoder in enumerate(decoders)],
+        places,
         source=integers("source", num_sentences, sizes.source_length),
         step=integers("step"),
         last_tokens=integers("last tokens", num_sentences, beam_size),
@@ -161,7 +156,7 @@ def move_on_(
 def run_step(
     decoders: Sequence[StaticDecoder],
     tables: SearchTables,
-    rules: Rules,
+    settings: Settings,
     *,
     width: int,
     some_at_limit: bool,
@@ -172,7 +167,7 @@ def run_step(
     Args:
         decoders: Of the models.
         tables: Are read and written.
-        rules: By which the choice is made.
+        settings: By which the choice is made.
         width: Above the number of steps that were taken: how many steps decoders look at.
         some_at_limit: Whether a sentence may be at its length limit.
         is_forced: Whether there is a forced token for some sentence.
@@ -184,11 +179,13 @@ def run_step(
             decoder.features(own, tables.last_tokens.flatten(), step, width=width)
             for decoder, own in zip(decoders, tables.decoders, strict=True)
         ]
-    forced = tables.prefixes.index_select(1, index).squeeze(1) if is_forced else None
-    candidates = _choose(decoders, tables, features, rules, some_at_limit=some_at_limit, forced=forced)
-    if forced is not None:
-        candidates = copy_first(candidates, where=forced == rules.eos_id)
-    ends = candidates.tokens == rules.eos_id  # (B, C)
+    choice = settings.choice(
+        first_limit=0 if some_at_limit else None,
+        prefixes=tables.prefixes if is_forced else None,
+        streams=tables.streams if settings.options.sampling else None,
+    )
+    candidates = _choose(decoders, tables, features, choice)
+    ends = candidates.tokens == settings.ids.eos  # (B, C)
     _finish_(tables, candidates, ends, index)
     beam_size = tables.sizes.beam_size
     chosen = candidates
@@ -209,43 +206,24 @@ def run_step(
 
 
 def _choose(
-    decoders: Sequence[StaticDecoder],
-    tables: SearchTables,
-    features: Sequence[Tensor],
-    rules: Rules,
-    *,
-    some_at_limit: bool,
-    forced: Tensor | None,
+    decoders: Sequence[StaticDecoder], tables: SearchTables, features: Sequence[Tensor], choice: Choice
 ) -> Candidates:
     beam_size = tables.sizes.beam_size
     hypotheses = Beam(
         tokens=tables.tokens,
         token_scores=tables.scores[:, :, None],
         scores=tables.scores,
-        sentences=tables.streams,
+        sentences=tables.places,
         limits=tables.limits,
         is_done=tables.is_done,
         num_filled=tables.step,
     )
-    numbers = uniform(tables.streams, tables.step) if rules.options.sampling else None
+
+    def project(rows: slice) -> list[Tensor]:
+        return [decoder.project(x[rows]) for decoder, x in zip(decoders, features, strict=True)]
+
     per_sentence = beam_size * len(decoders) * decoders[0].vocabulary_size
-    at_once = max(1, _LOGITS_AT_ONCE // per_sentence)  # sentences
-    parts = []
-    for first in range(0, tables.sizes.num_sentences, at_once):
-        some = slice(first, first + at_once)
-        rows = slice(first * beam_size, (first + at_once) * beam_size)
-        logits = [decoder.project(x[rows]) for decoder, x in zip(decoders, features, strict=True)]
-        parts.append(
-            choose(
-                logits,
-                hypotheses if at_once >= tables.sizes.num_sentences else take(hypotheses, some),
-                rules,
-                some_at_limit=some_at_limit,
-                forced=None if forced is None else forced[some],
-                numbers=None if numbers is None else numbers[rows],
-            )
-        )
-    return concatenate(parts)
+    return choose_in_parts(choice, project, hypotheses, at_once=max(1, _LOGITS_AT_ONCE // per_sentence))
 
 
 def _finish_(tables: SearchTables, candidates: Candidates, ends: Tensor, index: Tensor) -> None:
