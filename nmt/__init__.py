@@ -25,6 +25,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __version__ = "0.1.0"
 __all__ = [
+    "Request",
     "Score",
     "TrainingResult",
     "Translator",
@@ -41,10 +42,12 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from nmt.options import train_config
     from nmt.python_api import average, preprocess, score
     from nmt.train_loop import TrainingResult, train
+    from nmt.translation.request import Request
     from nmt.translation.scoring import Score
     from nmt.translation.translator import Translator
 
 _PLACES = {
+    "Request": "nmt.translation.request",
     "Score": "nmt.translation.scoring",
     "TrainingResult": "nmt.train_loop",
     "Translator": "nmt.translation.translator",

@@ -32,7 +32,8 @@ from nmt.translation.alignment import (
 )
 from nmt.translation.attention_plot import plot_attention
 from nmt.translation.long_sentences import join_texts
-from nmt.translation.translator import Translation, Translator
+from nmt.translation.request import Request, Translation
+from nmt.translation.translator import Translator
 
 LINES = ["the old dog", "a cat sees the red bird", "", "the big cat sees a dog. " * 4]
 
@@ -125,7 +126,7 @@ def test_a_word_is_linked_to_the_word_that_its_pieces_attend_to_most() -> None:
 
 
 def test_given_pieces_are_words() -> None:
-    translation = Translation("a b", ["x"], [], np.array([4, 5, EOS_ID, 6]))
+    translation = Translation(Request("a b"), ["x"], [], np.array([4, 5, EOS_ID, 6]))
     segmenter = PieceSegmenter(Vocabulary(["a", "b", "c"]))
     expected = members([[0], [1], [], [2]], 3)
     np.testing.assert_array_equal(words_of_source(translation, segmenter), expected)
@@ -170,7 +171,7 @@ def segmenter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 )
 def test_words_are_numbered_by_the_blanks_of_the_given_text(segmenter: Segmenter, line: str) -> None:
     (ids,) = segmenter.encode([line])
-    table = words_of_source(Translation(line, [], [], ids), segmenter)
+    table = words_of_source(Translation(Request(line), [], [], ids), segmenter)
     words = line.strip("\ufeff").split()
     assert table.shape == (len(words), len(ids))
     assert table.any(axis=0).all()  # each piece has a word

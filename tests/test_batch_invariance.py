@@ -27,7 +27,8 @@ from nmt.models.inference import InferenceTransformer
 from nmt.models.transformer import Transformer
 from nmt.translation.batch_runner import Batching
 from nmt.translation.long_sentences import split_ids
-from nmt.translation.translator import Translation, Translator
+from nmt.translation.request import Translation
+from nmt.translation.translator import Translator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,7 +24,8 @@ from nmt.errors import UserError
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.options import DecodingOptions
 from nmt.task import load_task
-from nmt.translation.translator import Translation, Translator
+from nmt.translation.request import Request, Translation
+from nmt.translation.translator import Translator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PACKAGE = Path(nmt.__file__).parent
@@ -184,7 +185,7 @@ def test_rules_that_leave_no_token_are_named(
     decoding = DecodingOptions(no_repeat_ngram_size=size, min_len=600)
     report = _Report([], translator, GenerateOptions(model="", decoding=decoding))
     nothing = Hypothesis(tokens=[5], score=-math.inf, token_scores=[-math.inf])
-    report.add(Translation("a", [""], [nothing], np.array([5])), 0)
+    report.add(Translation(Request("a"), [""], [nothing], np.array([5])))
     report.print()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert said in line

@@ -11,6 +11,7 @@ import pytest
 from tiny_translation_model import write_tiny_model
 
 from nmt.cli.score import main
+from nmt.translation.request import Request
 from nmt.translation.scoring import bleu, chrf, ter
 from nmt.translation.translator import Translator
 
@@ -61,10 +62,9 @@ def test_a_model_gives_the_log_probabilities_of_lines_and_their_perplexity(
     found = translator.translate_with_scores(sources, beam=2)
     texts = [hypotheses[0].text if hypotheses else "" for hypotheses in found]
     # What the search found is scored: byte pieces may be joined into others, so the texts go through ids again.
-    ids = [translator.encode_reference(text, number=1) for text in texts]
     expected = [
         scored.hypotheses[0].token_scores if scored.hypotheses else []
-        for scored in translator.score_lines(sources, ids)
+        for scored in translator.score_lines(map(Request, sources, [()] * 3, texts))
     ]
     files = ["--input", write(tmp_path / "source", sources), "--hypothesis", write(tmp_path / "text", texts)]
     main(["--model", str(model), *files, "--device", "cpu"])

@@ -20,6 +20,7 @@ from nmt.models.inference import InferenceTransformer
 from nmt.translation import translator as translator_module
 from nmt.translation.batch_runner import Batching
 from nmt.translation.long_sentences import split_ids
+from nmt.translation.request import Request
 from nmt.translation.translator import Precision, Translator
 
 LINES = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) + f" {WORDS[i % 16]}" for i in range(40)]
@@ -146,7 +147,7 @@ def test_a_long_line_is_split_and_its_parts_are_translated_apart(translator: Tra
 def test_a_forced_beginning_is_that_of_the_first_part(translator: Translator) -> None:
     (start,) = translator.task.target_segmenter.encode(["house"])
     long = "the old dog sees the big cat. " * 4
-    (translation,) = translator.translate_lines([long], DecodingOptions(beam=2), prefixes=[start])
+    (translation,) = translator.translate_lines([Request(long, prefix=start)], DecodingOptions(beam=2))
     assert translation.num_parts > 1
     first, second, *_ = split_ids(translation.hypotheses[0].tokens)
     assert first[: len(start)] == start.tolist()

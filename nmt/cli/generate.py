@@ -6,7 +6,6 @@ import itertools
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 
     from nmt.translation.alignment import Links
     from nmt.translation.batch_runner import Batching
-    from nmt.translation.translator import Translation, Translator
+    from nmt.translation.request import Request, Translation
+    from nmt.translation.translator import Translator
 
 PROG = "nmt-generate"
 _DESCRIPTION = "Translate text, a sentence a line, with a trained model; with a reference, score the result."
@@ -103,27 +103,26 @@ def generate(options: GenerateOptions) -> None:
         baseline = _translate_by_baseline(again, options, world.device, batching)
     references = References(options, translator, baseline)
     report = _Report(models, translator, options)
-    prefix_lengths: deque[int] = deque()
     # The bar is for a terminal that shows nothing else.
     hide_bar = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
     with (
         open_output(options.output) as output,
         tqdm(total=num_lines, unit=" lines", disable=hide_bar) as bar,
     ):
-        prefixes = _prefixes(references, options.prefix_size, prefix_lengths)
-        translations = _translate(translator, lines, options, references, prefixes, batching, bar.update)
+        translations = _translate(translator, references.requests(lines), options, batching, bar.update)
         for chunk in _chunks(translations, batching.buffer_size):
             if options.score_reference:
-                chunk = references.as_given(chunk)
+                chunk = [references.as_given(translation) for translation in chunk]
             links = _align(translator, chunk, options)
             _plot(translator, chunk, options, first=report.num_lines)
+            first_line = report.num_lines + 1
             for translation, alignments in zip(chunk, links, strict=True):
-                ids = references.next_ids()
+                ids = references.ids(report.num_lines + 1, translation)
                 for line in _to_lines(report.num_lines, translation, ids, alignments, options, translator):
                     output.write(line.encode() + b"\n")
-                report.add(translation, prefix_lengths.popleft() if prefix_lengths else 0)
+                report.add(translation)
             output.flush()  # a chunk is a line where somebody waits for it
-            references.score(chunk)
+            references.score(chunk, first_line=first_line)
     report.print()
     references.check_counts(report.num_lines)
     references.print_scores(file=sys.stderr if options.output is None else sys.stdout)
@@ -211,38 +210,26 @@ def _plot(
 
 def _translate(
     translator: Translator,
-    lines: Iterable[str],
+    requests: Iterable[Request],
     options: GenerateOptions,
-    references: References,
-    prefixes: Iterator[NDArray[Any]],
     batching: Batching,
     on_progress: Callable[[int], object],
 ) -> Iterator[Translation]:
     """Translate the input, or score its reference."""
     if options.score_reference:
         return translator.score_lines(
-            lines,
-            references.ids(),
+            requests,
             batching=batching,
             too_long="error" if options.too_long == "error" else "truncate",
             on_progress=on_progress,
         )
     return translator.translate_lines(
-        lines,
+        requests,
         options.decoding,
         batching=batching,
-        prefixes=prefixes if options.prefix_size > 0 else None,
         too_long=options.too_long,
         on_progress=on_progress,
     )
-
-
-def _prefixes(references: References, size: int, lengths: deque[int]) -> Iterator[NDArray[Any]]:
-    """Yield what each translation must begin with, and note how many tokens that are."""
-    for ids in references.ids():
-        prefix = ids[:size]
-        lengths.append(int((prefix != EOS_ID).sum()))
-        yield prefix
 
 
 def _translate_by_baseline(
@@ -298,9 +285,10 @@ class _Report:
         self.cut_prefix = _Lines()
         self.without_score = _Lines()
 
-    def add(self, translation: Translation, prefix_length: int) -> None:
-        """Take in the next line, and how many tokens its translation had to begin with."""
+    def add(self, translation: Translation) -> None:
+        """Take in the next line."""
         self.num_lines += 1
+        prefix_length = sum(token != EOS_ID for token in translation.request.prefix)
         if translation.hypotheses and len(translation.hypotheses[0].tokens) < prefix_length:
             self.cut_prefix.add(self.num_lines)
         self.source.add(translation.source, translation.source_ids)

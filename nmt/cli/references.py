@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -18,12 +16,13 @@ from nmt.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from nmt.translation.request import Request, Translation
     from nmt.translation.scoring import Comparison, RunningScores
-    from nmt.translation.translator import Translation, Translator
+    from nmt.translation.translator import Translator
 
 
 class References:
-    """Reads both a line at a time, so that memory holds only what the search has read ahead of the output.
+    """Gives each line of the input its reference, and scores what has become of them.
 
     With a baseline all texts are kept, because a test of the difference needs them together.
     """
@@ -38,63 +37,56 @@ class References:
         self._translator = translator
         self._texts = iter(() if options.reference is None else read_text(options.reference))
         self._baseline = iter(()) if baseline is None else baseline
-        self._waiting: deque[tuple[str, NDArray[Any]]] = deque()  # read by the search, not yet by the output
-        self._current: list[str] = []
         self._num_texts = 0
         self._num_baseline = 0
-        self._shows_ids = options.format == "fairseq"
         self._scores: RunningScores | None = None
         if options.reference is not None and not options.score_reference:
             self._scores = RunningScores(target_lang=translator.task.target_lang)
         self._compared: list[tuple[str, str, str]] = []  # translation, baseline, reference
 
-    def ids(self) -> Iterator[NDArray[Any]]:
-        """Yield the ids of each reference, eos at the end, for the search."""
-        while (text := self._read()) is not None:
-            ids = self._encode(text)
-            self._waiting.append((text, ids))
-            yield ids
+    def requests(self, lines: Iterable[str]) -> Iterator[Request]:
+        """Yield each line with its reference, if there is one, and what its translation must begin with."""
+        from nmt.translation.request import Request
 
-    def as_given(self, translations: Sequence[Translation]) -> list[Translation]:
-        """Return translations that were scored with their texts as they stand in the reference."""
-        if self._options.input_is_pieces:
-            return list(translations)
-        texts = itertools.islice(self._waiting, len(translations))
-        given = [
-            replace(x, texts=[text], is_given=True) if x.hypotheses else x
-            for x, (text, _) in zip(translations, texts, strict=False)
-        ]
-        return [*given, *translations[len(given) :]]  # there may be more lines
+        size = self._options.prefix_size
+        for line in lines:
+            text = self._read()
+            prefix = self._encode(text, self._num_texts)[:size] if text is not None and size > 0 else ()
+            yield Request(line, prefix, text)
 
-    def next_ids(self) -> NDArray[Any] | None:
-        """Go on to the reference of the next line; return its ids where the output shows them."""
-        if self._waiting:
-            text, ids = self._waiting.popleft()
-        else:
-            read = self._read()
-            if read is None:
-                return None
-            text = read
-            if not (self._shows_ids or self._options.input_is_pieces):
-                self._current.append(text)
-                return None
-            ids = self._encode(text)
-        if self._options.input_is_pieces:
-            text = self._translator.task.target_segmenter.decode([ids])[0]
-        self._current.append(text)
-        return ids if self._shows_ids else None
+    def as_given(self, translation: Translation) -> Translation:
+        """Return a translation that was scored with its text as it stands in the reference."""
+        text = translation.request.reference
+        if self._options.input_is_pieces or text is None or not translation.hypotheses:
+            return translation
+        return replace(translation, texts=[text], is_given=True)
 
-    def score(self, translations: Sequence[Translation]) -> None:
-        """Score translations against the references that `next_ids` has gone through since the last call."""
-        current, self._current = self._current, []
+    def ids(self, number: int, translation: Translation) -> NDArray[Any] | None:
+        """Return the ids of the reference of a line, by its number, where the output shows them."""
+        text, shows_ids = translation.request.reference, self._options.format == "fairseq"
+        if text is None or not (shows_ids or self._options.input_is_pieces):
+            return None
+        ids = self._encode(text, number)  # of pieces too: one that is too long is said before its line
+        return ids if shows_ids else None
+
+    def score(self, translations: Sequence[Translation], *, first_line: int) -> None:
+        """Score the next translations against their references; only the first of a stream may have some."""
         if self._scores is None:
             return
-        best = [translation.text for translation in translations[: len(current)]]  # there may be more lines
-        self._scores.add(best, current)
+        references, best = [], []
+        for number, translation in enumerate(translations, start=first_line):
+            text = translation.request.reference
+            if text is None:
+                break
+            if self._options.input_is_pieces:
+                text = self._translator.task.target_segmenter.decode([self._encode(text, number)])[0]
+            references.append(text)
+            best.append(translation.text)
+        self._scores.add(best, references)
         if self._options.baseline is not None:
-            baseline = [text for _, text in zip(current, self._baseline, strict=False)]
+            baseline = [text for _, text in zip(references, self._baseline, strict=False)]
             self._num_baseline += len(baseline)
-            self._compared += zip(best, baseline, current, strict=False)
+            self._compared += zip(best, baseline, references, strict=False)
 
     def check_counts(self, num_lines: int) -> None:
         """Raise a `UserError` unless there was one line for each of the input; the rest is read to count it."""
@@ -128,8 +120,8 @@ class References:
         self._num_texts += text is not None
         return text
 
-    def _encode(self, text: str) -> NDArray[Any]:
-        return self._translator.encode_reference(text, number=self._num_texts)
+    def _encode(self, text: str, number: int) -> NDArray[Any]:
+        return self._translator.encode_reference(text, number=number)
 
     @staticmethod
     def _check_count(source: Path, num_lines: int, other: Path, num_others: int) -> None:

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmt.checkpoints.find_folder import find_models
 from nmt.cli.command import announce_models, run_command
@@ -17,9 +17,7 @@ from nmt.data.pair_blocks import unequal_counts
 from nmt.errors import UserError, counted
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from nmt.translation.translator import Translator
+    from nmt.translation.request import Request
 
 PROG = "nmt-score"
 _LINES_TO_GUESS_BY = 1000
@@ -95,8 +93,7 @@ def score_by_model(options: ScoreOptions) -> None:
     target = UnknownPieces(translator.target_segmenter, named="hypothesis", input_is_pieces=is_pieces)
     with open_output(options.output) as output:
         for scored in translator.score_lines(
-            read_text(options.input),
-            _ids(translator, hypotheses),
+            _requests(read_text(options.input), hypotheses),
             batching=Batching(max_tokens=options.max_tokens),
             too_long="error",
         ):
@@ -132,19 +129,23 @@ class _Counted:
         self._lines = enumerate(lines, start=1)
         self._count = 0
 
-    def __iter__(self) -> Iterator[tuple[int, str]]:
+    def __iter__(self) -> Iterator[str]:
         for number, line in self._lines:
             self._count = number
-            yield number, line
+            yield line
 
     def count_all(self) -> int:
         """Return the number of all lines; those that are left are read."""
         return max(self._count, *(number for number, _ in self._lines), 0)
 
 
-def _ids(translator: Translator, hypotheses: _Counted) -> Iterator[NDArray[Any]]:
-    for number, line in hypotheses:
-        yield translator.encode_reference(line, number=number)
+def _requests(lines: Iterator[str], hypotheses: _Counted) -> Iterator[Request]:
+    """Yield each line with the translation that is to be scored; there may be more lines."""
+    from nmt.translation.request import Request
+
+    texts = iter(hypotheses)
+    for line in lines:
+        yield Request(line, reference=next(texts, None))
 
 
 def _check_count(first: Path, num_first: int, second: Path, num_second: int) -> None:

@@ -12,7 +12,8 @@ from nmt.data.text import is_blank
 from nmt.data.vocabulary import EOS_ID, UNK_ID
 from nmt.errors import UserError, counted
 from nmt.generation.options import DecodingOptions
-from nmt.translation.translator import Translation, Translator
+from nmt.translation.request import Translation
+from nmt.translation.translator import Translator
 
 _PAD = "<blank>"
 _BEAM = 5

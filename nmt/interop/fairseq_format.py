@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nmt.data.vocabulary import UNK_ID, Vocabulary
+from nmt.translation.request import Translation
 from nmt.translation.task import TranslationTask
-from nmt.translation.translator import Translation
 
 _LN2 = np.float32(math.log(2))
 _ESCAPED_UNK = "<<unk>>"  # so that an unknown token of the reference equals none of a hypothesis

@@ -21,7 +21,8 @@ from nmt.errors import UserError
 from nmt.models.attention_weights import cross_attention_weights
 from nmt.translation.batch_runner import Batching, BatchRunner
 from nmt.translation.long_sentences import joiner, split_ids
-from nmt.translation.translator import Translation, Translator
+from nmt.translation.request import Translation
+from nmt.translation.translator import Translator
 
 _WORD = re.compile(r"\S+")
 Links = list[tuple[int, int]]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nmt.data.vocabulary import Vocabulary
 from nmt.translation.alignment import Links
 from nmt.translation.quality import find_signals
-from nmt.translation.translator import Translation
+from nmt.translation.request import Translation
 
 
 def to_json_line(

@@ -15,10 +15,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from nmt.generation.beam_search import Hypothesis
-from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 
 PairScores = Callable[[Sequence[str]], NDArray[np.float64]]
@@ -30,42 +28,21 @@ _BLEU_ORDERS = 4
 
 
 class MinimumRisk:
-    """Stands in for a `Generator`: gathers the candidates of one or two, and chooses among them."""
+    """Chooses among the candidates for a sentence."""
 
     def __init__(
-        self,
-        generators: Sequence[Generator],
-        *,
-        decode: Callable[[Iterable[Sequence[int]]], list[str]],
-        pair_scores: PairScores,
-        nbest: int,
+        self, *, decode: Callable[[Iterable[Sequence[int]]], list[str]], pair_scores: PairScores, nbest: int
     ) -> None:
-        """Take what makes the candidates, what turns their tokens into text, and what compares texts."""
-        self.generators = generators
-        self.decode = decode
-        self.pair_scores = pair_scores
-        self.nbest = nbest
+        """Take what turns tokens into text, what compares texts, and how many to choose."""
+        self._decode = decode
+        self._pair_scores = pair_scores
+        self._nbest = nbest
 
-    def generate(
-        self,
-        source: Tensor,
-        prefixes: Tensor | None = None,
-        *,
-        lines: Tensor | None = None,
-        may_drop_stragglers: bool = False,
-    ) -> list[list[Hypothesis]]:
-        """Return for each sentence the `nbest` best candidates of different texts; see `Generator.generate`.
-
-        Scores stay those of the model. No sentence is given up, since what was drawn for it would be lost too.
-        """
-        found = [generator.generate(source, prefixes, lines=lines) for generator in self.generators]
-        chosen = []
-        for parts in zip(*found, strict=True):
-            candidates = [candidate for part in parts for candidate in part]
-            texts = self.decode([candidate.tokens for candidate in candidates])
-            places = choose(texts, pair_scores=self.pair_scores, nbest=self.nbest)
-            chosen.append([candidates[place] for place in places])
-        return chosen
+    def choose(self, candidates: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """Return the `nbest` best candidates of different texts. Scores stay those of the model."""
+        texts = self._decode([candidate.tokens for candidate in candidates])
+        places = choose(texts, pair_scores=self._pair_scores, nbest=self._nbest)
+        return [candidates[place] for place in places]
 
 
 def candidate_options(options: DecodingOptions) -> list[DecodingOptions]:

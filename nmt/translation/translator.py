@@ -8,15 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from nmt.checkpoints.run_folder import load_model
-from nmt.data.parallel_dataset import collate_pairs, pad_right
+from nmt.data.parallel_dataset import collate_pairs
 from nmt.data.segmenter import PieceSegmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.errors import UserError, shown
@@ -32,42 +31,18 @@ from nmt.system.allocator import give_back_tensors
 from nmt.system.cudnn_attention import leave_out_cudnn_attention
 from nmt.system.prepared_shapes import keep_prepared_shapes
 from nmt.translation.batch_runner import Batching, BatchRunner, free_memory
-from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_text
+from nmt.translation.batch_search import BatchSearch, Scoring, Search
 from nmt.translation.mbr import MinimumRisk, candidate_options, pair_scores
+from nmt.translation.request import Request, Translation
+from nmt.translation.sentences import END, Ids, Line, Lines, TooLong, to_translation
 from nmt.translation.task import TranslationTask
 from nmt.translation.unknown_pieces import UnknownPieces
 
 Precision = Literal["fp32", "bf16", "int8"]
-TooLong = Literal["split", "truncate", "error"]
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
 _ROWS_OF_A_STEP = 1024  # tokens that are encoded at once, or hypotheses
 _SHAPES_A_THREAD = 16  # of products in a step of the search: each thread takes batches of its own
-
-
-@dataclass(frozen=True)
-class Translation:
-    """A line and what became of it."""
-
-    source: str
-    texts: list[str]  # of the hypotheses, best first; none for a line without pieces, such as a blank one
-    hypotheses: list[Hypothesis]
-    source_ids: NDArray[Any]  # (S,) the pieces that were translated, without eos
-    num_dropped_pieces: int = 0  # at the end of a source that is too long: they were not translated
-    parts: Sequence[str] = ()  # of a source that is too long: they were translated apart; none if it was not
-    is_given: bool = (
-        False  # the texts are as a user has given them to be scored, not as the model spells them
-    )
-
-    @property
-    def text(self) -> str:
-        """The best translation."""
-        return self.texts[0] if self.texts else ""
-
-    @property
-    def num_parts(self) -> int:
-        """How many sentences were translated; eos stands between their ids."""
-        return max(len(self.parts), 1)
 
 
 class ScoredText(NamedTuple):
@@ -184,13 +159,13 @@ class Translator:
             in_place=in_place,
         )
 
-    def translate(self, lines: Sequence[str], **decoding: Unpack[DecodingKeywords]) -> list[str]:
+    def translate(self, lines: Sequence[str | Request], **decoding: Unpack[DecodingKeywords]) -> list[str]:
         """Return the best translation of each line; that of a blank line is empty.
 
         A line that is too long for the model is cut at punctuation, and its parts are translated apart.
 
         Args:
-            lines: Raw text, without newlines.
+            lines: Raw text, without newlines; or requests, which say more of a line.
             **decoding: Fields of `DecodingOptions`, such as `beam=5`.
 
         Raises:
@@ -203,7 +178,7 @@ class Translator:
         return [translation.text for translation in self._translate_all(lines, DecodingOptions(**decoding))]
 
     def translate_with_scores(
-        self, lines: Sequence[str], **decoding: Unpack[DecodingKeywords]
+        self, lines: Sequence[str | Request], **decoding: Unpack[DecodingKeywords]
     ) -> list[list[ScoredText]]:
         """Return the `nbest` best translations of each line, best first; none for a blank line.
 
@@ -217,12 +192,12 @@ class Translator:
             for translation in self._translate_all(lines, DecodingOptions(**decoding))
         ]
 
-    def _translate_all(self, lines: Sequence[str], options: DecodingOptions) -> list[Translation]:
+    def _translate_all(self, lines: Sequence[str | Request], options: DecodingOptions) -> list[Translation]:
         if isinstance(lines, str):
             raise UserError(
                 f"`lines` must be a list of lines, but is one string. Put it in a list: [{shown(lines)}]."
             )
-        if (stranger := next((line for line in lines if not isinstance(line, str)), "")) != "":
+        if (stranger := next((line for line in lines if not isinstance(line, (str, Request))), "")) != "":
             raise UserError(
                 f"`lines` must be lines of text, but one is {shown(stranger)}. Give each as a str."
             )
@@ -236,25 +211,20 @@ class Translator:
 
     def translate_lines(
         self,
-        lines: Iterable[str],
+        lines: Iterable[str | Request],
         options: DecodingOptions,
         *,
         batching: Batching | None = None,
-        prefixes: Iterable[NDArray[Any]] | None = None,
         too_long: TooLong = "split",
         on_progress: Callable[[int], object] | None = None,
     ) -> Iterator[Translation]:
         """Translate a stream of lines, in memory for `buffer_size` of them.
 
-        There may be fewer prefixes than lines; the lines that have none begin freely.
-
         Args:
-            lines: Text, without newlines.
+            lines: Text without newlines, or requests, which say more of a line.
             options: How to search.
             batching: How to gather lines.
-            prefixes: For each line the ids that its translation begins with (see `Generator.generate`).
-            too_long: What becomes of a line of more pieces than the models have positions for: it is split at
-                punctuation and its parts are translated apart, or its end is cut off, or it is an error.
+            too_long: What becomes of a line that is too long for the models.
             on_progress: Called with the number of lines that have just been translated.
 
         Yields:
@@ -263,70 +233,57 @@ class Translator:
         Raises:
             UserError: A line is too long, and that is to be an error; or the memory does not suffice for one.
         """
-        generator = self._make_generator(options)
-        lenpen = 0.0 if options.unnormalized else options.lenpen
-
-        def search(
-            sources: list[NDArray[Any]],
-            starts: list[NDArray[Any]],
-            numbers: NDArray[Any],
-            may_drop_stragglers: bool,
-        ) -> list[list[Hypothesis]]:
-            return generator.generate(
-                self._padded(sources),
-                self._padded(starts) if prefixes is not None else None,
-                lines=torch.from_numpy(numbers).to(self.device),
-                may_drop_stragglers=may_drop_stragglers,
-            )
-
-        starts = itertools.chain(prefixes or (), itertools.repeat(_NOTHING))  # a line may have none
+        search = self._search(options)
         runner = self._search_runner(batching or Batching(), options.beam)
-        work = _Work(search, runner, too_long, lenpen, on_progress or _ignore)
-        return self._in_buffers(lines, starts, work)
+        lenpen = 0.0 if options.unnormalized else options.lenpen
+        work = _Work(search, runner, lenpen, on_progress or _ignore)
+        reader = Lines(self.source_segmenter, longest=self.longest_source, too_long=too_long)
+        for requests in _in_buffers(lines, runner.batching.buffer_size):
+            yield from self._run(reader.read(requests), work)
 
     def score_lines(
         self,
-        lines: Iterable[str],
-        references: Iterable[NDArray[Any]],
+        requests: Iterable[Request],
         *,
         batching: Batching | None = None,
         too_long: TooLong = "truncate",
         on_progress: Callable[[int], object] | None = None,
     ) -> Iterator[Translation]:
-        """Let the model score given translations, instead of searching for its own.
+        """Let the model score the references of requests, instead of searching for its own translations.
 
         Args:
-            lines: Text, without newlines.
-            references: For each line the ids of its translation, eos at the end.
+            requests: One without a reference is scored as if that were empty.
             batching: How to gather lines.
             too_long: "truncate" or "error", as in `translate_lines`; the parts of a reference are not known.
             on_progress: Called with the number of lines that have just been scored.
 
         Yields:
-            For each line its reference as the only hypothesis, in the order of the lines.
+            For each request its reference as the only hypothesis, in their order.
+
+        Raises:
+            UserError: A reference is longer than the models have positions for, or a line is and that is an error.
         """
         assert too_long != "split"
-        endless = itertools.chain(references, itertools.repeat(_END))  # for lines that have none
-
-        def score(
-            sources: list[NDArray[Any]], targets: list[NDArray[Any]], _: NDArray[Any], __: bool
-        ) -> list[list[Hypothesis]]:
-            return self.score_ids(sources, targets)
-
         runner = BatchRunner(batching or Batching(), num_at_once=self._num_at_once())
-        work = _Work(score, runner, too_long, 1.0, on_progress or _ignore)
-        return self._in_buffers(lines, endless, work)
+        work = _Work(Scoring(self.score_ids), runner, 1.0, on_progress or _ignore)
+        reader = Lines(self.source_segmenter, longest=self.longest_source, too_long=too_long)
+        num_read = 0
+        for buffer in _in_buffers(requests, runner.batching.buffer_size):
+            targets = [
+                END if x.reference is None else self.encode_reference(x.reference, number=number)
+                for number, x in enumerate(buffer, start=num_read + 1)
+            ]
+            yield from self._run(reader.read(buffer, targets), work)
+            num_read += len(buffer)
 
-    def score_ids(
-        self, sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]
-    ) -> list[list[Hypothesis]]:
+    def score_ids(self, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[list[Hypothesis]]:
         """Score translations of one batch as ids, eos at the end of each side; one hypothesis for each."""
         batch = collate_pairs(list(zip(sources, targets, strict=True))).to(self.device)
         return self._generator(DecodingOptions(), self.models).score(
             batch.source, batch.target_input, batch.target
         )
 
-    def encode_reference(self, line: str, *, number: int) -> NDArray[Any]:
+    def encode_reference(self, line: str, *, number: int) -> Ids:
         """Return the ids of target text, eos at the end; `number` serves to name the line of an error.
 
         Raises:
@@ -360,17 +317,18 @@ class Translator:
         # cores without most of them waiting. PyTorch lets go of Python's lock while it computes.
         return torch.get_num_threads() if self.device.type == "cpu" else 1
 
-    def _make_generator(self, options: DecodingOptions) -> Generator | MinimumRisk:
+    def _search(self, options: DecodingOptions) -> Search:
         """Return what finds translations: a search, or a choice among the candidates of one or two."""
         options.check()
         if options.mbr is None:
-            return self._generator(options, self.fast_models)
-        return MinimumRisk(
-            [self._generator(own, self.fast_models) for own in candidate_options(options)],
+            return Search([self._generator(options, self.fast_models)], self.device)
+        risk = MinimumRisk(
             decode=self.task.target_segmenter.decode,
             pair_scores=pair_scores(options.mbr, target_lang=self.task.target_lang),
             nbest=options.nbest,
         )
+        generators = [self._generator(own, self.fast_models) for own in candidate_options(options)]
+        return Search(generators, self.device, risk=risk)
 
     def _generator(self, options: DecodingOptions, models: Sequence[TranslationModel]) -> Generator:
         return Generator(
@@ -382,152 +340,52 @@ class Translator:
             static_search=self.static_search if models is self.fast_models else None,
         )
 
-    def _in_buffers(
-        self, lines: Iterable[str], targets: Iterable[NDArray[Any]], work: _Work
-    ) -> Iterator[Translation]:
-        remaining = zip(lines, targets, strict=False)
-        num_done = 0
-        while buffer := list(itertools.islice(remaining, work.runner.batching.buffer_size)):
-            sentences = self._to_sentences(
-                [line for line, _ in buffer], work.too_long, first_line=num_done + 1
-            )
-            yield from self._run_buffer(buffer, sentences, work, first_line=num_done + 1)
-            num_done += len(buffer)
-
-    def _to_sentences(self, lines: Sequence[str], too_long: TooLong, *, first_line: int) -> list[_Sentences]:
-        """Turn each line into what the model is given: one sentence, or the parts of a long line."""
-        longest = self.longest_source
-        sentences = []
-        for number, (line, ids) in enumerate(
-            zip(lines, self.source_segmenter.encode(lines), strict=True), start=first_line
-        ):
-            if len(ids) <= longest:
-                sentences.append(_Sentences([ids]))
-            elif too_long == "error":
-                raise UserError(
-                    f"Line {number} must have at most {longest} pieces, as many as the model takes, but has "
-                    f"{len(ids)}. Shorten it, or take --too-long split."
-                )
-            elif too_long == "truncate":
-                sentences.append(_Sentences([ids[:longest]], len(ids) - longest))
-            else:
-                texts = split_text(
-                    line,
-                    limit=longest,
-                    count_pieces=lambda text: len(self.source_segmenter.encode([text])[0]),
-                )
-                encoded = zip(texts, self.source_segmenter.encode(texts), strict=True)
-                kept = [(text, part) for text, part in encoded if len(part)]
-                num_dropped = sum(max(len(part) - longest, 0) for _, part in kept)
-                sentences.append(
-                    _Sentences([part[:longest] for _, part in kept], num_dropped, [text for text, _ in kept])
-                )
-        return sentences
-
-    def _run_buffer(
-        self,
-        buffer: Sequence[tuple[str, NDArray[Any]]],
-        sentences: Sequence[_Sentences],
-        work: _Work,
-        *,
-        first_line: int,
-    ) -> list[Translation]:
+    def _run(self, lines: Sequence[Line], work: _Work) -> list[Translation]:
         """Run the sentences of all lines in batches, and put the results into the order of the lines.
 
         A line without pieces has no result.
         """
-        places = [
-            (line, part)
-            for line, own in enumerate(sentences)
-            for part, ids in enumerate(own.parts)
-            if len(ids) > 0
-        ]
-        work.on_progress(len(buffer) - len({line for line, _ in places}))
-        if not places:
-            return [
-                Translation(line, [], [], own.ids) for (line, _), own in zip(buffer, sentences, strict=True)
-            ]
-        sources = [np.append(sentences[line].parts[part], EOS_ID) for line, part in places]
-        # A forced beginning is that of the first part.
-        targets = [buffer[line][1] if part == 0 else _NOTHING for line, part in places]
-        lengths = np.array([(len(x), len(y)) for x, y in zip(sources, targets, strict=True)])
-        results: list[list[list[Hypothesis]]] = [[] for _ in buffer]
-        found: dict[int, list[Hypothesis]] = {}
-
-        def run(batch: list[int], may_drop_stragglers: bool) -> list[list[Hypothesis] | None]:
-            # The number of the line and of its part name the sentence to what draws random numbers.
-            numbers = first_line + np.array([places[i][0] + (places[i][1] << 40) for i in batch])
-            found = work.run(
-                [sources[i] for i in batch], [targets[i] for i in batch], numbers, may_drop_stragglers
-            )
-            return [hypotheses or None for hypotheses in found]
-
-        for batch, hypotheses in work.runner.run(lengths, run):
-            found.update(zip(batch, hypotheses, strict=True))
-            work.on_progress(sum(places[i][1] == 0 for i in batch))
-        for place, (line, _) in enumerate(places):
-            results[line].append(found[place])
+        sentences = [sentence for line in lines for sentence in line.sentences]
+        firsts = {id(line.sentences[0]) for line in lines if line.sentences}
+        work.on_progress(len(lines) - len(firsts))
+        found: dict[int, list[Hypothesis]] = {}  # by place among all sentences
+        if sentences:
+            lengths = np.array([sentence.lengths for sentence in sentences])
+            for batch, hypotheses in work.runner.run(
+                lengths,
+                lambda batch, may_drop: work.search.run(
+                    [sentences[i] for i in batch], may_drop_stragglers=may_drop
+                ),
+            ):
+                found.update(zip(batch, hypotheses, strict=True))
+                work.on_progress(sum(id(sentences[i]) in firsts for i in batch))
+        results = (found[place] for place in range(len(sentences)))
         return [
-            self._to_translation(line, own, parts, work.lenpen)
-            for (line, _), own, parts in zip(buffer, sentences, results, strict=True)
+            to_translation(
+                line,
+                [next(results) for _ in line.sentences],
+                self.task.target_segmenter,
+                language=self.task.target_lang,
+                lenpen=work.lenpen,
+            )
+            for line in lines
         ]
-
-    def _to_translation(
-        self, line: str, sentences: _Sentences, parts: Sequence[list[Hypothesis]], lenpen: float
-    ) -> Translation:
-        """Put a line together from the results of its parts."""
-        hypotheses = parts[0] if len(parts) == 1 else join_hypotheses(parts, lenpen=lenpen) if parts else []
-        decode = self.task.target_segmenter.decode
-        if len(parts) <= 1:
-            texts = decode([hypothesis.tokens for hypothesis in hypotheses])
-        else:
-            texts = [
-                join_texts(decode(split_ids(hypothesis.tokens)), language=self.task.target_lang)
-                for hypothesis in hypotheses
-            ]
-        return Translation(
-            line,
-            texts,
-            hypotheses,
-            sentences.ids,
-            num_dropped_pieces=sentences.num_dropped,
-            parts=sentences.texts,
-        )
-
-    def _padded(self, sentences: Sequence[NDArray[Any]]) -> Tensor:
-        return torch.from_numpy(pad_right(sentences)[0]).to(self.device)
-
-
-@dataclass(frozen=True)
-class _Sentences:
-    """The sentences of a line: one, but where it is too long for the model."""
-
-    parts: list[NDArray[Any]]
-    num_dropped: int = 0
-    texts: Sequence[str] = ()  # of the parts, where the line was split
-
-    @property
-    def ids(self) -> NDArray[Any]:
-        """All of them, eos between the parts."""
-        if len(self.parts) == 1:
-            return self.parts[0]
-        return np.concatenate([part for ids in self.parts for part in (ids, _END)] or [_NOTHING])[:-1]
 
 
 @dataclass(frozen=True)
 class _Work:
     """What is done to the sentences of a stream of lines."""
 
-    # Of sources, targets, the numbers that name them, and whether stragglers may be given up (no hypotheses).
-    run: Callable[[list[NDArray[Any]], list[NDArray[Any]], NDArray[Any], bool], list[list[Hypothesis]]]
+    search: BatchSearch
     runner: BatchRunner
-    too_long: TooLong
     lenpen: float  # of the joined score of parts
     on_progress: Callable[[int], object]
 
 
-_NOTHING: NDArray[Any] = np.empty(0, dtype=np.int32)
-_END: NDArray[Any] = np.array([EOS_ID], dtype=np.int32)
+def _in_buffers(lines: Iterable[str | Request], size: int) -> Iterator[list[Request]]:
+    remaining = iter(lines)
+    while buffer := list(itertools.islice(remaining, size)):
+        yield [Request(line) if isinstance(line, str) else line for line in buffer]
 
 
 def _check_device(device: torch.device | str) -> None:

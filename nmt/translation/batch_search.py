@@ -1,0 +1,72 @@
+"""What is done to a batch of sentences: the search for their translations, or the scores of given ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nmt.data.parallel_dataset import pad_right
+from nmt.generation.beam_search import Hypothesis
+from nmt.generation.generator import Generator
+from nmt.translation.mbr import MinimumRisk
+from nmt.translation.sentences import Ids, Sentence
+
+
+class BatchSearch(Protocol):
+    """Finds hypotheses for sentences."""
+
+    def run(
+        self, sentences: Sequence[Sentence], *, may_drop_stragglers: bool
+    ) -> Sequence[list[Hypothesis] | None]:
+        """Return those of each sentence, best first; None for what was given up, see `Generator.generate`."""
+
+
+class Search:
+    """Searches for translations, or draws them; or chooses among the candidates of both."""
+
+    def __init__(
+        self, generators: Sequence[Generator], device: torch.device, *, risk: MinimumRisk | None = None
+    ) -> None:
+        """Take one generator, or several whose candidates `risk` chooses among."""
+        assert risk is not None or len(generators) == 1
+        self._generators = generators
+        self._device = device
+        self._risk = risk
+
+    def run(
+        self, sentences: Sequence[Sentence], *, may_drop_stragglers: bool
+    ) -> list[list[Hypothesis] | None]:
+        """See `BatchSearch`. What is chosen among candidates is not given up: what was drawn would be lost too."""
+        found = [
+            generator.generate(
+                self._padded([x.source for x in sentences]),
+                self._padded([x.target for x in sentences])
+                if any(len(x.target) for x in sentences)
+                else None,
+                lines=torch.tensor([x.number for x in sentences], device=self._device),
+                may_drop_stragglers=may_drop_stragglers and self._risk is None,
+            )
+            for generator in self._generators
+        ]
+        if self._risk is None:
+            return [hypotheses or None for hypotheses in found[0]]
+        candidates = [[x for part in parts for x in part] for parts in zip(*found, strict=True)]
+        return [self._risk.choose(own) for own in candidates]
+
+    def _padded(self, sentences: Sequence[Ids]) -> Tensor:
+        return torch.from_numpy(pad_right(sentences)[0]).to(self._device)
+
+
+class Scoring:
+    """Scores the targets of sentences."""
+
+    def __init__(self, score: Callable[[Sequence[Ids], Sequence[Ids]], list[list[Hypothesis]]]) -> None:
+        """Take what scores targets, given their sources."""
+        self._score = score
+
+    def run(self, sentences: Sequence[Sentence], *, may_drop_stragglers: bool) -> list[list[Hypothesis]]:
+        """See `BatchSearch`."""
+        return self._score([x.source for x in sentences], [x.target for x in sentences])

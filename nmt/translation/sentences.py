@@ -1,0 +1,153 @@
+"""Requests as what a model is given: sentences of ids. A line that is too long becomes several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmt.data.segmenter import PieceSegmenter, Segmenter
+from nmt.data.vocabulary import EOS_ID
+from nmt.errors import UserError
+from nmt.generation.beam_search import Hypothesis
+from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_text
+from nmt.translation.request import Request, Translation
+
+TooLong = Literal["split", "truncate", "error"]
+"""What becomes of a line of more pieces than a model has positions for: it is split at punctuation and its parts
+are translated apart, or its end is cut off, or it is an error."""
+
+Ids = NDArray[Any]
+NOTHING: Ids = np.empty(0, dtype=np.int32)
+END: Ids = np.array([EOS_ID], dtype=np.int32)
+_MOST_LINES = 2**40
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What is batched."""
+
+    source: Ids  # (S,) eos at the end
+    target: Ids  # (T,) what its translation begins with, or the whole of it, eos at the end, to be scored
+    number: int  # of its line and part: what is drawn for it depends on the seed and on this
+    request: Request
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of both sides."""
+        return len(self.source), len(self.target)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A request and its sentences: one, or none of a line without pieces, or the parts of a long line."""
+
+    request: Request
+    ids: Ids  # of all sentences without eos, but eos between the parts
+    sentences: list[Sentence] = field(default_factory=list)
+    num_dropped: int = 0
+    texts: Sequence[str] = ()  # of the parts, where the line was split
+
+
+class Lines:
+    """Turns requests into sentences."""
+
+    def __init__(
+        self, segmenter: Segmenter | PieceSegmenter, *, longest: int, too_long: TooLong, first_line: int = 1
+    ) -> None:
+        """Take what splits text into pieces, the most pieces of a sentence, and the number of the first line."""
+        self._segmenter = segmenter
+        self._longest = longest
+        self._too_long = too_long
+        self._number = first_line
+
+    def read(self, requests: Sequence[Request], targets: Sequence[Ids] | None = None) -> list[Line]:
+        """Turn the next requests into lines.
+
+        Args:
+            requests: As they come.
+            targets: Ids of given translations, eos at the end, to be scored instead of what they begin with.
+
+        Raises:
+            UserError: A line is too long, and that is to be an error.
+        """
+        ids = self._segmenter.encode([request.text for request in requests])
+        if targets is None:
+            targets = [np.asarray(x.prefix, dtype=np.int32) if len(x.prefix) else NOTHING for x in requests]
+        lines = []
+        for request, own, target in zip(requests, ids, targets, strict=True):
+            lines.append(self._to_line(request, own, target))
+            self._number += 1
+        return lines
+
+    def _to_line(self, request: Request, ids: Ids, target: Ids) -> Line:
+        longest = self._longest
+        if len(ids) <= longest:
+            return Line(request, ids, self._sentences(request, [ids], target))
+        if self._too_long == "error":
+            raise UserError(
+                f"Line {self._number} must have at most {longest} pieces, as many as the model takes, but has "
+                f"{len(ids)}. Shorten it, or take --too-long split."
+            )
+        if self._too_long == "truncate":
+            kept = ids[:longest]
+            return Line(request, kept, self._sentences(request, [kept], target), len(ids) - longest)
+        texts = split_text(
+            request.text,
+            limit=longest,
+            count_pieces=lambda text: len(self._segmenter.encode([text])[0]),
+        )
+        encoded = zip(texts, self._segmenter.encode(texts), strict=True)
+        both = [(text, part) for text, part in encoded if len(part)]
+        parts = [part[:longest] for _, part in both]
+        return Line(
+            request,
+            np.concatenate([x for part in parts for x in (part, END)] or [NOTHING])[:-1],
+            self._sentences(request, parts, target),
+            sum(max(len(part) - longest, 0) for _, part in both),
+            [text for text, _ in both],
+        )
+
+    def _sentences(self, request: Request, parts: Sequence[Ids], target: Ids) -> list[Sentence]:
+        return [
+            Sentence(
+                np.append(ids, EOS_ID),
+                target if part == 0 else NOTHING,  # a forced beginning is that of the first part
+                self._number + part * _MOST_LINES,
+                request,
+            )
+            for part, ids in enumerate(parts)
+            if len(ids) > 0
+        ]
+
+
+def to_translation(
+    line: Line,
+    results: Sequence[list[Hypothesis]],
+    segmenter: Segmenter | PieceSegmenter,
+    *,
+    language: str,
+    lenpen: float,
+) -> Translation:
+    """Put a line together from the results of its sentences.
+
+    Args:
+        line: As it was read.
+        results: Hypotheses of each sentence, best first.
+        segmenter: Turns ids into text.
+        language: Of the target.
+        lenpen: Of the joined score of parts.
+    """
+    if len(results) <= 1:
+        hypotheses = results[0] if results else []
+        texts = segmenter.decode([hypothesis.tokens for hypothesis in hypotheses])
+    else:
+        hypotheses = join_hypotheses(results, lenpen=lenpen)
+        texts = [
+            join_texts(segmenter.decode(split_ids(hypothesis.tokens)), language=language)
+            for hypothesis in hypotheses
+        ]
+    return Translation(line.request, texts, hypotheses, line.ids, line.num_dropped, line.texts)
