@@ -19,9 +19,10 @@ from nmt.models import inference_int8 as int8
 from nmt.models.inference import InferenceTransformer
 from nmt.translation import translator as translator_module
 from nmt.translation.batch_runner import Batching
+from nmt.translation.loading import Precision
 from nmt.translation.long_sentences import split_ids
 from nmt.translation.request import Request
-from nmt.translation.translator import Precision, Translator
+from nmt.translation.translator import Translator
 
 LINES = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) + f" {WORDS[i % 16]}" for i in range(40)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from nmt.data.parallel_dataset import pad_right
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator
-from nmt.translation.mbr import MinimumRisk
+from nmt.generation.options import DecodingOptions
+from nmt.translation.mbr import MinimumRisk, candidate_options, pair_scores
 from nmt.translation.sentences import Ids, Sentence
 
 
@@ -19,7 +20,7 @@ class BatchSearch(Protocol):
     """Finds hypotheses for sentences."""
 
     def run(
-        self, sentences: Sequence[Sentence], *, may_drop_stragglers: bool
+        self, sentences: Sequence[Sentence], may_drop_stragglers: bool
     ) -> Sequence[list[Hypothesis] | None]:
         """Return those of each sentence, best first; None for what was given up, see `Generator.generate`."""
 
@@ -36,9 +37,7 @@ class Search:
         self._device = device
         self._risk = risk
 
-    def run(
-        self, sentences: Sequence[Sentence], *, may_drop_stragglers: bool
-    ) -> list[list[Hypothesis] | None]:
+    def run(self, sentences: Sequence[Sentence], may_drop_stragglers: bool) -> list[list[Hypothesis] | None]:
         """See `BatchSearch`. What is chosen among candidates is not given up: what was drawn would be lost too."""
         found = [
             generator.generate(
@@ -67,6 +66,34 @@ class Scoring:
         """Take what scores targets, given their sources."""
         self._score = score
 
-    def run(self, sentences: Sequence[Sentence], *, may_drop_stragglers: bool) -> list[list[Hypothesis]]:
+    def run(self, sentences: Sequence[Sentence], may_drop_stragglers: bool) -> list[list[Hypothesis]]:
         """See `BatchSearch`."""
         return self._score([x.source for x in sentences], [x.target for x in sentences])
+
+
+def make_search(
+    options: DecodingOptions,
+    generator: Callable[[DecodingOptions], Generator],
+    device: torch.device,
+    *,
+    decode: Callable[[Iterable[Sequence[int]]], list[str]],
+    target_lang: str,
+) -> Search:
+    """Return what finds translations: a search, or a choice among the candidates of one or two.
+
+    Args:
+        options: How to search.
+        generator: Makes what searches by other options.
+        device: Of the models.
+        decode: Turns tokens into text.
+        target_lang: Of the text.
+
+    Raises:
+        UserError: An option has a value that makes no sense.
+    """
+    options.check()
+    if options.mbr is None:
+        return Search([generator(options)], device)
+    pairs = pair_scores(options.mbr, target_lang=target_lang)
+    risk = MinimumRisk(decode=decode, pair_scores=pairs, nbest=options.nbest)
+    return Search([generator(own) for own in candidate_options(options)], device, risk=risk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -46,3 +46,11 @@ class Translation:
     def num_parts(self) -> int:
         """How many sentences were translated; eos stands between their ids."""
         return max(len(self.parts), 1)
+
+
+class ScoredText(NamedTuple):
+    """A translation and how sure the model is of it."""
+
+    text: str
+    score: float  # log-probability, natural, divided by length ** lenpen
+    token_scores: list[float]  # log-probability of each piece, and at the end of the end of sentence

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +25,13 @@ Ids = NDArray[Any]
 NOTHING: Ids = np.empty(0, dtype=np.int32)
 END: Ids = np.array([EOS_ID], dtype=np.int32)
 _MOST_LINES = 2**40
+
+
+def in_buffers(lines: Iterable[str | Request], size: int) -> Iterator[list[Request]]:
+    """Yield a stream in lists of `size` requests."""
+    remaining = iter(lines)
+    while buffer := list(itertools.islice(remaining, size)):
+        yield [Request(line) if isinstance(line, str) else line for line in buffer]
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Lines:
         self._segmenter = segmenter
         self._longest = longest
         self._too_long = too_long
-        self._number = first_line
+        self._number = first_line - 1  # of the last line
 
     def read(self, requests: Sequence[Request], targets: Sequence[Ids] | None = None) -> list[Line]:
         """Turn the next requests into lines.
@@ -79,8 +87,8 @@ class Lines:
             targets = [np.asarray(x.prefix, dtype=np.int32) if len(x.prefix) else NOTHING for x in requests]
         lines = []
         for request, own, target in zip(requests, ids, targets, strict=True):
-            lines.append(self._to_line(request, own, target))
             self._number += 1
+            lines.append(self._to_line(request, own, target))
         return lines
 
     def _to_line(self, request: Request, ids: Ids, target: Ids) -> Line:

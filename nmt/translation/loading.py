@@ -1,0 +1,107 @@
+"""The models of a translator, read and looked over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from nmt.checkpoints.run_folder import load_model
+from nmt.errors import UserError, shown
+from nmt.generation.generator import ROWS_AT_ONCE
+from nmt.models.inference import InferenceTransformer
+from nmt.models.inference_int8 import check_int8
+from nmt.models.transformer import Transformer
+from nmt.translation.task import TranslationTask
+
+Precision = Literal["fp32", "bf16", "int8"]
+"""Of the weights that search."""
+
+TYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
+_ROWS_OF_A_STEP = 1024  # tokens that are encoded at once, or hypotheses
+
+
+def load_models(
+    paths: Sequence[Path | str], device: torch.device | str
+) -> tuple[list[Transformer], TranslationTask]:
+    """Load models that may vote together, and the task of the first.
+
+    Raises:
+        UserError: A folder is no model folder, is damaged, or holds a model that does not translate; or the
+            vocabularies of several differ.
+    """
+    if not paths:
+        raise UserError("`path` must name a model folder, but the list is empty. Name one.")
+    models, tasks = zip(*(_load(Path(path), device) for path in paths), strict=True)
+    for other, other_path in zip(tasks[1:], paths[1:], strict=True):
+        if (other.source_vocabulary, other.target_vocabulary) != (
+            tasks[0].source_vocabulary,
+            tasks[0].target_vocabulary,
+        ):
+            raise UserError(
+                f"`{other_path}` must have the vocabularies of `{paths[0]}` to translate with it, "
+                "but has others. Take models that were trained on one data directory."
+            )
+    return list(models), tasks[0]
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise a `UserError` unless torch has this device."""
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"`device` must be a device of torch, such as cpu or cuda, but is {shown(device)}."
+        ) from error
+    num_gpus = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+        raise UserError(
+            f"`device` {chosen} must be a GPU of this machine, but torch finds {num_gpus}. Use `cpu`."
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("`device` mps must be an Apple GPU, but there is none. Use `cpu`.")
+
+
+def check_precision(precision: str, device: torch.device | str) -> None:
+    """Raise a `UserError` unless there is such a precision, on this machine."""
+    if precision not in TYPES:
+        raise UserError(f"`precision` must be fp32, bf16 or int8, but is {precision}.")
+    if precision == "int8":
+        check_int8(torch.device(device))
+
+
+def _load(path: Path, device: torch.device | str) -> tuple[Transformer, TranslationTask]:
+    loaded: tuple[object, object] = load_model(path, device)
+    model, task = loaded
+    if not isinstance(model, Transformer) or not isinstance(task, TranslationTask):
+        kind = type(model).__name__
+        raise UserError(
+            f"`{path}` must hold a translation model, but holds a {kind} of another task. Name another."
+        )
+    return model, task
+
+
+def largest_of_a_step(models: Sequence[InferenceTransformer | Transformer]) -> int:
+    """Return how many bytes the largest tensor has that each step makes anew, with batches of usual size."""
+    sizes = []
+    for model in models:
+        if isinstance(model, InferenceTransformer):
+            plain, itemsize, product_itemsize = (
+                model.plain,
+                model.dtype.itemsize,
+                model.product_dtype.itemsize,
+            )
+        else:
+            plain = model
+            itemsize = product_itemsize = model.output_weight.dtype.itemsize
+        num_logits = ROWS_AT_ONCE["cpu"] * plain.output_weight.size(0)
+        # Those of several models are stacked.
+        sizes.append(num_logits * (itemsize if len(models) == 1 else 4 * len(models)))
+        widest = max(x.out_features for x in plain.modules() if isinstance(x, nn.Linear))
+        memory = 2 * len(plain.decoder.layers) * plain.output_weight.size(1)
+        sizes.append(_ROWS_OF_A_STEP * max(widest, memory) * product_itemsize)
+    # PyTorch asks for 2 MB more where tensors begin at huge pages, and glibc for a little more.
+    return max(sizes) + 2**21 + 2**16
