@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmt.checkpoints.run_folder import CheckpointFolder, load_config, load_weights
+from nmt.checkpoints.model_folder import load_config, load_weights
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.config.mapping import check_options, check_types, write_yaml
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batch_loader import refuse_import_by_worker

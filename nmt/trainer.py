@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nmt.checkpoints.weights import AveragedWeights, weights
+from nmt.checkpoints.weights import weights
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World
 from nmt.errors import DamagedError, shown
@@ -30,6 +30,7 @@ from nmt.update.optim import build_optimizer, can_be_recorded, fits, step
 from nmt.update.precision import Precision
 from nmt.update.schedule import Plateau, build_schedule, num_warmup_updates
 from nmt.update.validation import validate
+from nmt.update.weight_average import AveragedWeights
 
 _RESTORE = "Restore the checkpoint, or begin a new run."
 _TRAINED = "trained"  # key of the weights in training, where those of the checkpoint are their mean

@@ -4,7 +4,7 @@
     .venv/bin/python scripts/make_checkpoint_fixture.py
 
 Writes tests/data/checkpoints-VERSION/: the run of a one-layer translation model of width 8 with its data, ended
-after an update of the second epoch. Run it once when `FORMAT_VERSION` in `nmt/checkpoints/run_folder.py` changes,
+after an update of the second epoch. Run it once when `FORMAT_VERSION` in `nmt/checkpoints/tensor_file.py` changes,
 commit the folder, and keep those of earlier versions for as long as they are to load.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceTrainer
 
-from nmt.checkpoints.run_folder import FORMAT_VERSION
+from nmt.checkpoints.tensor_file import FORMAT_VERSION
 from nmt.cli.preprocess import main as preprocess
 from nmt.cli.train import main as train
 from nmt.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, UNK_ID

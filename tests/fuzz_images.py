@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from image_files import bars, write_idx
 
-from nmt.checkpoints.run_folder import write_model_folder
+from nmt.checkpoints.model_folder import write_model_folder
 from nmt.checkpoints.weights import weights
 from nmt.data.options import BatchingOptions
 from nmt.options import TrainConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_translation_model import write_learned_model, write_tiny_model
 
-from nmt.checkpoints.run_folder import load_config, write_model_folder
+from nmt.checkpoints.model_folder import load_config, write_model_folder
 from nmt.checkpoints.weights import weights
 from nmt.cli.convert import main
 from nmt.data.vocabulary import EOS_ID

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fairseq_model import PLAIN, checkpoint, make_weights, under_old_names, write_dictionaries
 
-from nmt.checkpoints.run_folder import load_model
+from nmt.checkpoints.model_folder import load_model
 from nmt.errors import UserError
 from nmt.interop.fairseq import Conversion, convert_checkpoint
 from nmt.models.transformer import Transformer

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from nmt.checkpoints.run_folder import load_model
+from nmt.checkpoints.model_folder import load_model
 from nmt.cli.convert import main as convert
 from nmt.cli.generate import main as generate
 from nmt.models.transformer import Transformer

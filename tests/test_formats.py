@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nmt.checkpoints.run_folder import FORMAT_VERSION, CheckpointFolder, load_config, load_model
+from nmt.checkpoints.model_folder import load_config, load_model
+from nmt.checkpoints.run_folder import CheckpointFolder
+from nmt.checkpoints.tensor_file import FORMAT_VERSION
 from nmt.cli.train import main as train
 from nmt.errors import UserError
 from nmt.translation.translator import Translator

@@ -16,7 +16,7 @@ from fuzz_mutations import NUMBERS, odd_pickles, replaced_pickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nmt.checkpoints.run_folder import build_model, load_model
+from nmt.checkpoints.model_folder import build_model, load_model
 from nmt.config.mapping import from_mapping, read_yaml
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.errors import UserError
@@ -259,7 +259,7 @@ def test_weights_are_compared_by_the_header(model: Path, kind: str, monkeypatch:
         tensors[name] = torch.ones(5, 8) if kind == "shape" else torch.ones(16, 8, dtype=torch.int64)
     save_file(tensors, path, metadata={"format": "nmt 2"})
     monkeypatch.setattr(
-        "nmt.checkpoints.run_folder.load_file", lambda _: pytest.fail("the weights were read")
+        "nmt.checkpoints.tensor_file.load_file", lambda _: pytest.fail("the weights were read")
     )
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load_model(model)

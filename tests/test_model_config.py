@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_translation_model import NOUNS
 from toy_task import PointOptions
 
-from nmt.checkpoints.run_folder import average_models, load_config, load_model
+from nmt.checkpoints.model_folder import average_models, load_config, load_model
 from nmt.cli.preprocess import main as preprocess
 from nmt.cli.train import main as train
 from nmt.cli.validate import main as validate

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_translation_model import WORDS, write_tiny_model
 
-from nmt.checkpoints.weights import AveragedWeights
 from nmt.data.parallel_dataset import ParallelDataset
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.distributed import single
@@ -20,6 +19,7 @@ from nmt.models.transformer import Transformer
 from nmt.translation import task as task_module
 from nmt.translation.scoring import bleu
 from nmt.translation.translator import Translator
+from nmt.update.weight_average import AveragedWeights
 
 CPU = torch.device("cpu")
 LINES = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(12)]

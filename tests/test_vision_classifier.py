@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_translation_model import write_tiny_model
 from torch import nn
 
-from nmt.checkpoints.run_folder import load_model
+from nmt.checkpoints.model_folder import load_model
 from nmt.cli.train import main
 from nmt.errors import UserError
 from nmt.vision.classifier import Classifier

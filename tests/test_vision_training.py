@@ -15,7 +15,7 @@ import torch
 from image_files import bars, write_folders, write_idx
 from safetensors.torch import load_file
 
-from nmt.checkpoints.run_folder import load_model
+from nmt.checkpoints.model_folder import load_model
 from nmt.cli.average import main as average
 from nmt.cli.train import main
 from nmt.cli.validate import main as validate

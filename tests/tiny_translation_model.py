@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nmt.checkpoints.run_folder import write_model_folder
+from nmt.checkpoints.model_folder import write_model_folder
 from nmt.checkpoints.weights import weights
 from nmt.data.parallel_dataset import collate_pairs
 from nmt.data.segmenter import read_vocabulary, train_segmenter

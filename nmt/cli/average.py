@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def average_run(options: AverageOptions) -> list[int]:
     """Write the mean of some checkpoints of a run as a model folder, and return their updates."""
-    from nmt.checkpoints.run_folder import CheckpointFolder, average_models
+    from nmt.checkpoints.model_folder import average_models
+    from nmt.checkpoints.run_folder import CheckpointFolder
 
     check_new_folder(options.output, name="output")
     folder = CheckpointFolder(find_checkpoints(options.checkpoints) or options.checkpoints)
@@ -60,7 +61,7 @@ def average_run(options: AverageOptions) -> list[int]:
 
 def _best(folder: "CheckpointFolder") -> list[int]:
     """Return the updates of the checkpoints that were validated, best first by `best-checkpoint-metric`."""
-    from nmt.checkpoints.run_folder import load_config
+    from nmt.checkpoints.model_folder import load_config
     from nmt.run.validation_history import Progress
 
     saved = folder.updates()

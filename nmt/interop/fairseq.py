@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nmt.checkpoints.run_folder import write_model_folder
+from nmt.checkpoints.model_folder import write_model_folder
 from nmt.checkpoints.weights import weights
 from nmt.data.data_directory import dictionary_name, find_language_pair
 from nmt.data.vocabulary import Vocabulary

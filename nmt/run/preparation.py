@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from nmt.checkpoints.run_folder import CheckpointFolder, load_config
+from nmt.checkpoints.model_folder import load_config
+from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.config.mapping import changed_fixed_options
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.limits import BatchLimits, are_all_equal, longest

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from nmt.checkpoints.run_folder import load_model
+from nmt.checkpoints.model_folder import load_model
 from nmt.errors import UserError, shown
 from nmt.generation.generator import ROWS_AT_ONCE
 from nmt.models.inference import InferenceTransformer

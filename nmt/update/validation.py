@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmt.checkpoints.run_folder import build_model
+from nmt.checkpoints.model_folder import build_model
 from nmt.data.ordered_batches import OrderedBatches
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nmt.checkpoints.run_folder import load_model
+from nmt.checkpoints.model_folder import load_model
 from nmt.errors import UserError
 from nmt.vision.image_files import UnreadableImage, read_image
 from nmt.vision.preprocessing import ImageFormat, centre, normalize
