@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmt.checkpoints.model_folder import load_config, load_weights
+from nmt.checkpoints.model_folder import load_config
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.config.mapping import check_options, check_types, write_yaml
 from nmt.data.batch_iterator import BatchIterator
@@ -202,7 +202,8 @@ class Run:
         if isinstance(self.task, LooksOver):
             yield from self.task.look_over(self.train_examples, self.valid_examples, self.world)
         yield from advice(self.config, self.surroundings)
-        check_model(self.task, self.trainer.model, self.world)
+        with self.trainer.evaluated_model() as model:
+            check_model(self.task, model, self.world)
         yield from size_rows(
             self.trainer,
             self.batches,
@@ -331,12 +332,13 @@ class Run:
         if self._is_kept_for_good():
             self.progress.kept.append(self.trainer.update)
         with self.trainer.evaluated_weights():
+            weights = self.trainer.whole_weights()
             optimizer, trainer_state = self.trainer.state_dict()
             self.reports.cancelled()  # what has just been learned belongs to the updates before this checkpoint
             if self.world.is_main:
                 self.checkpoints.save(
                     self.trainer.update,
-                    model=self.trainer.model,
+                    weights=weights,
                     task=self.task,
                     config=self.config,
                     measured=self.progress.measured.get(self.trainer.update),
@@ -462,7 +464,7 @@ class Run:
         self, update: int, optimizer: Mapping[str, Tensor], state: Mapping[str, Any], *, position: Position
     ) -> None:
         """Take the state of a checkpoint over, to go on from a position in the data."""
-        load_weights(self.trainer.model, self.checkpoints.at(update))
+        self.trainer.load_weights(self.checkpoints.at(update))
         self.trainer.load_state_dict(optimizer, state["trainer"])
         self.batches.load_state_dict(position)
         # What has been found too large for this device stays so where an earlier process had more memory.

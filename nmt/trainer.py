@@ -1,21 +1,23 @@
 """One update, and the state that outlives it.
 
 The update is exact: the gradient is (sum over the targets of all ranks and micro-batches) / (their number).
-The number is known before the forward pass, so each summed loss is scaled by world_size / number, and the
-mean that DistributedDataParallel takes over ranks becomes the sum that is wanted:
-(1 / W) * sum_r grad(W / N * L_r) = (1 / N) * sum_r grad L_r.
+The number N is known before the forward pass, so each summed loss is divided by it, and the gradients of all ranks
+are added up. DistributedDataParallel takes their mean over W ranks instead. There the loss is scaled by W too, and
+the mean becomes the sum that is wanted: (1 / W) * sum_r grad(W / N * L_r) = (1 / N) * sum_r grad L_r.
+How the ranks keep their copies of the model is up to `nmt/update/replicas.py`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nmt.checkpoints.weights import weights
+from nmt.checkpoints.model_folder import read_weights
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World
 from nmt.errors import DamagedError, shown
@@ -24,10 +26,10 @@ from nmt.system.cuda_graphs import Recording
 from nmt.system.deferred import LateNumber
 from nmt.task import Batch, Examples, Illustrations, LossOutput, Task, batch_sums
 from nmt.update.cancellations import Cancellations
-from nmt.update.gradients import FlatGradients, Gradients, ReducedGradients
 from nmt.update.metrics import Metrics, merge_states
 from nmt.update.optim import build_optimizer, can_be_recorded, fits, step
 from nmt.update.precision import Precision
+from nmt.update.replicas import Replicas, build_replicas
 from nmt.update.schedule import Plateau, build_schedule, num_warmup_updates
 from nmt.update.validation import validate
 from nmt.update.weight_average import AveragedWeights
@@ -82,31 +84,26 @@ class Trainer:
         self.plateau = Plateau()
         self.lr_scale = 1.0  # below 1 after the run has gone back to an earlier checkpoint
         self.lr = 0.0  # of the last update
-        self.optimizer = build_optimizer(self.model, options)
-        self.averaged = AveragedWeights(self.model, options.ema_decay) if options.ema_decay else None
-        # What is saved besides parameters: buffers that change in training, such as batch norm's.
-        parameters = dict(self.model.named_parameters())
-        self.statistics = [value for name, value in weights(self.model).items() if name not in parameters]
+        self.precision = Precision(options.precision, world.device)
+        self.replicas: Replicas = build_replicas(
+            task,
+            self.model,
+            options,
+            precision=self.precision,
+            world=world,
+            has_one_shape=has_one_shape,
+        )
+        self.weights = self.replicas.weights
+        self.statistics = self.weights.statistics
+        self.optimizer = build_optimizer(self.weights.trained.values(), options)
+        self.averaged = (
+            AveragedWeights(self.weights.tensors(), options.ema_decay) if options.ema_decay else None
+        )
         self.metrics = Metrics()
         self.update = 0
         self.num_wanting_stop = 0.0
         self._late_votes = LateNumber()
         self.cancellations = Cancellations(world)
-        self.precision = Precision(options.precision, world.device)
-        self.local_objective = self.precision.wrap(_Objective(task, self.model), self.model)
-        self.gradients: Gradients
-        if has_one_shape:
-            self.gradients = FlatGradients(
-                task, self.model, self.precision, world, is_compiled=options.compile
-            )
-        else:
-            self.gradients = ReducedGradients(
-                self.local_objective,
-                [parameter for _, parameter in self._optimized_parameters()],
-                self.precision,
-                world,
-                has_statistics=bool(self.statistics),
-            )
         self._lr = torch.zeros((), device=world.device)
         self._is_recorded = has_one_shape and can_be_recorded(self.optimizer)
         self._forget_recording()
@@ -129,11 +126,11 @@ class Trainer:
         self._seed_generators()
         statistics = [tensor.clone() for tensor in self.statistics]
         num_targets, num_wanting_stop = self.world.sum_(self._count(micro_batches, wants_stop))
-        self.gradients.start()
+        self.replicas.start()
         outputs: list[LossOutput] = []
         for i, (batch, weight, _) in enumerate(micro_batches):
-            factor = weight * self.gradients.loss_factor / num_targets
-            outputs.append(self.gradients.add(batch, factor, is_last=i == len(micro_batches) - 1))
+            factor = weight * self.replicas.loss_factor / num_targets
+            outputs.append(self.replicas.add(batch, factor, is_last=i == len(micro_batches) - 1))
         _, is_cancelled, can_lower_scale = self._apply_gradient(epoch)
         if self.world.size > 1:
             self.num_wanting_stop = self._late_votes.exchange(num_wanting_stop)
@@ -158,21 +155,21 @@ class Trainer:
         device = self.world.device
         before = [tensor.clone() for tensor in self.statistics]
         has_state = bool(self.optimizer.state)
-        num_copies = (0 if has_state else 2) + self.gradients.num_copies
-        reserved = [torch.empty_like(p) for _ in range(num_copies) for p in self.model.parameters()]
+        num_copies = (0 if has_state else 2) + self.replicas.num_copies
+        reserved = [torch.empty_like(p) for _ in range(num_copies) for p in self.weights.trained.values()]
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                output = self.local_objective(batch.to(device))
+                output: LossOutput = self.replicas.objective(batch.to(device))
                 (output.loss / max(batch.num_targets, 1)).backward()
         finally:
             del reserved
-            self.gradients.clear()
+            self.replicas.clear()
             for tensor, value in zip(self.statistics, before, strict=True):
                 tensor.copy_(value)
 
     def close(self) -> None:
         """Let go of what keeps the ranks' connections open; no update can follow."""
-        self.gradients.close()
+        self.replicas.close()
 
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
         """Return the task's metrics of a split, the same on every rank.
@@ -181,18 +178,17 @@ class Trainer:
             examples: The whole split.
             batches: This rank's share of its batches.
         """
-        self.gradients.give_back()
+        self.replicas.give_back()
         for tensor in self.statistics:  # what is measured is what is saved: rank 0's
             self.world.copy_from_main_(tensor)
-        with self.evaluated_weights():
-            return validate(self.task, self.model, examples, batches, world=self.world)
+        with self.evaluated_model() as model:
+            return validate(self.task, model, examples, batches, world=self.world)
 
     @torch.no_grad()
     def illustrate(self, examples: Examples[Any]) -> Illustrations:
         """Return what the task shows of the weights that are validated; every rank must call this."""
-        self.model.eval()
-        with self.evaluated_weights():
-            return self.task.illustrate(self.model, examples, self.world)
+        with self.evaluated_model() as model:
+            return self.task.illustrate(model, examples, self.world)
 
     @property
     def is_past_warmup(self) -> bool:
@@ -203,20 +199,45 @@ class Trainer:
         """Let the model have, within the block, the weights that are validated and saved."""
         return nullcontext() if self.averaged is None else self.averaged.in_place()
 
+    @contextmanager
+    def evaluated_model(self) -> Iterator[nn.Module]:
+        """Return a model with these weights in evaluation mode, for the block; every rank must call this."""
+        with self.evaluated_weights(), self.weights.in_one_model() as model:
+            yield model.eval()
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Return the model's weights to be saved, on rank 0 alone.
+
+        Every rank must call this, within `evaluated_weights`.
+        """
+        return self._whole((name, name, tensor) for name, tensor in self.weights.tensors().items())
+
+    def load_weights(self, folder: Path) -> None:
+        """Take over the weights of a model folder.
+
+        Raises:
+            UserError: They are of another model, or the file is missing or damaged.
+        """
+        loaded = read_weights(self.weights.sizes(), folder)
+        for name, tensor in self.weights.tensors().items():
+            tensor.copy_(self.weights.part(name, loaded[name]))
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the optimizer's tensors, named after their parameters, and the rest as plain values.
 
-        Every rank must call this, within `evaluated_weights`: the metrics of all are gathered.
+        Every rank must call this, within `evaluated_weights`: the metrics of all are gathered. Rank 0 alone gets
+        the tensors.
         """
-        tensors = {
-            f"{name}.{key}": value
-            for name, parameter in self._optimized_parameters()
+        tensors = self._whole(
+            (f"{name}.{key}", name, value)
+            for name, parameter in self.weights.trained.items()
             for key, value in self.optimizer.state[parameter].items()
             if isinstance(value, Tensor)
-        }
+        )
         num_tensors = len(tensors)
         if self.averaged is not None:
-            tensors |= {f"{name}.{_TRAINED}": value for name, value in self.averaged.trained().items()}
+            trained = self.averaged.trained().items()
+            tensors |= self._whole((f"{name}.{_TRAINED}", name, value) for name, value in trained)
         values = {
             "update": self.update,
             "num_optimizer_tensors": num_tensors,
@@ -231,7 +252,7 @@ class Trainer:
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned, after the model's weights have been loaded."""
-        by_parameter: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._optimized_parameters()}
+        by_parameter: dict[str, dict[str, Tensor]] = {name: {} for name in self.weights.trained}
         trained: dict[str, Tensor] = {}
         for full_name, tensor in tensors.items():
             name, _, key = full_name.rpartition(".")
@@ -251,14 +272,17 @@ class Trainer:
             )
         self._check_fit(by_parameter, trained)
         # torch numbers the parameters in the order in which the optimizer was given them.
-        names = {parameter: name for name, parameter in self._optimized_parameters()}
+        names = {parameter: name for name, parameter in self.weights.trained.items()}
         given = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
-        numbered = {number: by_parameter[name] for number, name in enumerate(given)}
+        numbered = {
+            number: {key: self.weights.part(name, tensor) for key, tensor in by_parameter[name].items()}
+            for number, name in enumerate(given)
+        }
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         self._forget_recording()
         if self.averaged is not None:
-            self.averaged.restart(trained)
+            self.averaged.restart({name: self.weights.part(name, tensor) for name, tensor in trained.items()})
         self.update, self.lr, self.lr_scale = values["update"], values["lr"], values["lr_scale"]
         self.plateau = Plateau(**values["plateau"])
         self.cancellations = Cancellations(self.world, num_in_a_row=values["num_cancelled_in_a_row"])
@@ -274,12 +298,13 @@ class Trainer:
         self, by_parameter: Mapping[str, Mapping[str, Tensor]], trained: Mapping[str, Tensor]
     ) -> None:
         """Raise `DamagedError` unless each tensor is of its parameter, since the optimizer does not look."""
-        for name, parameter in self._optimized_parameters():
-            if not fits(self.optimizer, parameter, by_parameter[name]):
+        sizes = self.weights.sizes()
+        for name in self.weights.trained:
+            if not fits(self.optimizer, sizes[name], by_parameter[name]):
                 raise DamagedError(f"The optimizer's state must fit `{name}`, but does not. {_RESTORE}")
         if self.averaged is None:
             return
-        shapes = {name: tensor.shape for name, tensor in weights(self.model).items()}
+        shapes = {name: tensor.shape for name, tensor in sizes.items()}
         if shapes != {name: tensor.shape for name, tensor in trained.items()}:
             raise DamagedError(f"The weights in training must be of this model, but are not. {_RESTORE}")
 
@@ -324,9 +349,9 @@ class Trainer:
     @torch.no_grad()
     def _clip_and_step(self) -> None:
         """Clip, step and clear the gradients; all on the device, the same way each time."""
-        gradients = self.gradients.tensors()
+        gradients = self.replicas.gradients()
         self.precision.unscale_(gradients)
-        norm = nn.utils.get_total_norm(gradients)
+        norm = self.replicas.norm(gradients)
         if self.options.clip_norm:
             # As torch.nn.utils.clip_grads_with_norm_, which takes parameters.
             share = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -335,7 +360,7 @@ class Trainer:
         self._stepped = Stepped(norm, is_cancelled, self.precision.can_lower_scale())
         self.precision.adapt_(is_cancelled)
         step(self.optimizer, is_cancelled=is_cancelled)
-        self.gradients.clear()
+        self.replicas.clear()
 
     def _count(self, micro_batches: Sequence[MicroBatch], wants_stop: bool) -> Tensor:
         """Return (number of targets, whether to stop), to be summed over ranks at once: (2,)."""
@@ -345,22 +370,20 @@ class Trainer:
         counts[1].fill_(float(wants_stop))
         return counts
 
-    def _optimized_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+    def _whole(self, kept: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
+        """Return whole tensors on rank 0, and nothing on the others, which must call this too.
+
+        Args:
+            kept: The name of each, that of the weight that it belongs to, and what this rank keeps of it.
+        """
+        found = {}
+        for key, name, tensor in kept:  # one after another, since there may not be memory for all of them
+            whole = self.weights.whole(name, tensor)
+            if self.world.is_main:
+                found[key] = whole.cpu()
+        return found
 
     def _seed_generators(self) -> None:
         """Seed from (seed, update, rank), so that a resumed run draws the same numbers."""
         digest = blake2b(f"{self.seed} {self.update} {self.world.rank}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little", signed=True))
-
-
-class _Objective(nn.Module):
-    """The model together with the task's loss: what DDP wraps, so that the task may use the model freely."""
-
-    def __init__(self, task: Task[Any], model: nn.Module) -> None:
-        super().__init__()
-        self.task = task
-        self.model = model
-
-    def forward(self, batch: Batch) -> LossOutput:
-        return self.task.compute_loss(self.model, batch)

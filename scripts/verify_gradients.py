@@ -234,7 +234,7 @@ def slow_updates(job: Job) -> dict[str, Any]:
     config = job.config
     with join_world(config.device) as world:
         task, model = build(config, world.device)
-        optimizer = build_optimizer(model, config.optimization)
+        optimizer = build_optimizer(model.parameters(), config.optimization)
         schedule = build_schedule(config.optimization, updates_per_epoch=len(job.updates))
         examples = ChosenExamples(task.open_split("train"), job.indices)
         parameters = list(model.parameters())

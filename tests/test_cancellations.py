@@ -94,7 +94,7 @@ def test_a_gradient_that_overflows_at_the_lowest_scale_is_bad() -> None:
             return LossOutput(output.loss * 1e9, output.sums)
 
     trainer = make_trainer(CPU, precision="fp16", scale=4.0)
-    trainer.local_objective.objective.task = SteepTask()
+    trainer.replicas.objective.objective.task = SteepTask()
     for _ in range(4):
         trainer.train_step([batch(0)])
     # At 4 and at 2 the scale could still be lowered; at 1 it stays.

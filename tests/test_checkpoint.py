@@ -113,7 +113,7 @@ def test_only_what_is_complete_counts_and_the_rest_is_cleaned_away(folder: Path,
     for update in (5, 10, 15):
         checkpoints.save(
             update,
-            model=model,
+            weights=weights(model),
             task=task,
             config=load_config(folder),
             optimizer={"weight.step": torch.tensor(float(update))},

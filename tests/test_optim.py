@@ -50,7 +50,9 @@ def test_adam_adds_the_decay_to_the_gradient_and_adamw_does_not() -> None:
     for name in ("adam", "adamw"):
         model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.constant_(model.weight, 2.0)
-        optimizer = build_optimizer(model, OptimizationOptions(optimizer=name, lr=0.1, weight_decay=0.01))
+        optimizer = build_optimizer(
+            model.parameters(), OptimizationOptions(optimizer=name, lr=0.1, weight_decay=0.01)
+        )
         model.weight.grad = torch.zeros_like(model.weight)
         optimizer.step()
         steps[name] = 2.0 - model.weight.item()
@@ -72,7 +74,7 @@ def test_sgd_has_the_momentum_of_its_definition_even_after_a_cancelled_first_upd
     """v = m v + g; w -= lr v, or lr (g + m v) after Nesterov, in torch's form."""
     model = one_weight()
     options = OptimizationOptions(optimizer="sgd", lr=0.1, momentum=0.5, nesterov=nesterov)
-    optimizer = build_optimizer(model, options)
+    optimizer = build_optimizer(model.parameters(), options)
     model.weight.grad = torch.full((1, 1), torch.nan)
     step(optimizer, is_cancelled=CANCELLED)
     assert model.weight.item() == 2.0
@@ -90,7 +92,9 @@ def test_a_cancelled_update_changes_neither_weights_nor_state(name: str) -> None
     torch.manual_seed(0)
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimizers = [build_optimizer(m, OptimizationOptions(optimizer=name, lr=0.1)) for m in models]  # type: ignore[arg-type]
+    optimizers = [
+        build_optimizer(m.parameters(), OptimizationOptions(optimizer=name, lr=0.1)) for m in models
+    ]  # type: ignore[arg-type]
     gradient = torch.randn(2, 3)
     for number, bad in enumerate((False, True, False)):
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -106,7 +110,7 @@ def test_decay_on_matrices_only_leaves_norms_and_biases_alone() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     torch.nn.init.ones_(model[0].bias)
     options = OptimizationOptions(optimizer="sgd", lr=0.5, weight_decay=0.1, decay_matrices_only=True)
-    optimizer = build_optimizer(model, options)
+    optimizer = build_optimizer(model.parameters(), options)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -122,7 +126,7 @@ def test_a_step_is_what_torch_makes_of_it_and_a_cancelled_one_changes_nothing(na
     ours, theirs = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     theirs.load_state_dict(ours.state_dict())
     options = OptimizationOptions(optimizer=name, lr=0.1)
-    optimizers = [build_optimizer(model, options) for model in (ours, theirs)]
+    optimizers = [build_optimizer(model.parameters(), options) for model in (ours, theirs)]
     for is_cancelled in (False, True, False):
         x = torch.randn(5, 4)
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -140,7 +144,7 @@ def test_a_step_is_what_torch_makes_of_it_and_a_cancelled_one_changes_nothing(na
 
 def test_hooks_of_torchs_optimizers_are_called() -> None:
     model = torch.nn.Linear(1, 1)
-    optimizer = build_optimizer(model, OptimizationOptions())
+    optimizer = build_optimizer(model.parameters(), OptimizationOptions())
     calls: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))

@@ -141,7 +141,7 @@ def test_a_task_with_batch_norm_learns_and_its_statistics_and_loss_are_in_float3
         trainer.metrics.reset("train")
     assert seen[:3] == [LOW[precision], LOW[precision], torch.float32]
     assert losses[-1] < 0.3 * losses[0]
-    output = trainer.local_objective(points())
+    output = trainer.replicas.objective(points())
     assert output.loss.dtype == torch.float32
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in model.state_dict().values())
     # Validation computes with the parameters themselves: what is measured is what is saved.

@@ -34,8 +34,8 @@ from nmt.train_loop import train
 from nmt.trainer import Trainer
 from nmt.translation.loss import packed_translation_loss, translation_loss
 from nmt.translation.task import TranslationTask
-from nmt.update.gradients import FlatGradients
 from nmt.update.precision import Precision
+from nmt.update.recorded import Recorded
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [(3, 4), (7, 5), (2, 9), (12, 11), (1, 1), (6, 6)]
@@ -340,24 +340,24 @@ def test_what_is_computed_again_in_the_backward_pass_is_not_recorded(
 ) -> None:
     """It draws the same random numbers again, for which the host turns the generator back."""
     devices: list[str] = []
-    monkeypatch.setattr("nmt.update.gradients.Recording", lambda _, device: devices.append(device.type))
+    monkeypatch.setattr("nmt.update.recorded.Recording", lambda _, device: devices.append(device.type))
     nowhere = torch.device("meta")
     model = make_model(activation_checkpointing=is_wanted).to(nowhere)
     precision = Precision("fp32", nowhere)
-    FlatGradients(PairTask(), model, precision, single(nowhere), is_compiled=False)
+    Recorded(model, PairTask(), model, precision, single(nowhere), is_compiled=False)
     assert devices == ["cpu" if is_wanted else "meta"]
 
 
 def test_a_large_recording_is_forgotten_before_a_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else could use its memory."""
     trainer = make_trainer(CPU)
-    gradients = trainer.gradients
-    assert isinstance(gradients, FlatGradients)
+    gradients = trainer.replicas
+    assert isinstance(gradients, Recorded)
     forgotten: list[int] = []
     work = gradients._recording
     monkeypatch.setattr(work, "forget", lambda: forgotten.append(work.num_bytes))
     given = updates(count=4)
-    monkeypatch.setattr("nmt.update.gradients._most_recorded_bytes", lambda _: 100)
+    monkeypatch.setattr("nmt.update.recorded._most_recorded_bytes", lambda _: 100)
     for num_bytes in (0, 100, 101):
         monkeypatch.setattr(work, "_num_bytes", num_bytes)
         gradients.give_back()
@@ -467,14 +467,14 @@ def test_layers_that_are_computed_again_on_a_gpu_make_the_same_updates(precision
 def test_a_recording_that_is_forgotten_is_made_anew(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for most in (0, 2**60):
-        monkeypatch.setattr("nmt.update.gradients._most_recorded_bytes", lambda _, most=most: most)
+        monkeypatch.setattr("nmt.update.recorded._most_recorded_bytes", lambda _, most=most: most)
         with deterministic_algorithms(True):
             trainer = make_trainer(GPU, precision=precision, model={"dropout": 0.3})
             for micro_batches in updates(count=5):
                 trainer.train_step(micro_batches)
-            gradients = trainer.gradients
-            assert isinstance(gradients, FlatGradients) and gradients._recording.num_bytes > 0
-            trainer.gradients.give_back()
+            gradients = trainer.replicas
+            assert isinstance(gradients, Recorded) and gradients._recording.num_bytes > 0
+            trainer.replicas.give_back()
             assert (gradients._recording.num_bytes == 0) == (most == 0)
             found.append(trained(trainer, updates(count=6)))
     assert_bit_equal(*found)

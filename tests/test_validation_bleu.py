@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_translation_model import WORDS, write_tiny_model
 
+from nmt.checkpoints.weights import weights
 from nmt.data.parallel_dataset import ParallelDataset
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.distributed import single
@@ -62,7 +63,7 @@ def examples_of(translator: Translator, references: list[str]) -> ParallelDatase
 
 def test_bleu_is_of_the_weights_that_the_model_has_when_it_is_asked(translator: Translator) -> None:
     model = translator.models[0]
-    mean = AveragedWeights(model, decay=0.9)
+    mean = AveragedWeights(weights(model), decay=0.9)
     before = translate_slowly(translator, model)
     with torch.no_grad():
         for parameter in model.parameters():

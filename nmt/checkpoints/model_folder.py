@@ -57,12 +57,25 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: It has not, or the file is missing or damaged. The model is as it was then.
     """
-    path = folder / MODEL_NAME
     expected = weights(model)
-    _check_shapes(expected, path)
-    loaded = load_tensors(path)
+    loaded = read_weights(expected, folder)
     for name, tensor in expected.items():
         tensor.copy_(loaded[name])
+
+
+def read_weights(expected: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a model folder.
+
+    Args:
+        expected: Of the names, shapes and types that they must have; the content does not matter.
+        folder: The model folder.
+
+    Raises:
+        UserError: They are others, or the file is missing or damaged.
+    """
+    path = folder / MODEL_NAME
+    _check_shapes(expected, path)
+    return load_tensors(path)
 
 
 def build_model(task: Task[Any], folder: Path) -> nn.Module:

@@ -16,14 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nmt.checkpoints.find_folder import MODEL_NAME, follow_link, write_link
 from nmt.checkpoints.model_folder import load_config, write_model
 from nmt.checkpoints.old_formats import upgrade_state
 from nmt.checkpoints.run_state import ANY_VERSION, FIRST_VERSION, RUN_STATE
 from nmt.checkpoints.tensor_file import FORMAT_VERSION, existing, load_tensors, save_tensors
-from nmt.checkpoints.weights import weights
 from nmt.config.records import check_record, read_record
 from nmt.errors import DamagedError, UserError
 from nmt.options import TrainConfig
@@ -55,7 +54,7 @@ class CheckpointFolder:
         self,
         update: int,
         *,
-        model: nn.Module,
+        weights: Mapping[str, Tensor],
         task: Task[Any],
         config: TrainConfig[Any],
         measured: Mapping[str, float] | None = None,
@@ -66,11 +65,11 @@ class CheckpointFolder:
 
         Args:
             update: The number of updates that have been made.
-            model: Its weights are saved.
+            weights: Of the model.
             task: Has the assets.
             config: Of the run.
             measured: What has been measured of the model, if it was validated. One that is kept gets this too.
-            optimizer: Its tensors.
+            optimizer: Its tensors, whole as the weights are, however the ranks keep them.
             state: Of the run.
 
         Raises:
@@ -84,7 +83,7 @@ class CheckpointFolder:
                     (temporary / _STATE).write_text(
                         json.dumps({"version": int(FORMAT_VERSION), **state}, indent=1), encoding="utf-8"
                     )
-                    write_model(temporary, weights(model), config=config, task=task)
+                    write_model(temporary, weights, config=config, task=task)
                     _write_measured(temporary, update, measured)
             elif not (final / MEASURED).exists():
                 _write_measured(final, update, measured)

@@ -124,9 +124,8 @@ class Reports:
     def remarks(self, examples: Examples[Any], results: Mapping[str, float]) -> None:
         """Log what the task says after a validation; every rank must call this."""
         trainer = self.trainer
-        trainer.model.eval()
-        with torch.no_grad(), trainer.evaluated_weights():
-            lines = remarks_of(trainer.task, trainer.model, examples, results, trainer.world)
+        with torch.no_grad(), trainer.evaluated_model() as model:
+            lines = remarks_of(trainer.task, model, examples, results, trainer.world)
         for line in lines:
             self.log.say(line)
 

@@ -1,7 +1,7 @@
-"""Optimizers from torch, over the parameters of a model."""
+"""Optimizers from torch."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar, cast
 
 import torch
@@ -28,20 +28,22 @@ _SGD, _ADAFACTOR = _uncompiled(torch.optim.SGD), _uncompiled(torch.optim.Adafact
 _ADAM, _ADAMW = _uncompiled(torch.optim.Adam), _uncompiled(torch.optim.AdamW)
 
 
-def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.optim.Optimizer:
-    """Build the optimizer over all parameters that are trained, in one group or two.
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], options: OptimizationOptions
+) -> torch.optim.Optimizer:
+    """Build the optimizer over those parameters that are trained, in one group or two.
 
     Adam (Kingma and Ba, 2015), AdamW (Loshchilov and Hutter, 2019) and SGD are torch's fused forms, which skip
     an update on the device when their `found_inf` flag is set. Adafactor (Shazeer and Stern, 2018) has no such
     form: see `step`.
     """
     decay = options.weight_decay
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": parameters, "weight_decay": decay}]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [{"params": trained, "weight_decay": decay}]
     if options.decay_matrices_only and decay:
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
     if options.optimizer == "adafactor":
@@ -52,7 +54,7 @@ def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.opt
         )
         if options.momentum:
             # Zeros are what the first update begins from. torch would leave the buffers unset if it is skipped.
-            for parameter in parameters:
+            for parameter in trained:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = {"adam": _ADAM, "adamw": _ADAMW}[options.optimizer]
@@ -62,7 +64,7 @@ def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.opt
         betas=options.adam_betas,
         eps=options.adam_eps,
         fused=True,
-        capturable=all(parameter.is_cuda for parameter in parameters),  # torch's word for `can_be_recorded`
+        capturable=all(parameter.is_cuda for parameter in trained),  # torch's word for `can_be_recorded`
     )
 
 

@@ -4,22 +4,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-
-from nmt.checkpoints.weights import weights
+from torch import Tensor
 
 
 class AveragedWeights:
-    """The running mean of the parameters and statistics of a model (Polyak averaging with a decay).
+    """The running mean of weights (Polyak averaging with a decay): of a model's, or of what a rank keeps of them.
 
     After update n the mean moves towards the weights by 1 - min(decay, (1 + n) / (10 + n)): the weights of the
     first updates are forgotten sooner, as in TensorFlow's ExponentialMovingAverage. Integers, such as batch
     norm's counters, are copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        """Start from the model's present weights."""
-        self._weights = weights(model)
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        """Start from the weights as they are; they are changed in place."""
+        self._weights = weights
         self._decay = decay
         self._mean = {name: tensor.clone() for name, tensor in self._weights.items()}
 

@@ -1,130 +1,20 @@
-"""How the gradient of an update comes together from its micro-batches and ranks.
+"""Replicas whose updates are recorded: for batches of one shape, each rank has all gradients in one tensor."""
 
-`ReducedGradients` is for any batch: DistributedDataParallel takes the mean over ranks during the backward pass.
-`FlatGradients` is for batches of one shape: all gradients lie in one tensor, and a micro-batch is one recording.
-"""
-
-import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nmt.checkpoints.weights import weights
 from nmt.distributed import World
 from nmt.system.cuda_graphs import Recording
-from nmt.task import Batch, LossOutput, StaticBatch, Task
+from nmt.task import LossOutput, StaticBatch, Task
 from nmt.update.compilation import compile_layers
+from nmt.update.kept_weights import WholeWeights
 from nmt.update.precision import Precision
 
 
-class Gradients(Protocol):
-    """Sums the gradients of the micro-batches of an update, each of a loss times a factor."""
-
-    loss_factor: float
-    """What undoes, in the factor of each loss, that a mean is taken over ranks: their number, or 1."""
-    num_copies: int
-    """How many tensors as large as all parameters there are besides, at most, while a gradient is summed."""
-
-    def start(self) -> None:
-        """Take in the weights as they are now; before the first micro-batch of an update."""
-
-    def add(self, batch: Any, factor: Tensor, *, is_last: bool) -> LossOutput:
-        """Add the gradient of a micro-batch, on its device or on the CPU.
-
-        Args:
-            batch: The micro-batch.
-            factor: Scalar on the device.
-            is_last: Whether it is the last one of this rank; then the sum over ranks is formed too.
-
-        Returns:
-            The loss without the factor.
-        """
-
-    def tensors(self) -> list[Tensor]:
-        """Return the gradients, the same on all ranks after the last micro-batch."""
-
-    def clear(self) -> None:
-        """Begin anew."""
-
-    def give_back(self) -> None:
-        """Give memory back that nothing else can use, if it is much, before work of another kind."""
-
-    def close(self) -> None:
-        """Let go of what keeps the ranks' connections open."""
-
-
-class ReducedGradients:
-    """Gradients in the parameters, where `backward` puts them."""
-
-    def __init__(
-        self,
-        objective: nn.Module,
-        parameters: Sequence[nn.Parameter],
-        precision: Precision,
-        world: World,
-        *,
-        has_statistics: bool,
-    ) -> None:
-        """Wrap what is called with a batch for several ranks.
-
-        Args:
-            objective: Returns the loss of a batch, in the precision's type.
-            parameters: Those that are trained.
-            precision: Scales the loss.
-            world: The ranks.
-            has_statistics: Whether buffers of the objective, such as batch norm's, are to be rank 0's.
-        """
-        self.loss_factor = float(world.size)
-        self.num_copies = 1 if world.size > 1 else 0  # DDP's buckets
-        self._objective: nn.Module = objective
-        self._parameters = parameters
-        self._precision = precision
-        self._device = world.device
-        if world.size > 1:
-            # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
-            # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            warnings.filterwarnings(
-                "ignore", message="`broadcast_buffers` is deprecated"
-            )  # from torch 2.13 on
-            self._objective = DistributedDataParallel(
-                objective, broadcast_buffers=has_statistics, find_unused_parameters=True
-            )
-
-    def start(self) -> None:
-        """Nothing is to be done: the parameters themselves are used."""
-
-    def add(self, batch: Batch, factor: Tensor, *, is_last: bool) -> LossOutput:
-        """Run forward and backward; DDP sums over ranks in the last backward pass alone."""
-        objective = self._objective
-        waits = isinstance(objective, DistributedDataParallel) and not is_last
-        with cast(DistributedDataParallel, objective).no_sync() if waits else nullcontext():
-            output: LossOutput = objective(batch.to(self._device))
-            (output.loss * self._precision.scale(factor)).backward()
-        return output
-
-    def tensors(self) -> list[Tensor]:
-        """Return the gradient of each parameter that has one."""
-        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-
-    def clear(self) -> None:
-        """Free the gradients."""
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def give_back(self) -> None:
-        """Nothing is to be done: what was used is free for all."""
-
-    def close(self) -> None:
-        """Let go of DDP, which keeps the process group."""
-        self._objective = nn.Identity()
-
-
-class FlatGradients:
+class Recorded:
     """The gradients of batches of one shape, side by side in one tensor.
 
     A micro-batch is one recording (`nmt/system/cuda_graphs.py`): the same kernels on the same memory each time.
@@ -136,11 +26,19 @@ class FlatGradients:
     num_copies = 2  # the gradients of a micro-batch one by one, and side by side
 
     def __init__(
-        self, task: Task[Any], model: nn.Module, precision: Precision, world: World, *, is_compiled: bool
+        self,
+        objective: nn.Module,
+        task: Task[Any],
+        model: nn.Module,
+        precision: Precision,
+        world: World,
+        *,
+        is_compiled: bool,
     ) -> None:
         """Let the gradients of `model`, which is on the world's device, be parts of one tensor of zeros.
 
         Args:
+            objective: Returns the loss of a batch without being recorded.
             task: Computes the loss of a `StaticBatch` without looking at its counts, and without what Python
                 decides anew from batch to batch.
             model: The model in training.
@@ -148,17 +46,19 @@ class FlatGradients:
             world: The ranks.
             is_compiled: Whether torch compiles the model's layers.
         """
+        self.objective = objective
+        self.weights = WholeWeights(model)
         self._task = task
         self._precision = precision
         self._world = world
-        self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self._parameters: list[Tensor] = list(self.weights.trained.values())
         (dtype,) = {parameter.dtype for parameter in self._parameters}
         num_numbers = sum(parameter.numel() for parameter in self._parameters)
         for parameter in self._parameters:
             world.copy_from_main_(parameter.detach())
         self._flat = torch.zeros(num_numbers, dtype=dtype, device=world.device)
         self._computing = precision.copy_of(model)
-        self._weights: list[Tensor] = [p for p in self._computing.parameters() if p.requires_grad]
+        self._computed: list[Tensor] = [p for p in self._computing.parameters() if p.requires_grad]
         self._copies = [] if self._computing is model else _values(self._computing)
         self._originals = _values(model)
         if is_compiled:
@@ -192,9 +92,13 @@ class FlatGradients:
         loss, *sums = self._sums.clone().unbind()  # the next micro-batch overwrites them
         return LossOutput(loss, dict(zip(self._sum_names, sums, strict=True)))
 
-    def tensors(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
         """Return the one tensor."""
         return [self._flat]
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """Return the norm of the one tensor."""
+        return nn.utils.get_total_norm(gradients)
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -219,7 +123,7 @@ class FlatGradients:
         """Add a micro-batch's gradient; what is recorded."""
         output = self._task.compute_loss(self._computing, self._batch)
         scaled = output.loss * self._precision.scale(self._factor)
-        gradients = torch.autograd.grad(scaled, self._weights, materialize_grads=True)
+        gradients = torch.autograd.grad(scaled, self._computed, materialize_grads=True)
         self._flat.add_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         self._sum_names = list(output.sums)
         values = [output.loss.detach(), *output.sums.values()]
