@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from hashlib import blake2b
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from torch.distributed.rendezvous import rendezvous
 from nmt.errors import LostRankError, UserError, shown
 from nmt.system.cudnn_attention import leave_out_cudnn_attention
 from nmt.system.lost_ranks import SignsOfLife, lost_rank_line
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -82,6 +85,27 @@ class World:
         """Replace a tensor on `device` by that of rank 0."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
+
+    def mesh(self) -> "DeviceMesh":
+        """Return the ranks in a row, as FSDP takes them; there are several."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, self.device.type)
+
+    def own_rows(self, num_rows: int) -> slice:
+        """Return which rows of a tensor this rank has where they are dealt out: the last ranks have fewer."""
+        share = -(-num_rows // self.size)
+        return slice(min(share * self.rank, num_rows), min(share * (self.rank + 1), num_rows))
+
+    def join_rows(self, own: Tensor, num_rows: int) -> Tensor:
+        """Return a tensor of `num_rows` rows on every rank, of each rank's own; the opposite of `own_rows`."""
+        share = -(-num_rows // self.size)
+        padded = own.new_zeros(share, *own.shape[1:])
+        padded[: own.size(0)] = own
+        joined = own.new_empty(share * self.size, *own.shape[1:])
+        dist.all_gather(list(joined.split(share)), padded)
+        return joined[:num_rows]
 
     def note_stop(self) -> None:
         """Leave word that the run was asked to stop, for ranks that torchrun starts again all the same."""

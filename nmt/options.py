@@ -78,6 +78,9 @@ class OptimizationOptions:
     """Stop when the learning rate has fallen to this."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What updates compute in; weights stay in float32. auto: bf16 on a GPU that has it, else fp32."""
+    shard_weights: bool = False
+    """Let each of several ranks keep a part of every weight, its gradient and the optimizer's state (FSDP): for
+    models that do not fit into the memory of one. See docs/training.md."""
     compile: bool = False
     """Compile the model for its updates (torch.compile): a minute or more before the first one, on a GPU shorter
     ones thereafter. See docs/training.md for where it pays."""
@@ -115,6 +118,9 @@ class OptimizationOptions:
             raise UserError(f"`stop-min-lr` must be below `lr` ({self.lr}), but is {self.stop_min_lr}.")
         if self.patience_metric is not None and self.patience is None:
             raise UserError("`patience-metric` must go with `patience`, but that is not given. Give it too.")
+        if self.shard_weights and (self.compile or self.optimizer == "adafactor"):
+            other = "`compile`" if self.compile else "`optimizer` adafactor, which needs whole matrices,"
+            raise UserError(f"`shard-weights` must be off with {other} but is on. Leave one of them out.")
         if self.nesterov and self.momentum == 0:
             raise UserError("`nesterov` must have a `momentum` above 0, but it is 0.")
 
@@ -269,6 +275,15 @@ class TrainConfig(Generic[TaskOptionsT]):
         if self.log_interval < 1:
             raise UserError(f"`log-interval` must be at least 1, but is {self.log_interval}.")
         check_ranges(self, {"rank_timeout": (0.001, 1_000_000)})
+        if self.optimization.shard_weights and self.batching.packing == "on":
+            raise UserError(
+                "`packing` must be auto or off with `shard-weights`, but is on. Leave it out: batches are padded."
+            )
+        if self.optimization.shard_weights and self.batching.max_tokens == "auto":
+            raise UserError(
+                "`max-tokens` must be a number with `shard-weights`, where no rank can try alone what fits, but "
+                "is auto. Give one, such as 4096."
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"`seed` must be at least 0 and below 2**63, but is {self.seed}.")
 

@@ -88,11 +88,12 @@ class PairTask:
     """The translation loss without anything around it, in float64."""
 
     metrics = {"loss": "min"}
+    sizes = SIZES
 
     def build_model(self) -> Transformer:
         torch.manual_seed(3)
         model = Transformer(
-            SIZES,
+            self.sizes,
             source_vocabulary_size=VOCABULARY_SIZE,
             target_vocabulary_size=VOCABULARY_SIZE,
             pad_id=PAD,
@@ -109,6 +110,12 @@ class PairTask:
 
     def evaluate(self, model: nn.Module, examples: Any, world: World) -> dict[str, float]:
         return {}
+
+
+class RecomputingTask(PairTask):
+    """The same; layers are computed once more in the backward pass."""
+
+    sizes = replace(SIZES, activation_checkpointing=True)
 
 
 def pad(rows: list[list[int]]) -> Tensor:
@@ -135,27 +142,39 @@ def updates_of(world: World, update_freq: int, *, is_packed: bool = False) -> li
     return updates[:NUM_UPDATES]
 
 
-def train(updates: list[list[MicroBatch]], world: World, *, is_packed: bool = False) -> dict[str, Any]:
+def train(
+    updates: list[list[MicroBatch]],
+    world: World,
+    *,
+    is_packed: bool = False,
+    is_sharded: bool = False,
+    task: PairTask | None = None,
+) -> dict[str, Any]:
     """Make the updates; return each one's gradient, norm and parameters, and the sums over all."""
+    task = task or PairTask()
     trainer = Trainer(
-        PairTask(),
-        PairTask().build_model(),
-        OPTIMIZATION,
+        task,
+        task.build_model(),
+        replace(OPTIMIZATION, shard_weights=is_sharded),
         world=world,
         seed=1,
         updates_per_epoch=1,
         has_one_shape=is_packed,
     )
+    kept: Any = trainer.weights
     seen: dict[str, Any] = {"gradients": [], "norms": [], "parameters": []}
     # What the optimizer is given: clipped, as the reference's is.
     trainer.optimizer.register_step_pre_hook(
-        lambda *_: seen["gradients"].append({name: p.grad.clone() for name, p in named(trainer.model)})
+        lambda *_: seen["gradients"].append(
+            {name: kept.whole(name, p.grad).clone() for name, p in kept.trained.items()}
+        )
     )
     with trainer.metrics.scope("train"):
         for micro_batches in updates:
             trainer.train_step(micro_batches)
             seen["norms"].append(trainer.metrics.gauges("train")["grad"])
-            seen["parameters"].append({name: p.detach().clone() for name, p in named(trainer.model)})
+            parameters = {name: kept.whole(name, p.detach()).clone() for name, p in kept.trained.items()}
+            seen["parameters"].append(parameters)
     return {**seen, "sums": trainer.metrics.sums("train", world)}
 
 
@@ -282,6 +301,27 @@ def test_the_update_of_packed_batches_is_that_of_one_padded_batch(
     examples = [sorted(index for batch in update for index in batch.indices) for update in updates]
     for found in trained:
         assert_as_expected(found, reference(examples))
+
+
+def save_sharded(world: World, update_freq: int, folder: str) -> None:
+    for task in (PairTask(), RecomputingTask()):
+        found = train(updates_of(world, update_freq), world, is_sharded=True, task=task)
+        torch.save(found, f"{folder}/{type(task).__name__} {world.rank}.pt")
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("ranks", "update_freq"), [(2, 2), (3, 2)])
+def test_the_update_of_sharded_weights_is_that_of_one_plain_batch(
+    ranks: int, update_freq: int, tmp_path: Path
+) -> None:
+    """Eight rows do not come out even on three ranks."""
+    run_ranks(save_sharded, update_freq, str(tmp_path), size=ranks)
+    updates = updates_of(single(torch.device("cpu")), update_freq=ranks * update_freq)
+    expected = reference([sorted(i for batch in update for i in batch.batch.indices) for update in updates])
+    found = [torch.load(path) for path in tmp_path.iterdir()]
+    assert len(found) == 2 * ranks
+    for trained in found:
+        assert_as_expected(trained, expected)
 
 
 def test_the_reference_notices_a_mean_over_ranks(

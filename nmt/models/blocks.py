@@ -55,13 +55,15 @@ class FeedForward(nn.Module):
 def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Call a layer of which only the inputs are kept; the backward pass computes the rest once more.
 
-    Dropout draws the same masks then. The weights must be the same too: those that stand in the layer now, which
-    may be copies in low precision that are gone by the time of the backward pass.
+    Dropout draws the same masks then. The weights must be the same too: where copies in low precision stand in the
+    layer now, they are gone by the time of the backward pass. Parameters stay, or FSDP gathers them again.
     """
-    weights: dict[str, Tensor] = {name: parameter for name, parameter in layer.named_parameters()}  # noqa: C416
+    copies: dict[str, Tensor] = {
+        name: weight for name, weight in layer.named_parameters() if not isinstance(weight, nn.Parameter)
+    }
 
     def call(*args: Any) -> Tensor:
-        return functional_call(layer, weights, args, kwargs)
+        return functional_call(layer, copies, args, kwargs)
 
     return checkpoint(call, *args, use_reentrant=False)
 

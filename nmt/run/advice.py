@@ -29,6 +29,11 @@ def advice(config: TrainConfig[Any], surroundings: Surroundings) -> Iterator[str
             f"warning: `lr` {options.lr:g} is far above what {options.optimizer} learns with (at most {usual:g}): "
             "the loss will hardly fall"
         )
+    if options.shard_weights and surroundings.ranks == 1:
+        yield (
+            "warning: `shard-weights` deals a model out to several ranks, but here is one, which keeps the whole. "
+            "Start with torchrun, or leave it out"
+        )
     if surroundings.train_data == surroundings.valid_data:
         yield (
             "warning: the validation examples are the training examples: what is measured of them does not tell "

@@ -38,6 +38,11 @@ def fits(trainer: Trainer, examples: "Examples[Any]", batch: Indices) -> bool:
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
+        if not trainer.replicas.can_run_alone:
+            raise UserError(
+                "`max-tokens` must be so small that each batch fits into memory with `shard-weights`, but one "
+                "does not. Lower it."
+            ) from None
         # What failed is still held by the frames of the error.
         error.__traceback__ = None
     else:

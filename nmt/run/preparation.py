@@ -140,6 +140,8 @@ def _wants_packing(config: TrainConfig[Any], device: torch.device) -> bool:
 
 def _why_padded(config: TrainConfig[Any], task: Task[Any], model: nn.Module) -> str | None:
     """Return why batches cannot be packed, or None if they can."""
+    if config.optimization.shard_weights:
+        return "weights are sharded"
     if config.batching.max_tokens is None:
         return "`max-tokens`, the size of packed rows, is not set"
     if not isinstance(task, PackingTask):

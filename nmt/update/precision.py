@@ -42,15 +42,18 @@ class Precision:
             self._num_good = torch.zeros((), dtype=torch.int32, device=device)
         self._is_never = torch.zeros((), dtype=torch.bool, device=device)
 
-    def wrap(self, objective: nn.Module, model: nn.Module) -> nn.Module:
+    def wrap(self, objective: nn.Module, model: nn.Module, *, casts_weights: bool = True) -> nn.Module:
         """Return a module that computes what `objective` does, with the parameters in this type.
 
         Args:
             objective: a module that holds `model`.
             model: where it has a `forward`, its inputs are turned to the type and its outputs to float32, so that
                 a task computes its loss in float32.
+            casts_weights: whether the parameters are not turned to the type by someone else.
         """
-        return objective if self.dtype == torch.float32 else _InLowPrecision(objective, model, self.dtype)
+        if self.dtype == torch.float32:
+            return objective
+        return _InLowPrecision(objective, model, self.dtype, casts_weights=casts_weights)
 
     def copy_of(self, model: nn.Module) -> nn.Module:
         """Return a copy of a model in this type, or the model itself where it need not be changed."""
@@ -103,7 +106,9 @@ def _resolve(name: str, device: torch.device) -> str:
 
 
 class _InLowPrecision(nn.Module):
-    def __init__(self, objective: nn.Module, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, objective: nn.Module, model: nn.Module, dtype: torch.dtype, *, casts_weights: bool
+    ) -> None:
         super().__init__()
         self.objective = objective
         self.dtype = dtype
@@ -111,7 +116,9 @@ class _InLowPrecision(nn.Module):
         # Batch norm keeps its parameters beside its statistics in float32, and takes inputs of other types so.
         kept = {id(p) for m in model.modules() if isinstance(m, _NormBase) for p in m.parameters()}
         self._names = {
-            name for name, p in objective.named_parameters() if p.is_floating_point() and id(p) not in kept
+            name
+            for name, p in objective.named_parameters()
+            if casts_weights and p.is_floating_point() and id(p) not in kept
         }
 
     def forward(self, batch: Any) -> Any:

@@ -22,6 +22,7 @@ class Recorded:
     training. Ranks add up their tensors after the last micro-batch.
     """
 
+    can_run_alone = True
     loss_factor = 1.0
     num_copies = 2  # the gradients of a micro-batch one by one, and side by side
 

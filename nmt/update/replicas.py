@@ -1,7 +1,8 @@
 """How copies of a model are kept on the ranks, and how the gradient of an update comes together from them.
 
-`Alone` is one rank, `Ddp` keeps a whole copy on each of several. `Recorded` (`nmt/update/recorded.py`) is for
-batches of one shape, on any number of ranks. The trainer knows the protocol alone.
+`Alone` is one rank, `Ddp` keeps a whole copy on each of several. `Sharded` (`nmt/update/sharded.py`) keeps a part
+on each. `Recorded` (`nmt/update/recorded.py`) is for batches of one shape, on any number of ranks. The trainer
+knows the protocol alone.
 """
 
 import warnings
@@ -18,14 +19,16 @@ from nmt.update.kept_weights import KeptWeights, WholeWeights
 from nmt.update.objective import Objective
 from nmt.update.precision import Precision
 from nmt.update.recorded import Recorded
+from nmt.update.sharded import Sharded
 
 
 class Replicas(Protocol):
     """Sums the gradients of the micro-batches of an update, each of a loss times a factor, over all ranks."""
 
     objective: nn.Module
-    """Called with a batch on the device it returns the `LossOutput`, in the precision's type, without waiting for
-    other ranks where that can be."""
+    """Called with a batch on the device it returns the `LossOutput`, in the precision's type."""
+    can_run_alone: bool
+    """Whether it does so without the other ranks, so that one rank can fail where another one does not."""
     loss_factor: float
     """What undoes, in the factor of each loss, that a mean is taken over ranks: their number, or 1."""
     num_copies: int
@@ -85,6 +88,8 @@ def build_replicas(
         world: The ranks.
         has_one_shape: Whether all batches have one shape (`StaticBatch`).
     """
+    if options.shard_weights and world.size > 1:
+        return Sharded(task, model, precision, world)
     objective = precision.wrap(Objective(task, model), model)
     if has_one_shape:
         return Recorded(objective, task, model, precision, world, is_compiled=options.compile)
@@ -96,6 +101,7 @@ def build_replicas(
 class Alone:
     """A single rank: gradients lie where `backward` puts them."""
 
+    can_run_alone = True
     loss_factor = 1.0
     num_copies = 0
 
@@ -138,6 +144,7 @@ class Alone:
 class Ddp:
     """A whole copy on each of several ranks: DistributedDataParallel takes the mean during the backward pass."""
 
+    can_run_alone = True
     num_copies = 1  # DDP's buckets
 
     def __init__(self, objective: nn.Module, model: nn.Module, precision: Precision, world: World) -> None:
