@@ -170,6 +170,7 @@ class Trainer:
     def close(self) -> None:
         """Let go of what keeps the ranks' connections open; no update can follow."""
         self.replicas.close()
+        self.model = nn.Identity()  # what is hooked into it may keep them, too
 
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
         """Return the task's metrics of a split, the same on every rank.
@@ -179,8 +180,6 @@ class Trainer:
             batches: This rank's share of its batches.
         """
         self.replicas.give_back()
-        for tensor in self.statistics:  # what is measured is what is saved: rank 0's
-            self.world.copy_from_main_(tensor)
         with self.evaluated_model() as model:
             return validate(self.task, model, examples, batches, world=self.world)
 
@@ -202,8 +201,11 @@ class Trainer:
     @contextmanager
     def evaluated_model(self) -> Iterator[nn.Module]:
         """Return a model with these weights in evaluation mode, for the block; every rank must call this."""
-        with self.evaluated_weights(), self.weights.in_one_model() as model:
-            yield model.eval()
+        with self.evaluated_weights():
+            for tensor in self.statistics:  # what is measured is what is saved: rank 0's
+                self.world.copy_from_main_(tensor)
+            with self.weights.in_one_model() as model:
+                yield model.eval()
 
     def whole_weights(self) -> dict[str, Tensor]:
         """Return the model's weights to be saved, on rank 0 alone.

@@ -12,9 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from toy_task import PointExamples, PointTask
 
+from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, join_world, meet, single
 from nmt.errors import LostRankError, UserError
+from nmt.options import OptimizationOptions
+from nmt.trainer import Trainer
 from nmt.update.metrics import Metrics
 
 SIZE = 2
@@ -76,8 +80,8 @@ def test_two_processes_add_up_and_exchange(tmp_path: Path) -> None:
         }
 
 
-def _run_ddp_rank(rank: int, port: int, folder: str) -> None:
-    """Make an update as a rank, and list the threads that are left when the world has been left."""
+def _run_updating_rank(rank: int, port: int, folder: str) -> None:
+    """Make an update by DDP and one by FSDP, and list the threads that are left when the world has been left."""
     values = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -86,10 +90,17 @@ def _run_ddp_rank(rank: int, port: int, folder: str) -> None:
         "MASTER_PORT": port,
     }
     os.environ |= {name: str(value) for name, value in values.items()}
-    with join_world("cpu"):
+    with join_world("cpu") as world:
         model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
         model(torch.ones(1, 2)).sum().backward()
         del model
+        options = OptimizationOptions(shard_weights=True)
+        task = PointTask()
+        trainer = Trainer(task, task.build_model(), options, world=world, seed=1, updates_per_epoch=1)
+        examples = PointExamples(4, seed=1)
+        trainer.train_step([MicroBatch(examples.collate(list(examples.xy)), 1.0)])
+        trainer.close()
+        del trainer
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     Path(folder, f"{rank}.json").write_text(json.dumps(names))
 
@@ -97,7 +108,7 @@ def _run_ddp_rank(rank: int, port: int, folder: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed on Linux")
 def test_no_thread_of_gloo_outlives_the_world(tmp_path: Path) -> None:
     """One that waits for Python's lock when the interpreter ends aborts the process."""
-    mp.spawn(_run_ddp_rank, args=(_free_port(), str(tmp_path)), nprocs=SIZE)
+    mp.spawn(_run_updating_rank, args=(_free_port(), str(tmp_path)), nprocs=SIZE)
     for rank in range(SIZE):
         names = json.loads((tmp_path / f"{rank}.json").read_text())
         assert names and [name for name in names if "gloo" in name] == []

@@ -15,7 +15,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from nmt.errors import UserError
 from nmt.task import Batch, LossOutput, Task
 from nmt.update.objective import Objective
 from nmt.update.precision import Precision
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _REMEDY = "Leave it out."
 
@@ -51,7 +54,8 @@ class Sharded:
             world.copy_from_main_(tensor)
         plain = _without_content(model)
         root = _Root(Objective(task, model))
-        _shard(root, model, world, dtype=precision.dtype)
+        self._mesh = world.mesh()
+        _shard(root, model, self._mesh, dtype=precision.dtype)
         self.weights = WeightParts(model, plain, world)
         self.objective = precision.wrap(_AsLossOutput(root), model, casts_weights=False)
         # FSDP puts gradients into its own parameters, which are parts of the optimizer's.
@@ -97,6 +101,9 @@ class Sharded:
     def close(self) -> None:
         """Let go of FSDP, which keeps the process group."""
         self.objective = nn.Identity()
+        self._sharded = {}
+        # PyTorch remembers how it has dealt with sharded tensors as long as the process lives, and so their mesh.
+        getattr(self._mesh, "_pg_registry", {}).clear()
 
 
 class WeightParts:
@@ -182,19 +189,22 @@ class _AsLossOutput(nn.Module):
         self.root = root
 
     def forward(self, batch: Batch) -> LossOutput:
+        cause = None
         try:
             loss, sums = self.root(batch)
         except RuntimeError as error:
             if "mixed torch.Tensor and DTensor" not in str(error):
                 raise
+            cause = error
+        if cause is not None or _is_dealt_out(loss):
             raise UserError(
-                "`shard-weights` must be off for a model that uses a layer's weights without calling the layer, "
-                f"as this one does. {_REMEDY}"
-            ) from error
+                "`shard-weights` must be off for a model, or a loss, that uses a layer's weights without calling "
+                f"the layer, as this one does. {_REMEDY}"
+            ) from cause
         return LossOutput(loss, sums)
 
 
-def _shard(root: nn.Module, model: nn.Module, world: World, *, dtype: torch.dtype) -> None:
+def _shard(root: nn.Module, model: nn.Module, mesh: "DeviceMesh", *, dtype: torch.dtype) -> None:
     """Let FSDP deal out the weights of each part of a model, and of the rest together."""
     from torch.distributed.fsdp import (  # it takes more than a second to import
         FSDPModule,
@@ -211,14 +221,13 @@ def _shard(root: nn.Module, model: nn.Module, world: World, *, dtype: torch.dtyp
     # From torch 2.13 on. Nothing is added to keys and values in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPCrossAttention\) returned a view")
     is_low = dtype != torch.float32
-    mesh = world.mesh()
     as_it_is = MixedPrecisionPolicy(cast_forward_inputs=False)
     policy = as_it_is
     if is_low:  # weights are gathered in this type, gradients summed in float32
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    for part in [*_parts(model, with_batch_norm=is_low), root]:
+    for part in [*parts(model, with_batch_norm=is_low), root]:
         keeps_type = isinstance(part, _NormBase)  # see `Precision.wrap`
         fully_shard(part, mesh=mesh, mp_policy=as_it_is if keeps_type else policy)
         for entrance in getattr(part, "entrances", ()):
@@ -228,7 +237,7 @@ def _shard(root: nn.Module, model: nn.Module, world: World, *, dtype: torch.dtyp
         cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
 
 
-def _parts(model: nn.Module, *, with_batch_norm: bool) -> list[nn.Module]:
+def parts(model: nn.Module, *, with_batch_norm: bool) -> list[nn.Module]:
     """Return the parts of a model whose weights are gathered and freed together, each before what it is a part of.
 
     They are the layers of its stacks, and what has more entrances than `forward`. A part that shares a parameter
@@ -271,6 +280,11 @@ def _replace_parameters(model: nn.Module, by_old: Mapping[nn.Parameter, nn.Param
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             setattr(module, name, by_old[parameter])
+
+
+def _is_dealt_out(tensor: Tensor) -> bool:
+    """Return whether a tensor is FSDP's, of which each rank has a part."""
+    return hasattr(tensor, "to_local")
 
 
 def _local(tensor: Tensor) -> Tensor:
