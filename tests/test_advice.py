@@ -76,3 +76,10 @@ def test_what_a_limit_leaves_out_is_not_counted_in_the_table(
         tmp_path / "run"
     )
     assert "updates  50 an epoch, of about 4 targets" in log(tmp_path / "run")
+
+
+def test_sharding_on_a_single_rank(tmp_path: Path) -> None:
+    for is_sharded in (False, True):
+        folder = tmp_path / str(is_sharded)
+        train(config(folder, optimization={"max_update": 8, "shard_weights": is_sharded}))
+        assert any("`shard-weights` deals a model out" in line for line in warnings(folder)) == is_sharded

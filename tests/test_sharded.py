@@ -31,7 +31,7 @@ from nmt.distributed import World, single
 from nmt.errors import UserError
 from nmt.options import OptimizationOptions, TrainConfig, train_config
 from nmt.run.memory_probe import fits
-from nmt.run.preparation import packing, padded_instead
+from nmt.run.preparation import notes_on_padding, packing
 from nmt.task import LossOutput
 from nmt.train_loop import train
 from nmt.trainer import Trainer
@@ -363,9 +363,9 @@ def test_batches_are_padded_where_they_would_be_packed_and_a_line_says_so(tmp_pa
         task = options.task_options.build(None)
         model, examples = task.build_model(), task.open_split("train")
         assert (packing(options, task, model, examples, GPU) is None) == is_sharded
-        lines = padded_instead(options, task, model, GPU)
-        assert [line.split(":")[0] for line in lines] == ["packing auto"] * is_sharded
-        assert padded_instead(options, task, model, CPU) == []
+        reasons = [line.split(": ")[1] for line in notes_on_padding(options, task, model, examples, GPU)]
+        assert reasons == ["weights are sharded"] * is_sharded
+        assert notes_on_padding(options, task, model, examples, CPU) == []
 
 
 def test_a_batch_without_room_ends_the_run_since_no_rank_can_try_a_smaller_one_alone() -> None:
