@@ -223,7 +223,7 @@ def widen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 def flat(tensors: Sequence[Tensor | None], model: nn.Module) -> Tensor:
     """Join tensors, one a parameter, to one on the CPU; a missing gradient is zero."""
     parts = [
-        torch.zeros_like(parameter) if tensor is None else tensor.detach()
+        torch.zeros(parameter.shape, dtype=parameter.dtype) if tensor is None else tensor.detach()
         for tensor, parameter in zip(tensors, model.parameters(), strict=True)
     ]
     return torch.cat([part.flatten().cpu() for part in parts])
@@ -313,14 +313,20 @@ def train_rank(world: World, job: Job, num_batches: int, folder: str) -> None:
         seed=job.config.seed,
         updates_per_epoch=len(job.updates),
     )
+    kept, names = trainer.weights, [name for name, _ in model.named_parameters()]
+
+    def gradient(name: str) -> Tensor | None:
+        part = kept.trained[name].grad if name in kept.trained else None
+        return None if part is None else kept.whole(name, part)
+
     gradients: list[Tensor] = []
     trainer.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append(flat([parameter.grad for parameter in model.parameters()], model))
+        lambda *_: gradients.append(flat([gradient(name) for name in names], model))
     )
     with trainer.metrics.scope("train"):
         for micro_batches in updates:
             trainer.train_step(micro_batches)
-    parameters = flat(list(model.parameters()), model)
+    parameters = flat([kept.whole(name, kept.tensors()[name]) for name in names], model)
     digests = world.gather(hashlib.sha256(parameters.numpy()).hexdigest())
     fillers = sum(world.gather(sum(micro_batch.weight == 0 for update in updates for micro_batch in update)))
     if world.is_main:

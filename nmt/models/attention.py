@@ -144,9 +144,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the target to the source, whose keys and values are projected once per sentence."""
 
-    entrances = (
-        "project_memory",
-    )  # methods that use weights, and are called apart from `forward`: FSDP asks
+    # Methods that use weights and are called apart from `forward` (`nmt/update/sharded.py` asks).
+    entrances = ("project_memory", "attend_packed")
 
     def __init__(self, dim: int, memory_dim: int, num_heads: int, *, dropout: float) -> None:
         super().__init__()
