@@ -13,6 +13,7 @@ a plain model, for which the weights are gathered as a whole.
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -81,7 +82,7 @@ class Sharded:
         for name, parameter in self._sharded.items():
             gradient = None if parameter.grad is None else _local(parameter.grad)
             self.weights.trained[name].grad = gradient
-            if gradient is not None:
+            if gradient is not None and gradient.numel():
                 found.append(gradient)
         return found
 
@@ -247,7 +248,7 @@ def parts(model: nn.Module, *, with_batch_norm: bool) -> list[nn.Module]:
         model: What stands in a list or a sequence of modules is taken for a layer.
         with_batch_norm: Batch norms are parts too.
     """
-    names = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    num_places = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
     found: list[nn.Module] = []
 
     def visit(module: nn.Module, *, is_in_layer: bool) -> None:
@@ -259,7 +260,7 @@ def parts(model: nn.Module, *, with_batch_norm: bool) -> list[nn.Module]:
                 is_layer or hasattr(child, "entrances") or (with_batch_norm and isinstance(child, _NormBase))
             )
             parameters = list(child.parameters())
-            if is_part and parameters and all(names.count(id(p)) == 1 for p in parameters):
+            if is_part and parameters and all(num_places[p] == 1 for p in parameters):
                 found.append(child)
 
     visit(model, is_in_layer=False)
