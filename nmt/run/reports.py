@@ -16,7 +16,7 @@ from nmt.run.memory_probe import peak_memory
 from nmt.run.pace import Pace
 from nmt.run.run_log import RunLog
 from nmt.run.validation_history import Progress
-from nmt.run.waiting import WaitForData
+from nmt.run.waiting import WaitForData, wait_for_ranks
 from nmt.task import Examples
 from nmt.task_extras import next_command_of, remarks_of, words_of
 from nmt.trainer import Trainer
@@ -97,6 +97,9 @@ class Reports:
             seconds = clock.take_training_seconds()
             record["targets/s"] = sums["num_targets"] / seconds
             record["waited for data"] = round(min(self.waiting.take_seconds() / seconds, 1.0), 4)
+            if (world := self.trainer.world).size > 1:
+                waited = min(world.waited.take_seconds() / seconds, 1.0)
+                record.update(wait_for_ranks(world.gather(waited)))
             record.update(metrics.gauges(scope))
             record["memory MiB"] = round(peak_memory(self.trainer.world.device) / 2**20)
             if (left := self._seconds_left()) is not None:
@@ -138,6 +141,11 @@ class Reports:
             shown["targets/s"] = f"{self.words.targets}/s {record['targets/s']:,.0f}"
         if "waited for data" in record:
             shown["waited for data"] = f"waited for data {record['waited for data']:.1%}"
+        if "waited for ranks" in record:
+            shown["waited for ranks"] = f"waited for ranks {record['waited for ranks']:.1%}"
+            slowest, its_share = record["slowest rank"], record["slowest rank waited"]
+            shown["slowest rank"] = f"slowest rank {slowest}, which waited {its_share:.1%}"
+            shown["slowest rank waited"] = ""
         if "memory MiB" in record:
             shown["memory MiB"] = f"memory {record['memory MiB']:,} MiB"
         if "hours left" in record:

@@ -83,7 +83,7 @@ class ReducedGradients:
         self._objective: nn.Module = objective
         self._parameters = parameters
         self._precision = precision
-        self._device = world.device
+        self._device, self._world = world.device, world
         if world.size > 1:
             # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
             # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
@@ -104,7 +104,11 @@ class ReducedGradients:
         waits = isinstance(objective, DistributedDataParallel) and not is_last
         with cast(DistributedDataParallel, objective).no_sync() if waits else nullcontext():
             output: LossOutput = objective(batch.to(self._device))
-            (output.loss * self._precision.scale(factor)).backward()
+            loss = output.loss * self._precision.scale(factor)
+            if is_last and self._world.size > 1:
+                self._world.backward(loss)
+            else:
+                loss.backward()
         return output
 
     def tensors(self) -> list[Tensor]:
@@ -188,7 +192,7 @@ class FlatGradients:
         self._factor.copy_(factor)
         self._recording()
         if is_last:
-            self._world.sum_(self._flat)
+            self._world.sum_in_update_(self._flat)
         loss, *sums = self._sums.clone().unbind()  # the next micro-batch overwrites them
         return LossOutput(loss, dict(zip(self._sum_names, sums, strict=True)))
 
