@@ -51,7 +51,7 @@ class Machine:
         self.name = name
         self.address = address
         self.namespace = f"nmt-{os.getpid()}-{name}"
-        self.cable = f"nmt{os.getpid() % 1_000_000}{name}"  # the name of its end
+        self.cable = f"nmt{os.getpid()}{name[-1]}"  # the name of its end: 15 characters at most
         self.said = folder / f"{name}.log"
         self._hosts = folder / "hosts"
         self.launcher: subprocess.Popen[bytes] | None = None
@@ -237,6 +237,7 @@ def check_killed(runs: Runs) -> Iterator[tuple[str, bool]]:
         runs.wait_for_checkpoint(name)
         lost.kill()
         yield from named(left, lost, within=PATIENCE)
+        left.kill()
 
 
 def check_cut(runs: Runs) -> Iterator[tuple[str, bool]]:
@@ -261,8 +262,6 @@ def named(left: Machine, lost: Machine, *, within: float) -> Iterator[tuple[str,
     lines = left.error_lines()
     is_right = not ranks and bool(lines) and all(f"on {lost.name}" in line for line in lines)
     yield f"{left.name} has lost {lost.name} and says: {(lines or ['nothing'])[0]}", is_right
-    for machine in (left, lost):
-        machine.kill()
 
 
 def check_restarts(runs: Runs) -> Iterator[tuple[str, bool]]:

@@ -10,6 +10,7 @@ import torch
 
 from nmt.data.batch_iterator import BatchIterator
 from nmt.options import TrainConfig
+from nmt.run.busy_cores import BusyCores
 from nmt.run.following import Followed
 from nmt.run.forecast import duration
 from nmt.run.memory_probe import peak_memory
@@ -83,6 +84,7 @@ class Reports:
         self.words = words_of(trainer.task)
         self.pace = Pace()
         self.waiting = WaitForData(trainer.world.device)
+        self._busy_cores = BusyCores(trainer.world.device)
         self._trained = 0.0  # of the clock, at the last update
         self._has_told_time = False
 
@@ -160,6 +162,8 @@ class Reports:
         self.cancelled()
         self.pace.note_update(clock.trained - self._trained)
         self._trained = clock.trained
+        if (warning := self._busy_cores.warning()) is not None:
+            self.log.say(warning)
         if self._has_told_time or not self.pace.is_known or (left := self._seconds_left()) is None:
             return
         self._has_told_time = True
