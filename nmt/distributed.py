@@ -169,8 +169,7 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     except RuntimeError as failure:
         if not _is_of_connection(failure):
             raise
-        text = str(failure).split("\n")[0]
-        raise LostRankError(f"all {size} ranks must reach each other, but could not: {text}") from failure
+        raise LostRankError(_unreached_line(size, failure)) from failure
     signs.start()
     error: BaseException | None = None
     try:
@@ -227,6 +226,16 @@ def meet(store: Store, *, rank: int, size: int, timeout: timedelta = TIMEOUT) ->
                 return part
         time.sleep(0.02)
     raise LostRankError(f"all {size} ranks must come within {timeout}, but some have not. Start all of them.")
+
+
+def _unreached_line(size: int, failure: RuntimeError) -> str:
+    line = f"all {size} ranks must reach each other, but could not: {str(failure).splitlines()[0]}"
+    if _number_of_environment("LOCAL_WORLD_SIZE", size) == size:
+        return line
+    return (
+        f"{line}. Set GLOO_SOCKET_IFNAME (for GPUs NCCL_SOCKET_IFNAME) to the network between the machines, such "
+        "as eth0: the name of a machine may stand for another one, or for 127.0.1.1."
+    )
 
 
 def _is_of_connection(error: BaseException) -> bool:
