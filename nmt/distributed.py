@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from nmt.errors import LostRankError, UserError, shown
 from nmt.system.cudnn_attention import leave_out_cudnn_attention
+from nmt.system.device_time import DeviceTime, Moment
 from nmt.system.lost_ranks import SignsOfLife, lost_rank_line
 
 if TYPE_CHECKING:
@@ -58,6 +60,31 @@ class World:
     def sum_dtype(self) -> torch.dtype:
         """The type in which sums are kept."""
         return sum_dtype(self.device)
+
+    @cached_property
+    def waited(self) -> DeviceTime:
+        """How long updates have waited for other ranks, exchange included."""
+        return DeviceTime(self.device)
+
+    def sum_in_update_(self, tensor: Tensor) -> Tensor:
+        """Do as `sum_`, and count the time as waiting."""
+        if self.size == 1:
+            return tensor
+        with self.waited.counted():
+            return self.sum_(tensor)
+
+    def backward(self, loss: Tensor) -> None:
+        """Run a backward pass that sums over ranks; what it takes after this rank's own part is waiting."""
+        ends: list[Moment] = []
+
+        def note_end(_: Tensor) -> None:
+            # Called back before what DDP queues later in the pass, which waits for the sums.
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: ends.append(self.waited.now()))
+
+        loss.register_hook(note_end)
+        loss.backward()
+        self.waited.add_since(ends[0])
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor on `device` by its sum over all ranks, and return it; its dtype stays."""
@@ -166,8 +193,7 @@ def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     except RuntimeError as failure:
         if not _is_of_connection(failure):
             raise
-        text = str(failure).split("\n")[0]
-        raise LostRankError(f"all {size} ranks must reach each other, but could not: {text}") from failure
+        raise LostRankError(_unreached_line(size, failure)) from failure
     signs.start()
     error: BaseException | None = None
     try:
@@ -224,6 +250,16 @@ def meet(store: Store, *, rank: int, size: int, timeout: timedelta = TIMEOUT) ->
                 return part
         time.sleep(0.02)
     raise LostRankError(f"all {size} ranks must come within {timeout}, but some have not. Start all of them.")
+
+
+def _unreached_line(size: int, failure: RuntimeError) -> str:
+    line = f"all {size} ranks must reach each other, but could not: {str(failure).splitlines()[0]}"
+    if _number_of_environment("LOCAL_WORLD_SIZE", size) == size:
+        return line
+    return (
+        f"{line}. Set GLOO_SOCKET_IFNAME (for GPUs NCCL_SOCKET_IFNAME) to the network between the machines, such "
+        "as eth0: the name of a machine may stand for another one, or for 127.0.1.1."
+    )
 
 
 def _is_of_connection(error: BaseException) -> bool:

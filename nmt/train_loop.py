@@ -38,6 +38,7 @@ from nmt.run.preparation import (
 from nmt.run.reports import Clock, Reports
 from nmt.run.resume import Position, Resumption, Surroundings, compare, position_in_data, surroundings
 from nmt.run.run_log import RunLog, read_records
+from nmt.run.same_ranks import check_same_options, check_seen_by_all, machines_without
 from nmt.run.stopping import reason_to_stop
 from nmt.run.validation_history import Progress
 from nmt.system.determinism import deterministic_algorithms
@@ -99,6 +100,7 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
             if world.is_main:
                 print("stopped before torchrun started the ranks again: no update is made", file=sys.stderr)
             return TrainingResult(config.save_dir / "checkpoints" / "last", [], "an earlier request", False)
+        check_same_options(config, world)
         return _train(config, world, stop or StopRequest())
 
 
@@ -425,12 +427,18 @@ class Run:
         """Take the newest checkpoint up, or note the configuration of a new run."""
         saved = self.world.broadcast(self.checkpoints.updates())
         if saved:
+            check_seen_by_all(self.checkpoints.at(saved[-1]), self.world)
             self._resume(saved[-1])
             self._check_time()  # may be up already, or be longer now
             if self._misses_validation():
                 self._validate_and_save()
         else:
             self.log.cut_records(0, update=0)
+            if missing := machines_without(self.config.save_dir, self.world):
+                self.log.say(
+                    f"warning: `save-dir` is not seen by {', '.join(missing)}: only rank 0 writes there, and all "
+                    "ranks read it when the run is taken up. Name one that they share, or copy it before that"
+                )
         for line in self.describe():
             self.log.say(line)
         if self.world.is_main:

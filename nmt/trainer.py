@@ -125,7 +125,7 @@ class Trainer:
         self.model.train()
         self._seed_generators()
         statistics = [tensor.clone() for tensor in self.statistics]
-        num_targets, num_wanting_stop = self.world.sum_(self._count(micro_batches, wants_stop))
+        num_targets, num_wanting_stop = self.world.sum_in_update_(self._count(micro_batches, wants_stop))
         self.replicas.start()
         outputs: list[LossOutput] = []
         for i, (batch, weight, _) in enumerate(micro_batches):

@@ -208,3 +208,28 @@ def test_sums_on_a_gpu_are_read_once() -> None:
     with metrics.scope("train"):
         metrics.add({"loss": torch.ones((), device="cuda"), "targets": 3})
     assert metrics.sums("train", world) == {"loss": 1.0, "targets": 3.0}
+
+
+@pytest.mark.parametrize("local_size", [1, 2])
+def test_ranks_of_several_machines_that_do_not_reach_each_other_are_told_what_to_set(
+    local_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+    }
+    for name, value in {**places, "LOCAL_WORLD_SIZE": str(local_size)}.items():
+        monkeypatch.setenv(name, value)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [gloo/pair.cc:1] Connection refused\nmore")
+
+    monkeypatch.setattr("nmt.distributed.rendezvous", fail)
+    with pytest.raises(LostRankError) as caught, join_world("cpu"):
+        pass
+    text = str(caught.value)
+    assert text.startswith("all 2 ranks must reach each other, but could not: Gloo connectFullMesh failed")
+    assert ("Set GLOO_SOCKET_IFNAME" in text) == (local_size == 1) and "more" not in text

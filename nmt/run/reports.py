@@ -10,13 +10,14 @@ import torch
 
 from nmt.data.batch_iterator import BatchIterator
 from nmt.options import TrainConfig
+from nmt.run.busy_cores import BusyCores
 from nmt.run.following import Followed
 from nmt.run.forecast import duration
 from nmt.run.memory_probe import peak_memory
 from nmt.run.pace import Pace
 from nmt.run.run_log import RunLog
 from nmt.run.validation_history import Progress
-from nmt.run.waiting import WaitForData
+from nmt.run.waiting import WaitForData, wait_for_ranks
 from nmt.task import Examples
 from nmt.task_extras import next_command_of, remarks_of, words_of
 from nmt.trainer import Trainer
@@ -83,6 +84,7 @@ class Reports:
         self.words = words_of(trainer.task)
         self.pace = Pace()
         self.waiting = WaitForData(trainer.world.device)
+        self._busy_cores = BusyCores(trainer.world.device)
         self._trained = 0.0  # of the clock, at the last update
         self._has_told_time = False
 
@@ -97,6 +99,9 @@ class Reports:
             seconds = clock.take_training_seconds()
             record["targets/s"] = sums["num_targets"] / seconds
             record["waited for data"] = round(min(self.waiting.take_seconds() / seconds, 1.0), 4)
+            if (world := self.trainer.world).size > 1:
+                waited = min(world.waited.take_seconds() / seconds, 1.0)
+                record.update(wait_for_ranks(world.gather(waited)))
             record.update(metrics.gauges(scope))
             record["memory MiB"] = round(peak_memory(self.trainer.world.device) / 2**20)
             if (left := self._seconds_left()) is not None:
@@ -137,6 +142,11 @@ class Reports:
             shown["targets/s"] = f"{self.words.targets}/s {record['targets/s']:,.0f}"
         if "waited for data" in record:
             shown["waited for data"] = f"waited for data {record['waited for data']:.1%}"
+        if "waited for ranks" in record:
+            shown["waited for ranks"] = f"waited for ranks {record['waited for ranks']:.1%}"
+            slowest, its_share = record["slowest rank"], record["slowest rank waited"]
+            shown["slowest rank"] = f"slowest rank {slowest}, which waited {its_share:.1%}"
+            shown["slowest rank waited"] = ""
         if "memory MiB" in record:
             shown["memory MiB"] = f"memory {record['memory MiB']:,} MiB"
         if "hours left" in record:
@@ -151,6 +161,8 @@ class Reports:
         self.cancelled()
         self.pace.note_update(clock.trained - self._trained)
         self._trained = clock.trained
+        if (warning := self._busy_cores.warning()) is not None:
+            self.log.say(warning)
         if self._has_told_time or not self.pace.is_known or (left := self._seconds_left()) is None:
             return
         self._has_told_time = True

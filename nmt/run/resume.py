@@ -11,8 +11,8 @@ from nmt.data.batch_iterator import BatchIterator
 from nmt.errors import UserError
 from nmt.options import TrainConfig
 from nmt.run.run_log import RunLog
+from nmt.run.same_ranks import fingerprints
 from nmt.task import Examples
-from nmt.task_extras import fingerprint_of
 from nmt.trainer import Trainer
 from nmt.update.schedule import build_schedule, num_updates
 
@@ -90,9 +90,7 @@ def surroundings(
 ) -> Surroundings:
     """Find out what a run depends on besides its options; every rank must call this."""
     world = trainer.world
-    # Rank 0 reads the data for all.
-    prints = [fingerprint_of(x) for x in (train_examples, valid_examples)] if world.is_main else []
-    train_data, valid_data = world.broadcast(prints)
+    train_data, valid_data = fingerprints({"training": train_examples, "validation": valid_examples}, world)
     return Surroundings(
         ranks=world.size,
         device=world.device.type,

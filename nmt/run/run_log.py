@@ -25,7 +25,10 @@ from nmt.task import Illustrations
 if TYPE_CHECKING:
     from nmt.run.tensorboard import EventWriter
 
-TIMES = frozenset({"targets/s", "hours", "hours left", "memory MiB", "waited for data"})
+TIMES = frozenset(
+    {"targets/s", "hours", "hours left", "memory MiB", "waited for data"}
+    | {"waited for ranks", "slowest rank", "slowest rank waited"}
+)
 """The names in records that differ between runs that are otherwise equal."""
 
 _RECORDS = "metrics.jsonl"
@@ -103,12 +106,12 @@ class RunLog:
         Args:
             kind: What it is of: "train", "epoch", "valid".
             record: Numbers by name, "update" and "epoch" among them.
-            shown: How some of them are said in the line, by name.
+            shown: How some of them are said in the line, by name; not at all where this is empty.
         """
         if self._records is None:
             return
         texts = {name: f"{name} {_format(name, value)}" for name, value in record.items()} | dict(shown or {})
-        self.say(" | ".join([kind, *texts.values()]))
+        self.say(" | ".join([kind, *filter(None, texts.values())]))
         self.record(kind, {name: _json_value(value) for name, value in record.items()})
         if self._events is not None:
             self._events.report(kind, record)

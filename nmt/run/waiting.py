@@ -1,10 +1,11 @@
-"""How long the device waits for batches: the share that more reading processes would save."""
+"""How long the device waits: for batches, which more reading processes would save, and for other ranks."""
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+
+from nmt.system.device_time import DeviceTime
 
 T = TypeVar("T")
 
@@ -18,39 +19,33 @@ class WaitForData:
 
     def __init__(self, device: torch.device) -> None:
         """Begin with nothing."""
-        self._is_gpu = device.type == "cuda"
-        self._seconds = 0.0
-        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._time = DeviceTime(device)
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the batches, and note how long each was waited for."""
         iterator = iter(batches)
         while True:
-            start, began = self._mark(), time.perf_counter()
+            start = self._time.now()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            end = self._mark()
-            if start is not None and end is not None:
-                self._gaps.append((start, end))
-            else:
-                self._seconds += time.perf_counter() - began
+            self._time.add_since(start)
             yield batch
 
     def take_seconds(self) -> float:
         """Return the seconds since the last call, waiting for a GPU to get there."""
-        for start, end in self._gaps:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000  # from milliseconds
-        self._gaps = []
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+        return self._time.take_seconds()
 
-    def _mark(self) -> torch.cuda.Event | None:
-        """Return what happens on the GPU when it has done all that it was given so far."""
-        if not self._is_gpu:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def wait_for_ranks(shares: Sequence[float]) -> dict[str, float | int]:
+    """Return what a report says of the shares of time in which each rank waited for others.
+
+    Whoever waits least is waited for; what it waits itself is what the exchange costs.
+    """
+    least = min(shares)
+    return {
+        "waited for ranks": round(max(shares), 4),
+        "slowest rank": shares.index(least),
+        "slowest rank waited": round(least, 4),
+    }

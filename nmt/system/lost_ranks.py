@@ -1,14 +1,20 @@
 """Which rank was lost: signs of life of all ranks, in the store through which they have met.
 
-When a rank dies, the others learn from Gloo that some connection broke, or with NCCL wait and learn nothing. So
-each rank counts up a number of its own in the store, in a thread, and watches the next rank's. Who finds a rank
-silent, or ends with an error itself, leaves a verdict there for all.
+When a rank dies, the others learn from Gloo that some connection broke, or with NCCL wait and learn nothing; when
+a network is cut, nobody learns anything. So each rank counts up a number of its own in the store, in a thread, and
+watches the next rank's. Who finds a rank silent, or ends with an error itself, leaves a verdict there for all.
+
+The store is on rank 0's machine. If that one is cut off, a question to the store is never answered: a second
+thread asks nothing and watches the first one.
 """
 
 import os
 import socket
 import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -26,7 +32,7 @@ def lost_rank_line(verdict: str) -> str:
 
 
 class SignsOfLife:
-    """This rank's thread and what it says and knows of the others."""
+    """This rank's threads and what it says and knows of the others."""
 
     def __init__(self, store: Store, *, rank: int, size: int, timeout: float) -> None:
         """Give the first sign, so that none is missing once all ranks have met.
@@ -41,41 +47,52 @@ class SignsOfLife:
         self._rank, self._size = rank, size
         self._timeout = timeout
         self._ended = Event()
+        self._found = ""  # the verdict, as far as this rank knows it
+        self._last_answer = time.monotonic()  # of the store
+        self._place_of_main = ""
         self._store.set(f"place {rank}", f"process {os.getpid()} on {socket.gethostname()}")
         self._store.set(f"sign {rank}", "0")
-        self._thread = Thread(target=self._beat, daemon=True, name="signs of life")
+        self._threads = [
+            Thread(target=self._beat, daemon=True, name="signs of life"),
+            Thread(target=self._guard, daemon=True, name="guard of signs of life"),
+        ]
 
     def start(self) -> None:
         """Begin to give signs and to watch; all ranks have met by now."""
-        self._thread.start()
+        self._place_of_main = self._place(0)  # to be named when the store can no longer be asked
+        self._last_answer = time.monotonic()
+        for thread in self._threads:
+            thread.start()
 
     def end(self, error: BaseException | None = None) -> None:
         """Give no more signs; if this rank ends by an error, the others are told."""
         if error is not None:
-            with suppress(RuntimeError):  # the store is gone, and this rank has its own error to show
-                place = self._place(self._rank)
-                self._leave_verdict(f"rank {self._rank} {place} has ended with an error of its own")
+            self._in_time(self._tell_of_own_error)
         self._ended.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(timeout=2 * _BEAT_SECONDS)  # one may wait for the store for ever
 
     def verdict(self) -> str:
         """Say which rank is lost, after an exchange between ranks has failed; this takes some seconds."""
+        return self._in_time(self._ask_for_verdict) or self._found or self._no_answer()
+
+    def _ask_for_verdict(self) -> str:
         try:
-            before = self._signs()
-            for _ in range(_PATIENCE):
-                time.sleep(_BEAT_SECONDS)
-                if said := self._read_verdict():
-                    return said
-            now = self._signs()
-            silent = [rank for rank in range(self._size) if before[rank] == now[rank] and rank != self._rank]
-            return self._leave_verdict(self._name(silent)) if silent else "the connection between ranks broke"
-        except RuntimeError:  # the store is gone
-            return "rank 0, or torchrun on its machine, has ended"
+            return self._leave_verdict_on_silent() or "the connection between ranks broke"
+        except RuntimeError:
+            return self._store_is_gone()
+
+    def _tell_of_own_error(self) -> str:
+        with suppress(RuntimeError):  # the store is gone, and this rank has its own error to show
+            return self._leave_verdict(
+                f"rank {self._rank} ({self._place(self._rank)}) has ended with an error of its own"
+            )
+        return ""
 
     def _beat(self) -> None:
-        """Give signs, watch the next rank, and end this process if one is lost and the main thread does not."""
+        """Give signs, and watch the next rank."""
         watched = (self._rank + 1) % self._size
-        count, count_of_verdict, last, since = 0, 0, b"", time.monotonic()
+        count, last, since = 0, b"", time.monotonic()
         try:
             while not self._ended.wait(_BEAT_SECONDS):
                 count += 1
@@ -84,26 +101,57 @@ class SignsOfLife:
                 if sign != last:
                     last, since = sign, time.monotonic()
                 elif time.monotonic() - since > self._timeout:
-                    self._leave_verdict(self._name([watched]))
-                if not (said := self._read_verdict()):
-                    count_of_verdict = count
-                elif (
-                    count - count_of_verdict > 2 * _PATIENCE
-                ):  # it waits for the lost rank, or for the device
-                    os.write(2, f"nmt: error: {lost_rank_line(said)}\n".encode())
-                    os._exit(LostRankError.exit_code)
+                    since = time.monotonic()
+                    Thread(target=self._ask_for_verdict, daemon=True, name="search of silent ranks").start()
+                self._found = self._found or self._read_verdict()
+                self._last_answer = time.monotonic()
         except RuntimeError:
-            return  # the store is gone, with rank 0 or with torchrun: the main thread will notice, or is done
+            self._found = self._found or self._store_is_gone()
+
+    def _guard(self) -> None:
+        """End this process if a rank is lost and the main thread does not end: it waits for that one."""
+        num_beats = 0
+        while not self._ended.wait(_BEAT_SECONDS):
+            if time.monotonic() - self._last_answer > self._timeout:
+                self._found = self._found or self._no_answer()
+            num_beats += bool(self._found)
+            if num_beats > 2 * _PATIENCE:
+                os.write(2, f"nmt: error: {lost_rank_line(self._found)}\n".encode())
+                os._exit(LostRankError.exit_code)
+
+    def _leave_verdict_on_silent(self) -> str:
+        """Find the ranks that give no signs and leave a verdict on them; return the one that stands, if any."""
+        before = self._signs()
+        for _ in range(_PATIENCE):
+            time.sleep(_BEAT_SECONDS)
+            if said := self._read_verdict():
+                return said
+        now = self._signs()
+        silent = [rank for rank in range(self._size) if before[rank] == now[rank] and rank != self._rank]
+        return self._leave_verdict(self._name(silent)) if silent else ""
+
+    def _in_time(self, ask: Callable[[], str]) -> str:
+        """Return what the store answers, or nothing if it does not in twice the time of patience."""
+        answers: SimpleQueue[str] = SimpleQueue()
+        Thread(target=lambda: answers.put(ask()), daemon=True, name="question to the store").start()
+        with suppress(Empty):
+            return answers.get(timeout=2 * _PATIENCE * _BEAT_SECONDS)
+        return ""
+
+    def _no_answer(self) -> str:
+        return f"rank 0 ({self._place_of_main}), or the network on the way to it, no longer answers"
+
+    def _store_is_gone(self) -> str:
+        return f"rank 0 ({self._place_of_main}), or torchrun on its machine, has ended"
 
     def _signs(self) -> list[bytes]:
         return [self._store.get(f"sign {rank}") for rank in range(self._size)]
 
-    def _name(self, ranks: list[int]) -> str:
-        names = [f"rank {rank} {self._place(rank)}" for rank in ranks]
-        return f"{', '.join(names)} {'has' if len(ranks) == 1 else 'have'} given no sign of life"
+    def _name(self, ranks: Sequence[int]) -> str:
+        return f"{_by_machine({rank: self._place(rank) for rank in ranks})} given no sign of life"
 
     def _place(self, rank: int) -> str:
-        return f"({self._store.get(f'place {rank}').decode()})"
+        return self._store.get(f"place {rank}").decode()
 
     def _read_verdict(self) -> str:
         return self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
@@ -114,3 +162,17 @@ class SignsOfLife:
             return self._store.compare_set(_VERDICT, "", text).decode()
         except RuntimeError:
             return text
+
+
+def _by_machine(places: Mapping[int, str]) -> str:
+    """Return "rank 1 (process 7 on here) has", or "ranks 2, 3 on there have": the ranks of a machine together."""
+    ranks_of: dict[str, list[int]] = defaultdict(list)
+    for rank, place in places.items():
+        ranks_of[place.partition(" on ")[2]].append(rank)
+    names = [
+        f"rank {ranks[0]} ({places[ranks[0]]})"
+        if len(ranks) == 1
+        else f"ranks {', '.join(map(str, ranks))} on {machine}"
+        for machine, ranks in ranks_of.items()
+    ]
+    return f"{'; '.join(names)} {'has' if len(places) == 1 else 'have'}"

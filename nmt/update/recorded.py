@@ -89,7 +89,7 @@ class Recorded:
         self._factor.copy_(factor)
         self._recording()
         if is_last:
-            self._world.sum_(self._flat)
+            self._world.sum_in_update_(self._flat)
         loss, *sums = self._sums.clone().unbind()  # the next micro-batch overwrites them
         return LossOutput(loss, dict(zip(self._sum_names, sums, strict=True)))
 

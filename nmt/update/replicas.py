@@ -6,6 +6,7 @@ knows the protocol alone.
 """
 
 import warnings
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -152,7 +153,7 @@ class Ddp:
         self.objective = objective
         self.weights = WholeWeights(model)
         self._precision = precision
-        self._device = world.device
+        self._world = world
         # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
         # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
@@ -167,14 +168,13 @@ class Ddp:
     def add(self, batch: Batch, factor: Tensor, *, is_last: bool) -> LossOutput:
         """Run forward and backward; DDP sums over ranks in the last backward pass alone."""
         assert self._ddp is not None, "no update can follow `close`"
-        if not is_last:
-            with self._ddp.no_sync():
-                return self._add(self._ddp, batch, factor)
-        return self._add(self._ddp, batch, factor)
-
-    def _add(self, ddp: DistributedDataParallel, batch: Batch, factor: Tensor) -> LossOutput:
-        output: LossOutput = ddp(batch.to(self._device))
-        (output.loss * self._precision.scale(factor)).backward()
+        with nullcontext() if is_last else self._ddp.no_sync():
+            output: LossOutput = self._ddp(batch.to(self._world.device))
+            loss = output.loss * self._precision.scale(factor)
+            if is_last:
+                self._world.backward(loss)
+            else:
+                loss.backward()
         return output
 
     def gradients(self) -> list[Tensor]:
