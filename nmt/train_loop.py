@@ -21,6 +21,7 @@ from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError, UserError, one_line
 from nmt.options import TrainConfig
 from nmt.run.advice import advice
+from nmt.run.agenda import Due, Moment, due
 from nmt.run.following import Followed
 from nmt.run.forecast import cost_rows, size_rows, time_row
 from nmt.run.going_back import checkpoint_to_go_back_to
@@ -37,7 +38,6 @@ from nmt.run.preparation import (
 from nmt.run.reports import Clock, Reports
 from nmt.run.resume import Position, Resumption, Surroundings, compare, position_in_data, surroundings
 from nmt.run.run_log import RunLog, read_records
-from nmt.run.stopping import reason_to_stop
 from nmt.run.validation_history import Progress
 from nmt.system.determinism import deterministic_algorithms
 from nmt.system.places import check_outside_of_data, check_save_dir
@@ -174,24 +174,24 @@ class Run:
         # an epoch's last update yields nothing more, and then moves on.
         self.epoch = self.batches.epoch
         self.clock = Clock()
-        self.is_out_of_time = False
+        self.told_seconds = 0.0  # of rank 0's clock
 
     def train(self) -> TrainingResult:
         """Go from where the run stands to its end."""
         self.log.open()
         self._resume_or_start()
         try:
-            while not (reason := self._reason_to_stop()) and not self.is_stopping:
+            while not (now := self._due()).is_last:
                 self._train_epoch()
             self._raise_refusals()
-            if reason is not None and self.trainer.update not in self.progress.values:
+            if now.validate_at_end:
                 self._validate_and_save()
         except UnreadableExamplesError as error:  # all ranks are here
             raise UserError(f"{error} {self._save_where_it_stands()}".rstrip()) from error
-        if reason is None:
+        if now.reason is None:
             return self._end_early()
-        self.reports.end(reason, best=self._best_path(), progress=self.progress, followed=self.followed)
-        return self._result(reason, is_finished=True)
+        self.reports.end(now.reason, best=self._best_path(), progress=self.progress, followed=self.followed)
+        return self._result(now.reason, is_finished=True)
 
     def describe(self) -> Iterator[str]:
         """Yield the lines that tell what the run is going to be, as they become known; changes nothing."""
@@ -254,7 +254,7 @@ class Run:
 
     def _train_epoch(self) -> None:
         """Make the updates that are left of this epoch, or fewer if the run ends within it."""
-        options, metrics = self.config.checkpoints, self.trainer.metrics
+        metrics = self.trainer.metrics
         self.epoch = self.batches.epoch
         self.clock.start_training()
         for micro_batches in self.reports.waiting.watch(self.batches):
@@ -267,44 +267,38 @@ class Run:
             if self.trainer.cancellations.known_in_a_row() >= self.config.optimization.max_bad_updates:
                 self._go_back()
                 return
-            update = self.trainer.update
-            if update % self.config.log_interval == 0:
+            if self._due().report:
                 self._report("train")
-            if self.is_stopping and self._reason_to_stop() is None:
-                return  # what else is due now is made up for when the run is taken up
-            if _is_due(update, options.validate_interval_updates):
-                self._validate_and_save()
-            elif (
-                _is_due(update, options.save_interval_updates) or _is_due(update, options.keep_every_updates)
-            ) and not self._will_validate():
-                self._save()
-            if self._reason_to_stop() or self.is_stopping:
+            self._validate_or_save(self._due())
+            if self._due().is_last:
                 return  # at the end of an epoch too: it is reported if the run is resumed with a later end
             self.clock.start_training()
         self._report("epoch")
-        if _is_due(self.epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
-            self._validate_and_save()
-        elif _is_due(self.epoch, options.keep_every_epochs):
-            self._save()
+        self._validate_or_save(self._due())
 
-    def _will_validate(self) -> bool:
-        """Return whether a validation, which saves too, follows before the next update."""
-        is_due = self._is_end_of_epoch() and _is_due(self.epoch, self.config.checkpoints.validate_interval)
-        return is_due or self._reason_to_stop() is not None
-
-    def _is_end_of_epoch(self) -> bool:
-        has_moved_on = self.batches.epoch > self.epoch
-        return has_moved_on or self.batches.examples_consumed == self.batches.num_examples
-
-    def _reason_to_stop(self) -> str | None:
-        return reason_to_stop(
-            self.config.optimization,
-            self.trainer,
-            self.progress,
-            self.followed,
-            epoch=self.batches.epoch,
-            is_out_of_time=self.is_out_of_time,
+    def _due(self) -> Due:
+        """Return what is due where the run stands."""
+        batches, trainer, update = self.batches, self.trainer, self.trainer.update
+        moment = Moment(
+            update=update,
+            epoch=self.epoch,
+            is_epoch_complete=batches.examples_consumed == batches.num_examples,
+            is_epoch_over=batches.epoch > self.epoch,
+            is_validated=update in self.progress.values,
+            is_kept=update in self.progress.kept,
+            is_asked_to_stop=self.is_stopping,
+            num_without_better=self.progress.num_without_better,
+            seconds=self.told_seconds,
+            lr=trainer.lr,
+            is_past_warmup=trainer.is_past_warmup,
         )
+        return due(moment, self.config)
+
+    def _validate_or_save(self, now: Due) -> None:
+        if now.validate:
+            self._validate_and_save()
+        elif now.save:
+            self._save()
 
     def _validate_and_save(self) -> None:
         """Measure the validation set, note the values of the metrics that are followed, and save."""
@@ -327,7 +321,7 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint, point the links at it, and remove those that need not be kept."""
         self._check_time()
-        if self._is_kept_for_good():
+        if self._due().keep:
             self.progress.kept.append(self.trainer.update)
         with self.trainer.evaluated_weights():
             optimizer, trainer_state = self.trainer.state_dict()
@@ -400,13 +394,6 @@ class Run:
         wishes = torch.tensor([float(self._wants_stop())], device=self.world.device)
         self.is_stopping = self.world.sum_(wishes).item() > 0
 
-    def _is_kept_for_good(self) -> bool:
-        options, update = self.config.checkpoints, self.trainer.update
-        if self.epoch < options.keep_from_epoch or update in self.progress.kept:
-            return False
-        at_epoch = self._is_end_of_epoch() and _is_due(self.epoch, options.keep_every_epochs)
-        return at_epoch or _is_due(update, options.keep_every_updates)
-
     def _link_best_and_prune(self) -> None:
         """Point the links at the best checkpoints that are there, and remove those that need not be kept."""
         self.followed.link_best_and_prune(
@@ -424,7 +411,7 @@ class Run:
         if saved:
             self._resume(saved[-1])
             self._check_time()  # may be up already, or be longer now
-            if self._misses_validation():
+            if self._due().validate:  # the run was stopped right before it
                 self._validate_and_save()
         else:
             self.log.cut_records(0, update=0)
@@ -433,14 +420,6 @@ class Run:
         if self.world.is_main:
             write_yaml(self.config, self.config.save_dir / "config.yaml")
         self._agree_to_stop()
-
-    def _misses_validation(self) -> bool:
-        """Return whether the run was stopped right before a validation."""
-        options = self.config.checkpoints
-        is_due = _is_due(self.trainer.update, options.validate_interval_updates)
-        if self.batches.epoch > self.epoch:  # or the end of the epoch would bring it
-            is_due |= _is_due(self.epoch, options.validate_interval)
-        return is_due and self.trainer.update not in self.progress.values
 
     def _resume(self, update: int) -> None:
         resumption, state = self._take_up(update)
@@ -508,10 +487,9 @@ class Run:
         self._check_time()
 
     def _check_time(self) -> None:
-        """Find out whether the time is up; rank 0's clock counts for all."""
-        hours = self.config.optimization.stop_time_hours
-        if hours is not None:
-            self.is_out_of_time = self.world.broadcast(self.clock.seconds) >= hours * 3600
+        """Look at rank 0's clock, which counts for all."""
+        if self.config.optimization.stop_time_hours is not None:
+            self.told_seconds = self.world.broadcast(self.clock.seconds)
 
 
 def _num_workers(config: TrainConfig[Any], world: World) -> int:
@@ -523,7 +501,3 @@ def _num_workers(config: TrainConfig[Any], world: World) -> int:
 
 def _lower(one: int | None, other: int | None) -> int | None:
     return min((limit for limit in (one, other) if limit is not None), default=None)
-
-
-def _is_due(count: int, interval: int | None) -> bool:
-    return interval is not None and count % interval == 0
