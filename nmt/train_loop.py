@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from nmt.errors import UnreadableExamplesError, UserError, one_line
 from nmt.options import TrainConfig
 from nmt.run.advice import advice
 from nmt.run.agenda import Due, Moment, due
+from nmt.run.clock import Clock
 from nmt.run.following import Followed
 from nmt.run.forecast import cost_rows, size_rows, time_row
 from nmt.run.going_back import checkpoint_to_go_back_to
@@ -35,9 +36,10 @@ from nmt.run.preparation import (
     refuse_other_run,
     with_max_tokens,
 )
-from nmt.run.reports import Clock, Reports
-from nmt.run.resume import Position, Resumption, Surroundings, compare, position_in_data, surroundings
+from nmt.run.reports import Reports
+from nmt.run.resume import Resumption, compare, position_in_data, surroundings
 from nmt.run.run_log import RunLog, read_records
+from nmt.run.state import Position, RunState, Surroundings
 from nmt.run.validation_history import Progress
 from nmt.system.determinism import deterministic_algorithms
 from nmt.system.places import check_outside_of_data, check_save_dir
@@ -334,18 +336,21 @@ class Run:
                     config=self.config,
                     measured=self.progress.measured.get(self.trainer.update),
                     optimizer=optimizer,
-                    state={
-                        "trainer": trainer_state,
-                        "batches": self.batches.state_dict(),
-                        "split_above": self.batches.split_above,
-                        "surroundings": asdict(self.surroundings),
-                        "progress": asdict(self.progress),
-                        "clock": asdict(replace(self.clock, seconds_before=self.clock.seconds)),
-                        "records_size": self.log.records_size(),
-                    },
+                    state=self._state(trainer_state).to_json(),
                 )
                 self._link_best_and_prune()
         self._agree_to_stop()  # which is a barrier, too
+
+    def _state(self, trainer_state: Mapping[str, Any]) -> RunState:
+        return RunState(
+            trainer=trainer_state,
+            batches=self.batches.state_dict(),
+            split_above=self.batches.split_above,
+            surroundings=self.surroundings,
+            progress=self.progress,
+            clock=self.clock.stopped(),
+            records_size=self.log.records_size(),
+        )
 
     def _end_early(self) -> TrainingResult:
         """Save where the run stands, after a request to stop."""
@@ -426,33 +431,36 @@ class Run:
         self._forget_what_came_after(update, state)
         resumption.report(self.log, update=update, epoch=self.batches.epoch)
 
-    def _take_up(self, update: int) -> tuple[Resumption, Mapping[str, Any]]:
+    def _take_up(self, update: int) -> tuple[Resumption, RunState]:
         """Take over where a checkpoint stands, and find out what is other than it was then; nothing is written."""
         folder = self.checkpoints.at(update)
         with self.checkpoints.offering_an_earlier(update):
             refuse_other_run(self.task, self.config, folder)
-            optimizer, state = self.checkpoints.load_state(update)
+            optimizer, state = self._read(update)
             resumption = compare(load_config(folder), self.config, state, self.surroundings, folder=folder)
             self._load(update, optimizer, state, position=resumption.position)
         return resumption, state
 
     def _load(
-        self, update: int, optimizer: Mapping[str, Tensor], state: Mapping[str, Any], *, position: Position
+        self, update: int, optimizer: Mapping[str, Tensor], state: RunState, *, position: Position
     ) -> None:
         """Take the state of a checkpoint over, to go on from a position in the data."""
         load_weights(self.trainer.model, self.checkpoints.at(update))
-        self.trainer.load_state_dict(optimizer, state["trainer"])
+        self.trainer.load_state_dict(optimizer, state.trainer)
         self.batches.load_state_dict(position)
         # What has been found too large for this device stays so where an earlier process had more memory.
-        self.batches.split_above = _lower(state["split_above"], self.batches.split_above)
-        self.progress = Progress.from_json(state["progress"])
-        self.clock = Clock(**state["clock"])
+        self.batches.split_above = _lower(state.split_above, self.batches.split_above)
+        self.progress, self.clock = state.progress, state.clock
         # That of the last update; a run may have been saved after an epoch whose validation could not be made.
-        self.epoch = self.batches.epoch - (state["batches"]["examples_consumed"] == 0)
+        self.epoch = self.batches.epoch - (state.batches["examples_consumed"] == 0)
 
-    def _forget_what_came_after(self, update: int, state: Mapping[str, Any]) -> None:
+    def _read(self, update: int) -> tuple[Mapping[str, Tensor], RunState]:
+        optimizer, state = self.checkpoints.load_state(update)
+        return optimizer, RunState.from_json(state)
+
+    def _forget_what_came_after(self, update: int, state: RunState) -> None:
         """Take back what was reported after the checkpoint that has been loaded, and see to links and old ones."""
-        self.log.cut_records(state["records_size"], update=update)
+        self.log.cut_records(state.records_size, update=update)
         # No rank may still be reading when rank 0 removes old checkpoints.
         self.world.barrier()
         if self.world.is_main:
@@ -470,7 +478,7 @@ class Run:
         saved = self.world.broadcast(self.checkpoints.updates())
         good, lr_scale = checkpoint_to_go_back_to(saved, self.trainer, limit=limit)
         seconds = self.clock.seconds
-        optimizer, state = self.checkpoints.load_state(good)
+        optimizer, state = self._read(good)
         position, _ = position_in_data(state, self.surroundings, accepts_changed=True)
         self._load(good, optimizer, state, position=position)
         self._forget_what_came_after(good, state)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from nmt.data.indexed_dataset import IndexedDatasetWriter
 from nmt.data.options import BatchingOptions
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
-from nmt.run.resume import Surroundings, changed_options, compare
+from nmt.run.resume import changed_options, compare
+from nmt.run.state import RunState, Surroundings
 from nmt.train_loop import train
 from nmt.translation.assets import is_same_file
 from nmt.update.schedule import build_schedule
@@ -291,12 +292,11 @@ def test_options_that_differ_are_found_at_any_depth(tmp_path: Path) -> None:
 
 def test_ranks_device_and_type_are_told_from_those_of_the_checkpoint(tmp_path: Path) -> None:
     here = Surroundings(1, "cpu", "float32", 16, 500, "a", "b")
-    then = asdict(replace(here, ranks=4, device="cuda", precision="bfloat16"))
-    state = {
-        "surroundings": then,
-        "batches": {"epoch": 1, "examples_consumed": 0},
-        "trainer": {"update": 0, "lr_scale": 1.0, "plateau": {}},
-    }
+    state = RunState(
+        trainer={"update": 0, "lr_scale": 1.0, "plateau": {}},
+        batches={"epoch": 1, "examples_consumed": 0},
+        surroundings=replace(here, ranks=4, device="cuda", precision="bfloat16"),
+    )
     options = config(tmp_path)
     assert [str(change) for change in compare(options, options, state, here, folder=tmp_path).changes] == [
         "ranks 4 -> 1",
