@@ -26,8 +26,10 @@ from nmt.task import Batch, Examples, Illustrations, LossOutput, Task, batch_sum
 from nmt.update.cancellations import Cancellations
 from nmt.update.gradients import FlatGradients, Gradients, ReducedGradients
 from nmt.update.metrics import Metrics, merge_states
+from nmt.update.objective import Objective
 from nmt.update.optim import build_optimizer, can_be_recorded, fits, step
 from nmt.update.precision import Precision
+from nmt.update.probe import NEW_STATE, probe
 from nmt.update.schedule import Plateau, build_schedule, num_warmup_updates
 from nmt.update.validation import validate
 
@@ -92,7 +94,7 @@ class Trainer:
         self._late_votes = LateNumber()
         self.cancellations = Cancellations(world)
         self.precision = Precision(options.precision, world.device)
-        self.local_objective = self.precision.wrap(_Objective(task, self.model), self.model)
+        self.local_objective = self.precision.wrap(Objective(task, self.model), self.model)
         self.gradients: Gradients
         if has_one_shape:
             self.gradients = FlatGradients(
@@ -153,21 +155,11 @@ class Trainer:
 
         The memory that an update needs besides is reserved meanwhile: the optimizer's state, copies of gradients.
         """
-        self.model.train()
-        device = self.world.device
-        before = [tensor.clone() for tensor in self.statistics]
-        has_state = bool(self.optimizer.state)
-        num_copies = (0 if has_state else 2) + self.gradients.num_copies
-        reserved = [torch.empty_like(p) for _ in range(num_copies) for p in self.model.parameters()]
+        num_copies = self.gradients.num_copies + (0 if self.optimizer.state else NEW_STATE)
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                output = self.local_objective(batch.to(device))
-                (output.loss / max(batch.num_targets, 1)).backward()
+            probe(self.local_objective, batch, device=self.world.device, num_copies=num_copies)
         finally:
-            del reserved
             self.gradients.clear()
-            for tensor, value in zip(self.statistics, before, strict=True):
-                tensor.copy_(value)
 
     def close(self) -> None:
         """Let go of what keeps the ranks' connections open; no update can follow."""
@@ -351,15 +343,3 @@ class Trainer:
         """Seed from (seed, update, rank), so that a resumed run draws the same numbers."""
         digest = blake2b(f"{self.seed} {self.update} {self.world.rank}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little", signed=True))
-
-
-class _Objective(nn.Module):
-    """The model together with the task's loss: what DDP wraps, so that the task may use the model freely."""
-
-    def __init__(self, task: Task[Any], model: nn.Module) -> None:
-        super().__init__()
-        self.task = task
-        self.model = model
-
-    def forward(self, batch: Batch) -> LossOutput:
-        return self.task.compute_loss(self.model, batch)

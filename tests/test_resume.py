@@ -180,8 +180,8 @@ def test_other_data_within_an_epoch_are_refused_though_they_are_as_many(
     folder = tmp_path / "run"
     before = of_data(folder, 8)  # 2 updates into the second epoch
     train(before)
-    monkeypatch.setattr("nmt.train_loop.load_config", lambda _: before)
-    monkeypatch.setattr("nmt.run.preparation.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.run.taking_up.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.checkpoints.same_run.load_config", lambda _: before)
     with pytest.raises(UserError, match=r"differ from those that epoch 2 began with \(96 then, 96 now\)"):
         train(of_data(folder, 12, train_seed=3))
     train(of_data(folder, 12))  # the run has taken no harm
@@ -194,10 +194,10 @@ def test_other_data_within_an_epoch_begin_it_anew_if_that_is_wanted(
     folder = tmp_path / "run"
     before = of_data(folder, 8)
     train(before)
-    monkeypatch.setattr("nmt.train_loop.load_config", lambda _: before)
-    monkeypatch.setattr("nmt.run.preparation.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.run.taking_up.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.checkpoints.same_run.load_config", lambda _: before)
     again = of_data(folder, 14, train_seed=3, accept_changed_data=True)
-    monkeypatch.setattr("nmt.train_loop.Run.describe", lambda self: [])  # which reads some batches
+    monkeypatch.setattr("nmt.train_loop.look_ahead", lambda run: [])  # which reads some batches
     train(again)
     points = SeenExamples(96, 3).xy[:, 0]
     assert Counter(again.task_options.seen) == Counter(map(float, points))  # 6 updates, each once
@@ -210,10 +210,10 @@ def test_other_data_between_epochs_are_taken_and_said(
     folder = tmp_path / "run"
     before = of_data(folder, 6)  # the end of the first epoch
     train(before)
-    monkeypatch.setattr("nmt.train_loop.load_config", lambda _: before)
-    monkeypatch.setattr("nmt.run.preparation.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.run.taking_up.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.checkpoints.same_run.load_config", lambda _: before)
     again = of_data(folder, 12, train_seed=3, valid_seed=4)
-    monkeypatch.setattr("nmt.train_loop.Run.describe", lambda self: [])
+    monkeypatch.setattr("nmt.train_loop.look_ahead", lambda run: [])
     train(again)
     assert Counter(again.task_options.seen) == Counter(map(float, SeenExamples(96, 3).xy[:, 0]))
     lines = resumed_lines(folder)
