@@ -21,7 +21,7 @@ from nmt.data.options import BatchingOptions
 from nmt.distributed import single
 from nmt.errors import UserError
 from nmt.run.forecast import parameter_counts
-from nmt.run.memory_probe import most_tokens, search_max_tokens
+from nmt.run.memory_probe import fits, most_tokens, search_max_tokens
 from nmt.run.opening import open_run
 from nmt.system.signals import StopRequest
 from nmt.task import LossOutput
@@ -69,6 +69,41 @@ def test_batches_that_do_not_fit_are_run_in_parts_with_the_same_updates(
     models = [tensors(tmp_path / name, 40) for name in ("large", "small")]
     for name, tensor in models[0].items():
         torch.testing.assert_close(tensor, models[1][name], rtol=1e-6, atol=1e-9)
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's own, with any text."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("no more"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:75] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(
+            "[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."
+        ),
+    ],
+)
+def test_a_lack_of_memory_on_any_device_is_no_end(error: BaseException) -> None:
+    def run(batch: Points) -> None:
+        raise error
+
+    examples = PointTask().open_split("train")
+    assert not fits(run, examples, np.arange(4))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("out of memory"), UserError("no")])
+def test_other_errors_of_a_probe_are_shown(error: Exception) -> None:
+    def run(batch: Points) -> None:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        fits(run, PointTask().open_split("train"), np.arange(4))
 
 
 @pytest.mark.usefixtures("points_plugin")

@@ -20,6 +20,7 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.options import TrainConfig
 from nmt.run.packing import Packing
+from nmt.system.out_of_memory import is_out_of_memory
 from nmt.system.slower import telling_what_is_slower
 from nmt.task import Examples, Task
 from nmt.trainer import Trainer
@@ -51,8 +52,8 @@ def fits(run: Callable[[Any], None], examples: Examples[Any], batch: Indices) ->
     """
     try:
         run(examples.collate([examples[index] for index in batch.tolist()]))
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         # What failed is still held by the frames of the error.
         error.__traceback__ = None
@@ -60,6 +61,8 @@ def fits(run: Callable[[Any], None], examples: Examples[Any], batch: Indices) ->
         return True
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     return False
 
 
@@ -279,8 +282,3 @@ def search_max_tokens(
             "Make the model smaller."
         )
     return most if found == most else int(found * _SAFETY)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator has no type of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

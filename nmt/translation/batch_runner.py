@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nmt.data.batching import cut_batches, padded_size
 from nmt.errors import UserError
+from nmt.system.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
 Run = Callable[[list[int], bool], Sequence[T | None]]
@@ -32,9 +33,6 @@ _SWITCH_INTERVAL = 1e-5
 # Of the memory of a GPU that is free: tables are copied to be changed, and what is computed takes room as well.
 _SHARE_OF_MEMORY = 0.4
 _MOST_SENTENCES = 512  # many enough for a GPU, and few enough that those of a batch are of like length
-
-# PyTorch raises a plain RuntimeError for these two.
-_OTHER_SIGNS = ("DefaultCPUAllocator", "MPS backend out of memory")
 
 
 @dataclass(frozen=True)
@@ -175,11 +173,6 @@ def _run_here(function: Callable[[], T]) -> Future[T]:
     future: Future[T] = Future()
     future.set_result(function())
     return future
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error says that there is no memory, on any kind of device."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _OTHER_SIGNS)
 
 
 def free_memory(device: torch.device) -> int | None:
