@@ -4,14 +4,13 @@ A field with `metadata={"fixed": True}` may not change when a run is resumed.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from nmt.config.mapping import from_mapping
-from nmt.config.ranges import ANY, check_ranges
+from nmt.config.ranges import ANY, check_limits, check_ranges, limits
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.task import load_task
@@ -23,7 +22,7 @@ class OptimizationOptions:
 
     optimizer: Literal["adam", "adamw", "sgd", "adafactor"] = field(default="adam", metadata={"fixed": True})
     """adam couples weight decay with the gradient; adamw does not. adafactor keeps little beside the weights."""
-    lr: float = 5e-4
+    lr: float = field(default=5e-4, metadata=limits(above=0.0))
     """Peak learning rate."""
     lr_scheduler: Literal["inverse_sqrt", "cosine", "polynomial", "milestones", "plateau", "constant"] = (
         "inverse_sqrt"
@@ -32,49 +31,49 @@ class OptimizationOptions:
     lr_unit: Literal["update", "epoch"] = "update"
     """Whether the learning rate changes from update to update or from epoch to epoch; a warm-up always does
     from update to update."""
-    warmup_updates: int | None = None
+    warmup_updates: int | None = field(default=None, metadata=limits(least=0.0))
     """Updates over which the learning rate rises linearly to its peak; 4000 unless warmup-epochs is given."""
-    warmup_epochs: float | None = None
+    warmup_epochs: float | None = field(default=None, metadata=limits(least=0.0))
     """The same in epochs."""
-    end_learning_rate: float = 0.0
+    end_learning_rate: float = field(default=0.0, metadata=limits(least=0.0))
     """Where cosine and polynomial end."""
-    power: float = 1.0
+    power: float = field(default=1.0, metadata=limits(above=0.0))
     """Exponent of polynomial; 1 is a straight line."""
     lr_milestones: tuple[int, ...] = ()
     """milestones: after each of these updates or epochs the learning rate is multiplied by lr-shrink."""
-    lr_shrink: float = 0.1
+    lr_shrink: float = field(default=0.1, metadata=limits(above=0, below=1))
     """Factor of milestones and plateau."""
-    lr_patience: int = 0
+    lr_patience: int = field(default=0, metadata=limits(least=0.0))
     """plateau: multiply by lr-shrink after more than this many validations in a row without a better one."""
-    lr_threshold: float = 1e-4
+    lr_threshold: float = field(default=1e-4, metadata=limits(least=0.0))
     """plateau: a validation is better if it is so by this share of the best one."""
-    momentum: float = 0.9
+    momentum: float = field(default=0.9, metadata=limits(least=0, below=1))
     """Momentum of sgd."""
     nesterov: bool = False
     """Nesterov's momentum for sgd."""
-    adam_betas: tuple[float, float] = (0.9, 0.98)
+    adam_betas: tuple[float, float] = field(default=(0.9, 0.98), metadata=limits(least=0, below=1))
     """Decay of the running means of the gradient and of its square (adam, adamw)."""
-    adam_eps: float = 1e-8
+    adam_eps: float = field(default=1e-8, metadata=limits(least=0.0))
     """Added to the root of the mean square (adam, adamw)."""
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, metadata=limits(least=0.0))
     """Weight decay."""
     decay_matrices_only: bool = False
     """No weight decay on norms and biases, or any other parameter of one dimension."""
-    clip_norm: float = 0.0
+    clip_norm: float = field(default=0.0, metadata=limits(least=0.0))
     """Scale gradients down to this global norm; 0 for no clipping."""
-    ema_decay: float = field(default=0.0, metadata={"fixed": True})
+    ema_decay: float = field(default=0.0, metadata=limits(least=0, below=1, fixed=True))
     """Keep a running mean of the weights, of this decay an update, such as 0.999: it is what is validated, and
     the model of each checkpoint. 0 for none."""
-    max_bad_updates: int = 20
+    max_bad_updates: int = field(default=20, metadata=limits(least=1))
     """After this many updates in a row without a finite gradient, go back to the last checkpoint and go on with
     half the learning rate. Overflows of fp16 that a lower loss scale may mend do not count."""
-    max_epoch: int | None = None
+    max_epoch: int | None = field(default=None, metadata=limits(least=1))
     """Stop after this many epochs."""
-    max_update: int | None = None
+    max_update: int | None = field(default=None, metadata=limits(least=1))
     """Stop after this many updates."""
-    stop_time_hours: float | None = None
+    stop_time_hours: float | None = field(default=None, metadata=limits(above=0.0))
     """Stop after so many hours of training, validation and checkpoints, those before a resume included."""
-    stop_min_lr: float | None = None
+    stop_min_lr: float | None = field(default=None, metadata=limits(least=0.0))
     """Stop when the learning rate has fallen to this."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What updates compute in; weights stay in float32. auto: bf16 on a GPU that has it, else fp32."""
@@ -84,7 +83,7 @@ class OptimizationOptions:
     compile: bool = False
     """Compile the model for its updates (torch.compile): a minute or more before the first one, on a GPU shorter
     ones thereafter. See docs/training.md for where it pays."""
-    patience: int | None = None
+    patience: int | None = field(default=None, metadata=limits(least=1))
     """Stop after this many validations in a row without a better `patience-metric`."""
     patience_metric: str | None = field(default=None, metadata={"fixed": True})
     """The validation metric that patience follows; `best-checkpoint-metric` unless given."""
@@ -93,7 +92,13 @@ class OptimizationOptions:
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense alone or together."""
-        self._check_ranges()
+        check_limits(self)
+        # Less is nothing in float32, and 0 / 0 is left where a gradient has always been 0, as of a word unseen.
+        check_ranges(self, {"adam_eps": (1e-30, 1e30)})
+        if self.end_learning_rate > self.lr:
+            raise UserError(
+                f"`end-learning-rate` must be at most `lr` ({self.lr}), but is {self.end_learning_rate}."
+            )
         self._check_choices_are_taken()
         if self.warmup_updates and self.warmup_epochs:
             raise UserError(
@@ -123,39 +128,6 @@ class OptimizationOptions:
             raise UserError(f"`shard-weights` must be off with {other} but is on. Leave one of them out.")
         if self.nesterov and self.momentum == 0:
             raise UserError("`nesterov` must have a `momentum` above 0, but it is 0.")
-
-    def _check_ranges(self) -> None:
-        for name in ("lr", "power"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"`{_flag(name)}` must be above 0 and finite, but is {getattr(self, name)}.")
-        for name in (
-            *("warmup_updates", "warmup_epochs", "end_learning_rate", "lr_patience", "lr_threshold"),
-            *("weight_decay", "clip_norm", "adam_eps", "stop_min_lr"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"`{_flag(name)}` must be finite and not negative, but is {value}.")
-        for name in ("max_epoch", "max_update", "patience", "max_bad_updates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"`{_flag(name)}` must be at least 1, but is {value}.")
-        if self.stop_time_hours is not None and not self.stop_time_hours > 0:
-            raise UserError(f"`stop-time-hours` must be above 0, but is {self.stop_time_hours}.")
-        for name in ("momentum", "ema_decay"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(
-                    f"`{_flag(name)}` must be at least 0 and below 1, but is {getattr(self, name)}."
-                )
-        if not 0.0 < self.lr_shrink < 1.0:
-            raise UserError(f"`lr-shrink` must be above 0 and below 1, but is {self.lr_shrink}.")
-        if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
-            raise UserError(f"`adam-betas` must be at least 0 and below 1, but are {self.adam_betas}.")
-        # Less is nothing in float32, and 0 / 0 is left where a gradient has always been 0, as of a word unseen.
-        check_ranges(self, {"adam_eps": (1e-30, 1e30)})
-        if self.end_learning_rate > self.lr:
-            raise UserError(
-                f"`end-learning-rate` must be at most `lr` ({self.lr}), but is {self.end_learning_rate}."
-            )
 
     def _check_choices_are_taken(self) -> None:
         """Refuse an option that only another optimizer or schedule would read."""
@@ -196,21 +168,21 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
 class CheckpointOptions:
     """When to validate and save, and what to keep."""
 
-    validate_interval: int = 1
+    validate_interval: int = field(default=1, metadata=limits(least=1))
     """Validate after every so many epochs."""
-    validate_interval_updates: int | None = None
+    validate_interval_updates: int | None = field(default=None, metadata=limits(least=1))
     """Validate after every so many updates too."""
-    save_interval_updates: int | None = None
+    save_interval_updates: int | None = field(default=None, metadata=limits(least=1))
     """Save after every so many updates too; a validation always saves."""
-    keep_last: int = 5
+    keep_last: int = field(default=5, metadata=limits(least=1))
     """Keep this many of the newest checkpoints."""
-    keep_best: int = 1
+    keep_best: int = field(default=1, metadata=limits(least=1))
     """Keep this many of the best checkpoints."""
-    keep_every_updates: int | None = None
+    keep_every_updates: int | None = field(default=None, metadata=limits(least=1))
     """Keep what was saved at every multiple of this many updates for good, and save there."""
-    keep_every_epochs: int | None = None
+    keep_every_epochs: int | None = field(default=None, metadata=limits(least=1))
     """Keep what was saved at the end of every so many epochs for good, and save there."""
-    keep_from_epoch: int = 1
+    keep_from_epoch: int = field(default=1, metadata=limits(least=1))
     """The first epoch of which anything is kept for good."""
     best_checkpoint_metric: str = field(default="loss", metadata={"fixed": True})
     """The validation metric that decides which checkpoint is best."""
@@ -218,14 +190,7 @@ class CheckpointOptions:
     """More metrics of which the best checkpoints are kept, `keep-best` of each, with a link `best-METRIC`."""
 
     def check(self) -> None:
-        """Raise `UserError` for intervals and numbers below 1."""
-        for name in (
-            *("validate_interval", "validate_interval_updates", "save_interval_updates", "keep_last"),
-            *("keep_best", "keep_every_updates", "keep_every_epochs", "keep_from_epoch"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"`{_flag(name)}` must be at least 1, but is {value}.")
+        """Raise `UserError` for an option that nothing would read."""
         if self.keep_from_epoch > 1 and self.keep_every_updates is None and self.keep_every_epochs is None:
             raise UserError(
                 "`keep-from-epoch` must go with `keep-every-updates` or `keep-every-epochs`, but neither is "
@@ -263,7 +228,7 @@ class TrainConfig(Generic[TaskOptionsT]):
     """Minutes that a rank waits for the others before it takes one for lost."""
     accept_changed_data: bool = False
     """Go on although the training data have changed within an epoch: it begins anew with what is there now."""
-    log_interval: int = 100
+    log_interval: int = field(default=100, metadata=limits(least=1))
     """Report after every so many updates."""
     dry_run: bool = False
     """Print what the run is going to be (model, data, work, memory, time) and stop; nothing is written."""
@@ -272,8 +237,6 @@ class TrainConfig(Generic[TaskOptionsT]):
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""
-        if self.log_interval < 1:
-            raise UserError(f"`log-interval` must be at least 1, but is {self.log_interval}.")
         check_ranges(self, {"rank_timeout": (0.001, 1_000_000)})
         if self.optimization.shard_weights and self.batching.packing == "on":
             raise UserError(

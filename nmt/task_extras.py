@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from nmt.distributed import World
-from nmt.task import Examples, Task
+from nmt.task import CheckingTask, Examples, Task
 
 _BLOCK = 2**20
 
@@ -141,3 +141,12 @@ def notes_of(examples: Examples[Any]) -> Sequence[str]:
 def folders_of(examples: Examples[Any]) -> Sequence[Path]:
     """Return the folders that nothing else may be written to."""
     return examples.folders() if isinstance(examples, TakesWholeFolders) else ()
+
+
+def check_model(task: Task[Any], model: nn.Module, world: World) -> None:
+    """Let a task look at a model, which stays as it is."""
+    if isinstance(task, CheckingTask):
+        was_training = model.training
+        model.eval()
+        task.check_model(model, world)
+        model.train(was_training)

@@ -1,56 +1,34 @@
 """The story of a run: epochs, updates, reports, validation, checkpoints, and when to stop."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from nmt.checkpoints.model_folder import load_config
-from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.config.mapping import check_options, check_types, write_yaml
-from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batch_loader import refuse_import_by_worker
-from nmt.data.limits import are_all_equal
-from nmt.data.ordered_batches import OrderedBatches
 from nmt.distributed import World, join_world
 from nmt.errors import UnreadableExamplesError, UserError, one_line
 from nmt.options import TrainConfig
 from nmt.run.advice import advice
-from nmt.run.following import Followed
-from nmt.run.forecast import cost_rows, size_rows, time_row
-from nmt.run.going_back import checkpoint_to_go_back_to
-from nmt.run.memory_probe import find_packed_split, find_split
+from nmt.run.agenda import Due
+from nmt.run.forecast import cost_rows, left_out, size_rows, time_row
+from nmt.run.memory_probe import decide_split
+from nmt.run.opening import Run, open_run
 from nmt.run.pace import try_updates
-from nmt.run.preparation import (
-    check_model,
-    left_out,
-    notes_on_padding,
-    packing,
-    refuse_other_run,
-    with_max_tokens,
-)
-from nmt.run.reports import Clock, Reports
-from nmt.run.resume import Position, Resumption, Surroundings, compare, position_in_data, surroundings
-from nmt.run.run_log import RunLog, read_records
+from nmt.run.run_log import read_records
 from nmt.run.same_ranks import check_same_options, check_seen_by_all, machines_without
-from nmt.run.stopping import reason_to_stop
-from nmt.run.validation_history import Progress
+from nmt.run.taking_up import go_back, resume, take_up
 from nmt.system.determinism import deterministic_algorithms
-from nmt.system.places import check_outside_of_data, check_save_dir
+from nmt.system.places import check_save_dir
 from nmt.system.signals import StopRequest
 from nmt.system.slower import telling_what_is_slower
-from nmt.task import Examples, LooksOver, Task
-from nmt.task_extras import folders_of, notes_of
-from nmt.trainer import Trainer
-from nmt.update.compilation import compile_failures, compile_model
-
-_GPU_WORKERS = 2  # a GPU takes batches faster than the process that launches its work could read them
+from nmt.task import LooksOver
+from nmt.task_extras import check_model, notes_of
+from nmt.update.compilation import compile_failures
 
 
 @dataclass(frozen=True)
@@ -101,440 +79,206 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
                 print("stopped before torchrun started the ranks again: no update is made", file=sys.stderr)
             return TrainingResult(config.save_dir / "checkpoints" / "last", [], "an earlier request", False)
         check_same_options(config, world)
-        return _train(config, world, stop or StopRequest())
+        return _train_or_preview(config, world, stop or StopRequest())
 
 
-def _train(config: TrainConfig[Any], world: World, stop: StopRequest) -> TrainingResult:
-    with closing(Run(config, world, stop)) as run:
-        if config.dry_run:
-            for line in run.preview():
-                if world.is_main:
-                    print(one_line(line), flush=True)
-            return TrainingResult(run.checkpoints.path / "best", [], "dry-run")
-        return run.train()
+def _train_or_preview(config: TrainConfig[Any], world: World, stop: StopRequest) -> TrainingResult:
+    with closing(open_run(config, world, stop)) as run:
+        if not config.dry_run:
+            return train_run(run)
+        for line in preview(run):
+            if world.is_main:
+                print(one_line(line), flush=True)
+        return TrainingResult(run.checkpoints.path / "best", [], "dry-run")
 
 
-class Run:
-    """The parts of a run; `train` is its story."""
+def train_run(run: Run) -> TrainingResult:
+    """Go from where a run stands to its end."""
+    run.log.open()
+    _resume_or_start(run)
+    try:
+        while not (now := run.due()).is_last:
+            _train_epoch(run)
+        run.votes.raise_refusals()
+        if now.validate_at_end:
+            _validate_and_save(run)
+    except UnreadableExamplesError as error:  # all ranks are here
+        raise UserError(f"{error} {_save_where_it_stands(run)}".rstrip()) from error
+    if now.reason is None:
+        return _end_early(run)
+    run.reports.end(now.reason, best=_best_path(run), progress=run.progress, followed=run.followed)
+    return _result(run, now.reason, is_finished=True)
 
-    def __init__(self, config: TrainConfig[Any], world: World, stop: StopRequest) -> None:
-        """Open the data and build the model; nothing is written yet."""
-        self.config = config
-        self.world = world
-        self.stop = stop
-        self.is_stopping = False  # what the ranks have agreed on; `stop` is what this one knows
-        self.task: Task[Any] = config.task_options.build(None)
-        self.followed = Followed.of(config, self.task)
-        self.train_examples: Examples[Any] = self.task.open_split("train")
-        self.valid_examples: Examples[Any] = self.task.open_split("valid")
-        for examples in (self.train_examples, self.valid_examples):
-            check_outside_of_data(config.save_dir, folders_of(examples), name="save-dir")
-        torch.manual_seed(config.seed)
-        model = self.task.build_model().to(world.device)
-        self.checkpoints = CheckpointFolder(config.save_dir / "checkpoints")
-        self.config, self.chosen = with_max_tokens(
-            config, self.task, model, self.train_examples, world=world, checkpoints=self.checkpoints
-        )
-        config = self.config
-        given = config, self.task, model, self.train_examples, world.device
-        self.packing = packing(*given)
-        self.chosen += notes_on_padding(*given)
-        if config.optimization.compile and self.packing is None:
-            compile_model(model, has_one_shape=are_all_equal(self.train_examples.sizes))
-        self.batches = BatchIterator(
-            self.train_examples,
-            config.batching,
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-            num_workers=_num_workers(config, world),
-            pin_memory=world.device.type == "cuda",
-            limits=None if self.packing is None else self.packing.limits,
-        )
-        self.valid_batches = OrderedBatches(
-            self.valid_examples,
-            config.batching,
-            rank=world.rank,
-            world_size=world.size,
-            pin_memory=world.device.type == "cuda",
-        )
-        self.trainer = Trainer(
-            self.task,
-            model,
-            config.optimization,
-            world=world,
-            seed=config.seed,
-            updates_per_epoch=self.batches.updates_per_epoch,
-            has_one_shape=self.packing is not None,
-        )
-        self.log = RunLog(config.save_dir, is_writer=world.is_main, tensorboard=config.tensorboard)
-        self.reports = Reports(self.log, self.trainer, self.batches, config)
-        self.surroundings: Surroundings = surroundings(
-            self.trainer, self.batches, train_examples=self.train_examples, valid_examples=self.valid_examples
-        )
-        self.progress = Progress()
-        # Epoch of the last update. That of `batches` moves on when its iteration ends; one that is taken up after
-        # an epoch's last update yields nothing more, and then moves on.
-        self.epoch = self.batches.epoch
-        self.clock = Clock()
-        self.is_out_of_time = False
 
-    def train(self) -> TrainingResult:
-        """Go from where the run stands to its end."""
-        self.log.open()
-        self._resume_or_start()
-        try:
-            while not (reason := self._reason_to_stop()) and not self.is_stopping:
-                self._train_epoch()
-            self._raise_refusals()
-            if reason is not None and self.trainer.update not in self.progress.values:
-                self._validate_and_save()
-        except UnreadableExamplesError as error:  # all ranks are here
-            raise UserError(f"{error} {self._save_where_it_stands()}".rstrip()) from error
-        if reason is None:
-            return self._end_early()
-        self.reports.end(reason, best=self._best_path(), progress=self.progress, followed=self.followed)
-        return self._result(reason, is_finished=True)
+def preview(run: Run) -> Iterator[str]:
+    """Yield the lines that a run would begin with and, later, one on the time; nothing is written.
 
-    def describe(self) -> Iterator[str]:
-        """Yield the lines that tell what the run is going to be, as they become known; changes nothing."""
-        yield from left_out(self.batches, self.config)  # first, since it ends the run if nothing is left
-        yield from self.chosen
-        yield from [*notes_of(self.train_examples), *notes_of(self.valid_examples)]
-        if isinstance(self.task, LooksOver):
-            yield from self.task.look_over(self.train_examples, self.valid_examples, self.world)
-        yield from advice(self.config, self.surroundings)
-        with self.trainer.evaluated_model() as model:
-            check_model(self.task, model, self.world)
-        yield from size_rows(
-            self.trainer,
-            self.batches,
-            train_examples=self.batches.examples,
-            valid_examples=self.valid_examples,
-        )
-        slower: list[str] = []
-        with telling_what_is_slower(slower):  # the first batches try kernels out
-            self._decide_split()
-            costs = cost_rows(self.trainer, self.batches, train_examples=self.batches.examples)
-        yield from [*slower, *costs]
+    Afterwards this process can no longer train.
+    """
+    saved = run.world.broadcast(run.checkpoints.updates())
+    if saved:
+        yield from take_up(run, saved[-1])[0].lines
+    done = run.trainer.update
+    yield from look_ahead(run)
+    seconds = try_updates(run.trainer, run.batches)
+    yield time_row(run.config, run.batches, seconds=seconds, done=done)
 
-    def preview(self) -> Iterator[str]:
-        """Yield the lines that the run would begin with and, later, one on the time; nothing is written.
 
-        Afterwards this process can no longer train.
-        """
-        saved = self.world.broadcast(self.checkpoints.updates())
-        if saved:
-            yield from self._take_up(saved[-1])[0].lines
-        done = self.trainer.update
-        yield from self.describe()
-        seconds = try_updates(self.trainer, self.batches)
-        yield time_row(self.config, self.batches, seconds=seconds, done=done)
+def look_ahead(run: Run) -> Iterator[str]:
+    """Yield what a run is going to be, as it becomes known; find out what fits into memory, and split the rest."""
+    yield from describe(run)
+    slower: list[str] = []
+    with telling_what_is_slower(slower):  # the first batches try kernels out
+        max_tokens = run.config.batching.max_tokens
+        assert max_tokens != "auto", "it is a number by now"
+        decide_split(run.trainer, run.batches, run.packing, max_tokens=max_tokens)
+        costs = cost_rows(run.trainer, run.batches, train_examples=run.batches.examples)
+    yield from [*slower, *costs]
 
-    def _decide_split(self) -> None:
-        """Find out whether batches fit into memory, and let those that do not be run in parts."""
-        first_batches, max_tokens = self.batches.first_batches, self.config.batching.max_tokens
-        if self.packing is None:
-            found = find_split(self.trainer, self.train_examples, first_batches)
-        else:
-            assert isinstance(max_tokens, int)
-            longest = self.batches.survey.longest
-            found = find_packed_split(
-                self.trainer, self.packing.pack, first_batches[0][:1], longest=longest, max_tokens=max_tokens
+
+def describe(run: Run) -> Iterator[str]:
+    """Yield what is known of a run before anything is computed; changes nothing."""
+    yield from left_out(run.batches, run.config)  # first, since it ends the run if nothing is left
+    yield from run.chosen
+    yield from [*notes_of(run.train_examples), *notes_of(run.valid_examples)]
+    if isinstance(run.task, LooksOver):
+        yield from run.task.look_over(run.train_examples, run.valid_examples, run.world)
+    yield from advice(run.config, run.surroundings)
+    with run.trainer.evaluated_model() as model:
+        check_model(run.task, model, run.world)
+    yield from size_rows(
+        run.trainer, run.batches, train_examples=run.train_examples, valid_examples=run.valid_examples
+    )
+
+
+def _resume_or_start(run: Run) -> None:
+    """Take the newest checkpoint up, or note the configuration of a new run."""
+    saved = run.world.broadcast(run.checkpoints.updates())
+    if saved:
+        check_seen_by_all(run.checkpoints.at(saved[-1]), run.world)
+        resume(run, saved[-1])
+        run.look_at_clock()  # the time may be up already, or be longer now
+        if run.due().validate:  # the run was stopped right before it
+            _validate_and_save(run)
+    else:
+        run.log.cut_records(0, update=0)
+        if missing := machines_without(run.config.save_dir, run.world):
+            run.log.say(
+                f"warning: `save-dir` is not seen by {', '.join(missing)}: only rank 0 writes there, and all "
+                "ranks read it when the run is taken up. Name one that they share, or copy it before that"
             )
-        # What a run was split by stays, or it would round otherwise when it is resumed with more memory.
-        self.batches.split_above = split_above = _lower(found, self.batches.split_above)
-        if self.packing is not None and isinstance(max_tokens, int):
-            # A run that was padded so far may have been split by less.
-            size = max_tokens if split_above is None else min(max_tokens, max(split_above, longest))
-            self.batches.collate_with(self.packing.pack(max_tokens=size))
-
-    def close(self) -> None:
-        """End the processes that read batches ahead, and close the log."""
-        self.batches.close()
-        self.valid_batches.close()
-        self.trainer.close()
-        self.log.close()
-
-    def _train_epoch(self) -> None:
-        """Make the updates that are left of this epoch, or fewer if the run ends within it."""
-        options, metrics = self.config.checkpoints, self.trainer.metrics
-        self.epoch = self.batches.epoch
-        self.clock.start_training()
-        for micro_batches in self.reports.waiting.watch(self.batches):
-            # "train" is what has been seen since the last report, "epoch" since the epoch began.
-            with metrics.scope("epoch"), metrics.scope("train"):
-                self.trainer.train_step(micro_batches, epoch=self.epoch, wants_stop=self._wants_stop())
-            self._note_stop()
-            self.clock.count_training()
-            self.reports.update(epoch=self.epoch, clock=self.clock)
-            if self.trainer.cancellations.known_in_a_row() >= self.config.optimization.max_bad_updates:
-                self._go_back()
-                return
-            update = self.trainer.update
-            if update % self.config.log_interval == 0:
-                self._report("train")
-            if self.is_stopping and self._reason_to_stop() is None:
-                return  # what else is due now is made up for when the run is taken up
-            if _is_due(update, options.validate_interval_updates):
-                self._validate_and_save()
-            elif (
-                _is_due(update, options.save_interval_updates) or _is_due(update, options.keep_every_updates)
-            ) and not self._will_validate():
-                self._save()
-            if self._reason_to_stop() or self.is_stopping:
-                return  # at the end of an epoch too: it is reported if the run is resumed with a later end
-            self.clock.start_training()
-        self._report("epoch")
-        if _is_due(self.epoch, options.validate_interval) and self.trainer.update not in self.progress.values:
-            self._validate_and_save()
-        elif _is_due(self.epoch, options.keep_every_epochs):
-            self._save()
-
-    def _will_validate(self) -> bool:
-        """Return whether a validation, which saves too, follows before the next update."""
-        is_due = self._is_end_of_epoch() and _is_due(self.epoch, self.config.checkpoints.validate_interval)
-        return is_due or self._reason_to_stop() is not None
-
-    def _is_end_of_epoch(self) -> bool:
-        has_moved_on = self.batches.epoch > self.epoch
-        return has_moved_on or self.batches.examples_consumed == self.batches.num_examples
-
-    def _reason_to_stop(self) -> str | None:
-        return reason_to_stop(
-            self.config.optimization,
-            self.trainer,
-            self.progress,
-            self.followed,
-            epoch=self.batches.epoch,
-            is_out_of_time=self.is_out_of_time,
-        )
-
-    def _validate_and_save(self) -> None:
-        """Measure the validation set, note the values of the metrics that are followed, and save."""
-        start, options = self.clock.seconds, self.config.optimization
-        # Rank 0 decides for all: a difference in the last bit must not stop one rank and not another.
-        results = self.world.broadcast(self.trainer.validate(self.valid_examples, self.valid_batches))
-        self.followed.note(self.progress, self.trainer.update, results)
-        if options.lr_scheduler == "plateau":
-            metric = self.followed.plateau
-            self.trainer.plateau.note(results[metric], options, better=self.followed.better[metric])
-        position = {"update": self.trainer.update, "epoch": self.epoch}
-        best_so_far = {**self.followed.best_values(self.progress), "hours": self.clock.hours}
-        self.reports.validation({**position, **results, **best_so_far})
-        self.reports.remarks(self.valid_examples, results)
-        if self.config.tensorboard:
-            self.log.illustrate(self.trainer.update, self.trainer.illustrate(self.valid_examples))
-        self._save()
-        self.reports.pace.validation_seconds = self.clock.seconds - start
-
-    def _save(self) -> None:
-        """Write a checkpoint, point the links at it, and remove those that need not be kept."""
-        self._check_time()
-        if self._is_kept_for_good():
-            self.progress.kept.append(self.trainer.update)
-        with self.trainer.evaluated_weights():
-            weights = self.trainer.whole_weights()
-            optimizer, trainer_state = self.trainer.state_dict()
-            self.reports.cancelled()  # what has just been learned belongs to the updates before this checkpoint
-            if self.world.is_main:
-                self.checkpoints.save(
-                    self.trainer.update,
-                    weights=weights,
-                    task=self.task,
-                    config=self.config,
-                    measured=self.progress.measured.get(self.trainer.update),
-                    optimizer=optimizer,
-                    state={
-                        "trainer": trainer_state,
-                        "batches": self.batches.state_dict(),
-                        "split_above": self.batches.split_above,
-                        "surroundings": asdict(self.surroundings),
-                        "progress": asdict(self.progress),
-                        "clock": asdict(replace(self.clock, seconds_before=self.clock.seconds)),
-                        "records_size": self.log.records_size(),
-                    },
-                )
-                self._link_best_and_prune()
-        self._agree_to_stop()  # which is a barrier, too
-
-    def _end_early(self) -> TrainingResult:
-        """Save where the run stands, after a request to stop."""
-        update = self.trainer.update
-        self._save_where_it_stands()
-        reasons = self.world.gather(self.stop.reason)
-        named = next((reason for reason in reasons if reason is not None), "a request")
-        self.world.note_stop()
-        done = f"after update {update}, which is saved" if update else "before the first update"
-        self.log.say(f"stopped: {named} {done}; the same command goes on from there")
-        return self._result(named, is_finished=False)
-
-    def _save_where_it_stands(self) -> str:
-        """Save what has been trained, and say so."""
-        update = self.trainer.update
-        if update and update not in self.world.broadcast(self.checkpoints.updates()):
-            self._save()
-        return f"Update {update} is saved, and the same command goes on from there." if update else ""
-
-    def _raise_refusals(self) -> None:
-        """Raise `UnreadableExamplesError` on every rank if one of them could not read its batch."""
-        for refusal in self.world.gather(self.batches.refusal):
-            if refusal is not None:
-                raise refusal.error()
-
-    def _wants_stop(self) -> bool:
-        """Return what this rank alone knows of."""
-        return self.stop.reason is not None or self.batches.refusal is not None
-
-    def _result(self, reason: str, *, is_finished: bool) -> TrainingResult:
-        history = read_records(self.config.save_dir)[0] if self.world.is_main else []
-        return TrainingResult(self._best_path(), self.world.broadcast(history), reason, is_finished)
-
-    def _best_path(self) -> Path:
-        path = self.checkpoints.path
-        # A run that was ended before its first validation has no best one.
-        return self.checkpoints.linked("best" if (path / "best").exists() else "last")
-
-    def _note_stop(self) -> None:
-        """Take in what the update has told about the ranks' wishes: all take in the same."""
-        is_single = self.world.size == 1
-        self.is_stopping = self._wants_stop() if is_single else self.trainer.num_wanting_stop > 0
-
-    def _agree_to_stop(self) -> None:
-        """Ask all ranks whether one of them wants to stop, and wait for their answers."""
-        wishes = torch.tensor([float(self._wants_stop())], device=self.world.device)
-        self.is_stopping = self.world.sum_(wishes).item() > 0
-
-    def _is_kept_for_good(self) -> bool:
-        options, update = self.config.checkpoints, self.trainer.update
-        if self.epoch < options.keep_from_epoch or update in self.progress.kept:
-            return False
-        at_epoch = self._is_end_of_epoch() and _is_due(self.epoch, options.keep_every_epochs)
-        return at_epoch or _is_due(update, options.keep_every_updates)
-
-    def _link_best_and_prune(self) -> None:
-        """Point the links at the best checkpoints that are there, and remove those that need not be kept."""
-        self.followed.link_best_and_prune(
-            self.checkpoints,
-            self.progress,
-            self.config.checkpoints,
-            update=self.trainer.update,
-            # While updates are bad the newest are of no use (`_go_back`), and must not displace those that are.
-            may_prune=not self.trainer.cancellations.known_in_a_row(),
-        )
-
-    def _resume_or_start(self) -> None:
-        """Take the newest checkpoint up, or note the configuration of a new run."""
-        saved = self.world.broadcast(self.checkpoints.updates())
-        if saved:
-            check_seen_by_all(self.checkpoints.at(saved[-1]), self.world)
-            self._resume(saved[-1])
-            self._check_time()  # may be up already, or be longer now
-            if self._misses_validation():
-                self._validate_and_save()
-        else:
-            self.log.cut_records(0, update=0)
-            if missing := machines_without(self.config.save_dir, self.world):
-                self.log.say(
-                    f"warning: `save-dir` is not seen by {', '.join(missing)}: only rank 0 writes there, and all "
-                    "ranks read it when the run is taken up. Name one that they share, or copy it before that"
-                )
-        for line in self.describe():
-            self.log.say(line)
-        if self.world.is_main:
-            write_yaml(self.config, self.config.save_dir / "config.yaml")
-        self._agree_to_stop()
-
-    def _misses_validation(self) -> bool:
-        """Return whether the run was stopped right before a validation."""
-        options = self.config.checkpoints
-        is_due = _is_due(self.trainer.update, options.validate_interval_updates)
-        if self.batches.epoch > self.epoch:  # or the end of the epoch would bring it
-            is_due |= _is_due(self.epoch, options.validate_interval)
-        return is_due and self.trainer.update not in self.progress.values
-
-    def _resume(self, update: int) -> None:
-        resumption, state = self._take_up(update)
-        self._forget_what_came_after(update, state)
-        resumption.report(self.log, update=update, epoch=self.batches.epoch)
-
-    def _take_up(self, update: int) -> tuple[Resumption, Mapping[str, Any]]:
-        """Take over where a checkpoint stands, and find out what is other than it was then; nothing is written."""
-        folder = self.checkpoints.at(update)
-        with self.checkpoints.offering_an_earlier(update):
-            refuse_other_run(self.task, self.config, folder)
-            optimizer, state = self.checkpoints.load_state(update)
-            resumption = compare(load_config(folder), self.config, state, self.surroundings, folder=folder)
-            self._load(update, optimizer, state, position=resumption.position)
-        return resumption, state
-
-    def _load(
-        self, update: int, optimizer: Mapping[str, Tensor], state: Mapping[str, Any], *, position: Position
-    ) -> None:
-        """Take the state of a checkpoint over, to go on from a position in the data."""
-        self.trainer.load_weights(self.checkpoints.at(update))
-        self.trainer.load_state_dict(optimizer, state["trainer"])
-        self.batches.load_state_dict(position)
-        # What has been found too large for this device stays so where an earlier process had more memory.
-        self.batches.split_above = _lower(state["split_above"], self.batches.split_above)
-        self.progress = Progress.from_json(state["progress"])
-        self.clock = Clock(**state["clock"])
-        # That of the last update; a run may have been saved after an epoch whose validation could not be made.
-        self.epoch = self.batches.epoch - (state["batches"]["examples_consumed"] == 0)
-
-    def _forget_what_came_after(self, update: int, state: Mapping[str, Any]) -> None:
-        """Take back what was reported after the checkpoint that has been loaded, and see to links and old ones."""
-        self.log.cut_records(state["records_size"], update=update)
-        # No rank may still be reading when rank 0 removes old checkpoints.
-        self.world.barrier()
-        if self.world.is_main:
-            # A process may have been killed before it did this.
-            self.checkpoints.link("last", update)
-            self._link_best_and_prune()
-
-    def _go_back(self) -> None:
-        """Take the last good checkpoint up again with half the learning rate, after too many cancelled updates.
-
-        Raises:
-            UserError: There is none, or this has been tried too often.
-        """
-        limit = self.config.optimization.max_bad_updates
-        saved = self.world.broadcast(self.checkpoints.updates())
-        good, lr_scale = checkpoint_to_go_back_to(saved, self.trainer, limit=limit)
-        seconds = self.clock.seconds
-        optimizer, state = self.checkpoints.load_state(good)
-        position, _ = position_in_data(state, self.surroundings, accepts_changed=True)
-        self._load(good, optimizer, state, position=position)
-        self._forget_what_came_after(good, state)
-        self.clock.seconds_before = seconds  # what was in vain was spent all the same
-        self.trainer.lr_scale = lr_scale
-        self.log.report(
-            "back",
-            {"update": self.trainer.update, "epoch": self.epoch, "lr scale": lr_scale, "bad updates": limit},
-        )
-
-    def _report(self, scope: str) -> None:
-        """Log what a scope has seen, and empty it."""
-        self.reports.scope(scope, epoch=self.epoch, clock=self.clock)
-        self._check_time()
-
-    def _check_time(self) -> None:
-        """Find out whether the time is up; rank 0's clock counts for all."""
-        hours = self.config.optimization.stop_time_hours
-        if hours is not None:
-            self.is_out_of_time = self.world.broadcast(self.clock.seconds) >= hours * 3600
+    for line in look_ahead(run):
+        run.log.say(line)
+    if run.world.is_main:
+        write_yaml(run.config, run.config.save_dir / "config.yaml")
+    run.votes.agree()
 
 
-def _num_workers(config: TrainConfig[Any], world: World) -> int:
-    chosen = config.batching.num_workers
-    if chosen != "auto":
-        return chosen
-    return _GPU_WORKERS if world.device.type == "cuda" else 0
+def _train_epoch(run: Run) -> None:
+    """Make the updates that are left of this epoch, or fewer if the run ends within it."""
+    trainer, metrics, clock = run.trainer, run.trainer.metrics, run.clock
+    run.epoch = run.batches.epoch
+    clock.start_training()
+    for micro_batches in run.reports.waiting.watch(run.batches):
+        # "train" is what has been seen since the last report, "epoch" since the epoch began.
+        with metrics.scope("epoch"), metrics.scope("train"):
+            trainer.train_step(micro_batches, epoch=run.epoch, wants_stop=run.votes.wants_stop)
+        run.votes.note(trainer.num_wanting_stop)
+        clock.count_training()
+        run.reports.update(epoch=run.epoch, clock=clock)
+        if trainer.cancellations.known_in_a_row() >= run.config.optimization.max_bad_updates:
+            go_back(run)
+            return
+        if run.due().report:
+            _report(run, "train")
+        _validate_or_save(run, run.due())
+        if run.due().is_last:
+            return  # at the end of an epoch too: it is reported if the run is resumed with a later end
+        clock.start_training()
+    _report(run, "epoch")
+    _validate_or_save(run, run.due())
 
 
-def _lower(one: int | None, other: int | None) -> int | None:
-    return min((limit for limit in (one, other) if limit is not None), default=None)
+def _report(run: Run, scope: str) -> None:
+    """Log what a scope has seen, and empty it."""
+    run.reports.scope(scope, epoch=run.epoch, clock=run.clock)
+    run.look_at_clock()
 
 
-def _is_due(count: int, interval: int | None) -> bool:
-    return interval is not None and count % interval == 0
+def _validate_or_save(run: Run, now: Due) -> None:
+    if now.validate:
+        _validate_and_save(run)
+    elif now.save:
+        _save(run)
+
+
+def _validate_and_save(run: Run) -> None:
+    """Measure the validation set, note the values of the metrics that are followed, and save."""
+    trainer, options, start = run.trainer, run.config.optimization, run.clock.seconds
+    # Rank 0 decides for all: a difference in the last bit must not stop one rank and not another.
+    results = run.world.broadcast(trainer.validate(run.valid_examples, run.valid_batches))
+    run.followed.note(run.progress, trainer.update, results)
+    if options.lr_scheduler == "plateau":
+        metric = run.followed.plateau
+        trainer.plateau.note(results[metric], options, better=run.followed.better[metric])
+    position = {"update": trainer.update, "epoch": run.epoch}
+    best_so_far = {**run.followed.best_values(run.progress), "hours": run.clock.hours}
+    run.reports.validation({**position, **results, **best_so_far})
+    run.reports.remarks(run.valid_examples, results)
+    if run.config.tensorboard:
+        run.log.illustrate(trainer.update, trainer.illustrate(run.valid_examples))
+    _save(run)
+    run.reports.pace.validation_seconds = run.clock.seconds - start
+
+
+def _save(run: Run) -> None:
+    """Write a checkpoint, point the links at it, and remove those that need not be kept."""
+    run.look_at_clock()
+    if run.due().keep:
+        run.progress.kept.append(run.trainer.update)
+    with run.trainer.evaluated_weights():
+        weights = run.trainer.whole_weights()
+        optimizer, trainer_state = run.trainer.state_dict()
+        run.reports.cancelled()  # what has just been learned belongs to the updates before this checkpoint
+        if run.world.is_main:
+            run.checkpoints.save(
+                run.trainer.update,
+                weights=weights,
+                task=run.task,
+                config=run.config,
+                measured=run.progress.measured.get(run.trainer.update),
+                optimizer=optimizer,
+                state=run.state(trainer_state).to_json(),
+            )
+            run.link_best_and_prune()
+    run.votes.agree()  # which is a barrier, too
+
+
+def _end_early(run: Run) -> TrainingResult:
+    """Save where the run stands, after a request to stop."""
+    update = run.trainer.update
+    _save_where_it_stands(run)
+    named = run.votes.reason()
+    run.world.note_stop()
+    done = f"after update {update}, which is saved" if update else "before the first update"
+    run.log.say(f"stopped: {named} {done}; the same command goes on from there")
+    return _result(run, named, is_finished=False)
+
+
+def _save_where_it_stands(run: Run) -> str:
+    """Save what has been trained, and say so."""
+    update = run.trainer.update
+    if update and update not in run.world.broadcast(run.checkpoints.updates()):
+        _save(run)
+    return f"Update {update} is saved, and the same command goes on from there." if update else ""
+
+
+def _result(run: Run, reason: str, *, is_finished: bool) -> TrainingResult:
+    history = read_records(run.config.save_dir)[0] if run.world.is_main else []
+    return TrainingResult(_best_path(run), run.world.broadcast(history), reason, is_finished)
+
+
+def _best_path(run: Run) -> Path:
+    path = run.checkpoints.path
+    # A run that was ended before its first validation has no best one.
+    return run.checkpoints.linked("best" if (path / "best").exists() else "last")

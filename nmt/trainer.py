@@ -29,6 +29,7 @@ from nmt.update.cancellations import Cancellations
 from nmt.update.metrics import Metrics, merge_states
 from nmt.update.optim import build_optimizer, can_be_recorded, fits, step
 from nmt.update.precision import Precision
+from nmt.update.probe import NEW_STATE, probe
 from nmt.update.replicas import Replicas, build_replicas
 from nmt.update.schedule import Plateau, build_schedule, num_warmup_updates
 from nmt.update.validation import validate
@@ -151,21 +152,11 @@ class Trainer:
 
         The memory that an update needs besides is reserved meanwhile: the optimizer's state, copies of gradients.
         """
-        self.model.train()
-        device = self.world.device
-        before = [tensor.clone() for tensor in self.statistics]
-        has_state = bool(self.optimizer.state)
-        num_copies = (0 if has_state else 2) + self.replicas.num_copies
-        reserved = [torch.empty_like(p) for _ in range(num_copies) for p in self.weights.trained.values()]
+        num_copies = self.replicas.num_copies + (0 if self.optimizer.state else NEW_STATE)
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                output: LossOutput = self.replicas.objective(batch.to(device))
-                (output.loss / max(batch.num_targets, 1)).backward()
+            probe(self.replicas.objective, batch, device=self.world.device, num_copies=num_copies)
         finally:
-            del reserved
             self.replicas.clear()
-            for tensor, value in zip(self.statistics, before, strict=True):
-                tensor.copy_(value)
 
     def close(self) -> None:
         """Let go of what keeps the ranks' connections open; no update can follow."""

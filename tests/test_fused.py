@@ -184,6 +184,31 @@ def test_linear_cross_entropy_equals_the_plain_form(
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("frozen", ["weight", "features"])
+def test_what_is_frozen_costs_no_product_and_changes_nothing(
+    frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    given = {"features": torch.randn(20, 4).double(), "weight": torch.randn(7, 4).double()}
+    target = torch.randint(0, 7, (20,))
+    trained = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+    other = "features" if frozen == "weight" else "weight"
+
+    def gradient(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss, _ = linear_cross_entropy(
+            tensors["features"], tensors["weight"], target, label_smoothing=0.1, ignored=3
+        )
+        (found,) = torch.autograd.grad(2.0 * loss, [tensors[other]])
+        return found
+
+    expected = gradient(trained)
+    products: list[int] = []
+    product = fused.product
+    monkeypatch.setattr(fused, "product", lambda a, b: products.append(0) or product(a, b))
+    assert torch.equal(gradient({**trained, frozen: given[frozen]}), expected)
+    assert len(products) == 2  # the logits, and one of the two gradients
+
+
 def test_an_impossible_target_has_a_finite_loss() -> None:
     """In float32 exp(-1000) is 0; its logarithm must not be taken."""
     features = torch.tensor([[1000.0]], requires_grad=True)

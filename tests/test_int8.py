@@ -166,6 +166,10 @@ def test_ranges() -> None:
         options=TransformerOptions(layernorm_embedding=True),
     )
     assert ranges(normed).tolist() == [6.0] * 4
+    normed.norm = nn.RMSNorm(4)
+    for unknown in (nn.RMSNorm(4), normed):
+        with pytest.raises(UserError, match=r"`precision` int8 must know .* but not a RMSNorm\. Take fp32"):
+            ranges(unknown)  # type: ignore[arg-type]
     nn.init.zeros_(norm.weight), nn.init.zeros_(norm.bias)
     assert (ranges(norm) > 0).all()  # they divide
 

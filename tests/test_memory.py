@@ -21,9 +21,11 @@ from nmt.data.options import BatchingOptions
 from nmt.distributed import single
 from nmt.errors import UserError
 from nmt.run.forecast import parameter_counts
-from nmt.run.memory_probe import most_tokens, search_max_tokens
+from nmt.run.memory_probe import fits, most_tokens, search_max_tokens
+from nmt.run.opening import open_run
+from nmt.system.signals import StopRequest
 from nmt.task import LossOutput
-from nmt.train_loop import train
+from nmt.train_loop import describe, look_ahead, train
 
 CPU = single(torch.device("cpu"))
 
@@ -67,6 +69,41 @@ def test_batches_that_do_not_fit_are_run_in_parts_with_the_same_updates(
     models = [tensors(tmp_path / name, 40) for name in ("large", "small")]
     for name, tensor in models[0].items():
         torch.testing.assert_close(tensor, models[1][name], rtol=1e-6, atol=1e-9)
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's own, with any text."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("no more"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:75] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(
+            "[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."
+        ),
+    ],
+)
+def test_a_lack_of_memory_on_any_device_is_no_end(error: BaseException) -> None:
+    def run(batch: Points) -> None:
+        raise error
+
+    examples = PointTask().open_split("train")
+    assert not fits(run, examples, np.arange(4))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("out of memory"), UserError("no")])
+def test_other_errors_of_a_probe_are_shown(error: Exception) -> None:
+    def run(batch: Points) -> None:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        fits(run, PointTask().open_split("train"), np.arange(4))
 
 
 @pytest.mark.usefixtures("points_plugin")
@@ -129,7 +166,7 @@ def test_without_room_for_one_example_the_run_does_not_begin(
 @pytest.mark.usefixtures("points_plugin")
 def test_probing_changes_nothing_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(config(tmp_path / "probed", optimization={"max_update": 20}))
-    monkeypatch.setattr("nmt.train_loop.Run.describe", lambda self: [])
+    monkeypatch.setattr("nmt.train_loop.look_ahead", lambda run: [])
     train(config(tmp_path / "not", optimization={"max_update": 20}))
     assert_bit_equal(tensors(tmp_path / "probed", 20), tensors(tmp_path / "not", 20))
 
@@ -151,6 +188,21 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(
         == f"{2 * (16 + 16) * 2 + 2 * 16} FLOP a target in matrix products, forward and backward"
     )
     assert "s an update" in table["time"] and table["time"].endswith("for 100 updates")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("points_plugin")
+def test_to_describe_a_run_neither_changes_nor_writes_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SmallMemoryTask, "room", 10)
+    run = open_run(config(tmp_path / "run", task_options=SmallMemoryOptions()), CPU, StopRequest())
+    lines = list(describe(run))
+    assert lines == list(describe(run)) and any("42 parameters" in line for line in lines)
+    assert run.batches.split_above is None
+    assert list(look_ahead(run))[: len(lines)] == lines
+    assert run.batches.split_above == 8
+    run.close()
     assert not (tmp_path / "run").exists()
 
 

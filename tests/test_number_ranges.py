@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Iterator
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from tiny_translation_model import write_tiny_model
 from nmt.cli.generate import main as generate
 from nmt.cli.options import AverageOptions, ExportOptions, GenerateOptions, ScoreOptions
 from nmt.config.fields import MISSING, Option, list_options
-from nmt.config.mapping import parse_command
-from nmt.config.ranges import ANY, check_numbers, check_ranges
+from nmt.config.mapping import check_options, parse_command
+from nmt.config.ranges import ANY, Limits, check_numbers, check_ranges, limits
 from nmt.data.options import PreprocessOptions
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
@@ -86,17 +86,22 @@ def cases() -> Iterator[tuple[str, Option, float]]:
                 yield prog, option, number
 
 
+def what_must_be_given(type_: Any) -> list[str]:
+    argv: list[str] = []
+    for option in list_options(type_):
+        if option.default is MISSING:
+            argv += ["x", "y"] if option.name == "to" else ["x"] if option.is_positional else []
+            if not option.is_positional:
+                value = {"to": ["ctranslate2", "d"], "target_lang": ["de"]}.get(option.name, ["en"])
+                argv += [option.flag, *value]
+    return argv
+
+
 def test_every_number_of_every_command_is_taken_or_refused_by_its_name() -> None:
     count = 0
     for prog, option, number in cases():
         given_number = [str(number)] * number_of_values(option.hint)
-        argv = [option.flag, *given_number]
-        for other in list_options(TYPES[prog]):
-            if other.default is MISSING:
-                argv += ["x", "y"] if other.name == "to" else ["x"] if other.is_positional else []
-                if not other.is_positional:
-                    value = {"to": ["ctranslate2", "d"], "target_lang": ["de"]}.get(other.name, ["en"])
-                    argv += [other.flag, *value]
+        argv = [option.flag, *given_number, *what_must_be_given(TYPES[prog])]
         try:
             parse_command(TYPES[prog], argv, prog="nmt-x", description="")
         except UserError as error:
@@ -134,6 +139,53 @@ def test_numbers_are_finite_and_whole_ones_within_32_bits_unless_a_field_says_ot
         assert str(caught.value).startswith(said)
     with pytest.raises(UserError, match=r"`count` must be at least 1, but is 0\."):
         check_ranges(Numbers(), {"count": (1, math.inf)})
+
+
+def test_limits_say_what_they_hold() -> None:
+    for bounds, said, inside, outside in (
+        ({"least": 1}, "at least 1", [1, 10**30], [0, -5]),
+        ({"least": 0, "below": 1}, "at least 0 and below 1", [0, 0.0, 0.5], [1, -0.1, math.nan]),
+        ({"above": 0, "below": 1}, "above 0 and below 1", [0.5, 5e-324], [0.0, 1.0, math.nan]),
+        ({"above": 0, "most": 1}, "above 0 and at most 1", [1.0, 0.1], [0.0, 1.1]),
+        ({"least": 0.0}, "finite and not negative", [0, 7, 0.0, 1e30], [-1, -1e-9, math.inf, math.nan]),
+        ({"above": 0.0}, "above 0 and finite", [1, 1e-9], [0, 0.0, -1.0, math.inf, math.nan]),
+    ):
+        own = Limits(**bounds)  # type: ignore[arg-type]
+        assert str(own) == said
+        assert all(map(own.hold, inside)) and not any(map(own.hold, outside))
+    assert limits(least=1, fixed=True) == {"limits": Limits(least=1), "fixed": True}
+
+
+def nested(options: Any) -> Iterator[Any]:
+    """Yield a dataclass of options and those within it."""
+    yield options
+    for own in fields(options):
+        if is_dataclass(value := getattr(options, own.name)):
+            yield from nested(value)
+
+
+@pytest.mark.parametrize("prog", sorted(TYPES.keys() - {"nmt-convert"}))  # which has none
+def test_a_number_beyond_its_limits_is_refused_by_their_rule(prog: str) -> None:
+    more = {
+        "nmt-preprocess": ["--trainpref", "x", "--target-lang", "fr"],
+        "nmt-train of images": ["--val-fraction", "0.1"],
+        "nmt-score": ["--reference", "x"],
+    }
+    argv = [*what_must_be_given(TYPES[prog]), *more.get(prog, [])]
+    options = parse_command(TYPES[prog], argv, prog="nmt-x", description="")
+    count = 0
+    for part in nested(options):
+        for own in fields(part):
+            if (rule := own.metadata.get("limits")) is None:
+                continue
+            lowest = rule.least if rule.above is None else rule.above
+            number = -1 if lowest == 0 else lowest - 1
+            bad = (number, number) if isinstance(getattr(part, own.name), tuple) else number
+            flag = own.name.replace("_", "-")
+            with pytest.raises(UserError, match=f"^`{flag}` must be {rule}, but (is|are) "):
+                check_options(replace(part, **{own.name: bad}))
+            count += 1
+    assert count > 0
 
 
 @pytest.fixture(scope="module")

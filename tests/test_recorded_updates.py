@@ -26,7 +26,7 @@ from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 from nmt.options import OptimizationOptions, TrainConfig, train_config
 from nmt.run.memory_probe import find_packed_split
-from nmt.run.preparation import notes_on_padding, packing
+from nmt.run.packing import notes_on_padding, packing
 from nmt.system import cuda_graphs as recording
 from nmt.system.determinism import deterministic_algorithms
 from nmt.task import LossOutput

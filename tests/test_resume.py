@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from nmt.data.indexed_dataset import IndexedDatasetWriter
 from nmt.data.options import BatchingOptions
 from nmt.data.vocabulary import Vocabulary
 from nmt.errors import UserError
-from nmt.run.resume import Surroundings, changed_options, compare
+from nmt.run.resume import changed_options, compare
+from nmt.run.state import RunState, Surroundings
 from nmt.train_loop import train
 from nmt.translation.assets import is_same_file
 from nmt.update.schedule import build_schedule
@@ -179,8 +180,8 @@ def test_other_data_within_an_epoch_are_refused_though_they_are_as_many(
     folder = tmp_path / "run"
     before = of_data(folder, 8)  # 2 updates into the second epoch
     train(before)
-    monkeypatch.setattr("nmt.train_loop.load_config", lambda _: before)
-    monkeypatch.setattr("nmt.run.preparation.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.run.taking_up.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.checkpoints.same_run.load_config", lambda _: before)
     with pytest.raises(UserError, match=r"differ from those that epoch 2 began with \(96 then, 96 now\)"):
         train(of_data(folder, 12, train_seed=3))
     train(of_data(folder, 12))  # the run has taken no harm
@@ -193,10 +194,10 @@ def test_other_data_within_an_epoch_begin_it_anew_if_that_is_wanted(
     folder = tmp_path / "run"
     before = of_data(folder, 8)
     train(before)
-    monkeypatch.setattr("nmt.train_loop.load_config", lambda _: before)
-    monkeypatch.setattr("nmt.run.preparation.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.run.taking_up.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.checkpoints.same_run.load_config", lambda _: before)
     again = of_data(folder, 14, train_seed=3, accept_changed_data=True)
-    monkeypatch.setattr("nmt.train_loop.Run.describe", lambda self: [])  # which reads some batches
+    monkeypatch.setattr("nmt.train_loop.look_ahead", lambda run: [])  # which reads some batches
     train(again)
     points = SeenExamples(96, 3).xy[:, 0]
     assert Counter(again.task_options.seen) == Counter(map(float, points))  # 6 updates, each once
@@ -209,10 +210,10 @@ def test_other_data_between_epochs_are_taken_and_said(
     folder = tmp_path / "run"
     before = of_data(folder, 6)  # the end of the first epoch
     train(before)
-    monkeypatch.setattr("nmt.train_loop.load_config", lambda _: before)
-    monkeypatch.setattr("nmt.run.preparation.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.run.taking_up.load_config", lambda _: before)
+    monkeypatch.setattr("nmt.checkpoints.same_run.load_config", lambda _: before)
     again = of_data(folder, 12, train_seed=3, valid_seed=4)
-    monkeypatch.setattr("nmt.train_loop.Run.describe", lambda self: [])
+    monkeypatch.setattr("nmt.train_loop.look_ahead", lambda run: [])
     train(again)
     assert Counter(again.task_options.seen) == Counter(map(float, SeenExamples(96, 3).xy[:, 0]))
     lines = resumed_lines(folder)
@@ -291,12 +292,11 @@ def test_options_that_differ_are_found_at_any_depth(tmp_path: Path) -> None:
 
 def test_ranks_device_and_type_are_told_from_those_of_the_checkpoint(tmp_path: Path) -> None:
     here = Surroundings(1, "cpu", "float32", 16, 500, "a", "b")
-    then = asdict(replace(here, ranks=4, device="cuda", precision="bfloat16"))
-    state = {
-        "surroundings": then,
-        "batches": {"epoch": 1, "examples_consumed": 0},
-        "trainer": {"update": 0, "lr_scale": 1.0, "plateau": {}},
-    }
+    state = RunState(
+        trainer={"update": 0, "lr_scale": 1.0, "plateau": {}},
+        batches={"epoch": 1, "examples_consumed": 0},
+        surroundings=replace(here, ranks=4, device="cuda", precision="bfloat16"),
+    )
     options = config(tmp_path)
     assert [str(change) for change in compare(options, options, state, here, folder=tmp_path).changes] == [
         "ranks 4 -> 1",

@@ -25,7 +25,7 @@ from nmt.models.inference import InferenceTransformer
 from nmt.models.search_form import relative_difference, search_form
 from nmt.models.training_ops import Linear
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
-from nmt.run.preparation import check_model
+from nmt.task_extras import check_model
 from nmt.translation.translator import Translator
 from nmt.update.compilation import compile_layers, compile_model
 

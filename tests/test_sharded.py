@@ -30,8 +30,8 @@ from nmt.data.vocabulary import EOS_ID
 from nmt.distributed import World, single
 from nmt.errors import UserError
 from nmt.options import OptimizationOptions, TrainConfig, train_config
-from nmt.run.memory_probe import fits
-from nmt.run.preparation import notes_on_padding, packing
+from nmt.run.memory_probe import find_split
+from nmt.run.packing import notes_on_padding, packing
 from nmt.task import LossOutput
 from nmt.train_loop import train
 from nmt.trainer import Trainer
@@ -372,15 +372,24 @@ def test_a_batch_without_room_ends_the_run_since_no_rank_can_try_a_smaller_one_a
     def probe(_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    def fits_with(*, can_run_alone: bool) -> bool:
-        replicas = SimpleNamespace(can_run_alone=can_run_alone)
-        trainer = SimpleNamespace(probe=probe, replicas=replicas, world=single(CPU))
-        examples = SimpleNamespace(collate=lambda items: items)
-        return fits(trainer, examples, np.arange(0))  # type: ignore[arg-type]
+    class OneExample:
+        sizes = np.ones((1, 2), np.int32)
 
-    assert not fits_with(can_run_alone=True)
-    with pytest.raises(UserError, match="`max-tokens` must be so small"):
-        fits_with(can_run_alone=False)
+        def __getitem__(self, index: int) -> int:
+            return index
+
+        def collate(self, items: list[int]) -> list[int]:
+            return items
+
+    def split_with(*, can_run_alone: bool) -> None:
+        replicas = SimpleNamespace(can_run_alone=can_run_alone)
+        trainer: Any = SimpleNamespace(probe=probe, replicas=replicas, world=single(CPU))
+        find_split(trainer, OneExample(), [np.arange(1)])  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match="one of length 1 alone does not"):
+        split_with(can_run_alone=True)
+    with pytest.raises(UserError, match=r"must be so small .* with `shard-weights`"):
+        split_with(can_run_alone=False)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -11,7 +11,7 @@ from toy_run import config, log
 import nmt.models
 from nmt.models import training_ops
 from nmt.system.slower import SlowerWarning, telling_what_is_slower, warn_slower
-from nmt.train_loop import Run, train
+from nmt.train_loop import train
 
 
 def test_a_kernel_of_the_loss_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,9 @@ def test_warnings_become_lines_and_others_stay() -> None:
 
 @pytest.mark.usefixtures("points_plugin")
 def test_a_run_writes_them_into_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "_decide_split", lambda self: warn_slower("A kernel", OSError("no compiler")))
+    monkeypatch.setattr(
+        "nmt.train_loop.decide_split", lambda *_, **__: warn_slower("A kernel", OSError("no compiler"))
+    )
     train(config(tmp_path, optimization={"max_update": 1}))
     assert "warning: training is slower than it could be: A kernel does not work here (no compiler)" in log(
         tmp_path

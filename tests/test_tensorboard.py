@@ -16,9 +16,10 @@ from toy_task import PointTask
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.distributed import World
 from nmt.errors import UserError
+from nmt.run.opening import open_run
 from nmt.run.run_log import RunLog
 from nmt.system.signals import StopRequest
-from nmt.train_loop import Run, train
+from nmt.train_loop import train, train_run
 
 pytestmark = pytest.mark.usefixtures("points_plugin")
 
@@ -117,11 +118,11 @@ def test_rank_0_alone_writes_what_rank_0_illustrates(tmp_path: Path) -> None:
 
 
 def _train_on_rank(world: World, folder: Path) -> None:
-    run = Run(config(folder, tensorboard=True, optimization={"max_update": 20}), world, StopRequest())
+    run = open_run(config(folder, tensorboard=True, optimization={"max_update": 20}), world, StopRequest())
     calls = []
     illustrate = run.task.illustrate
     run.task.illustrate = lambda *args: calls.append(args) or illustrate(*args)  # type: ignore[method-assign]
-    run.train()
+    train_run(run)
     run.close()
     (folder / f"calls-{world.rank}").write_text(str(len(calls)))
 

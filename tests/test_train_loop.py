@@ -1,6 +1,5 @@
 """The story of a run, told with a third task: it learns, stops, resumes as if never stopped, refuses others."""
 
-import json
 import math
 from contextlib import closing
 from dataclasses import dataclass
@@ -82,15 +81,6 @@ def test_options_are_checked_from_python_too(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_knows_the_validation_of_its_update(tmp_path: Path) -> None:
-    """Where a save falls on a validation, at the end of an epoch or of the run, there is one checkpoint."""
-    folder = tmp_path / "run"
-    train(config(folder, optimization={"max_update": 20}, checkpoints={"save_interval_updates": 2}))
-    for update in (16, 20):
-        state = json.loads((CheckpointFolder(folder / "checkpoints").at(update) / "state.json").read_text())
-        assert str(update) in state["progress"]["values"]
-
-
 class DivergingTask(PointTask):
     """Its loss is not a number."""
 
@@ -165,25 +155,6 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> None:
             f"next: nmt-validate {path}"
         )
     )
-
-
-def test_it_stops_after_an_epoch_and_out_of_patience(tmp_path: Path) -> None:
-    train(config(tmp_path / "epochs", optimization={"max_update": None, "max_epoch": 2}))
-    assert CheckpointFolder(tmp_path / "epochs" / "checkpoints").updates() == [16, 32]
-    # With a learning rate of almost nothing only the statistics of batch norm move, and not always for the better.
-    no_progress = {"max_update": None, "patience": 2, "lr": 1e-12}
-    train(
-        config(
-            tmp_path / "patience",
-            optimization=no_progress,
-            checkpoints={"best_checkpoint_metric": "accuracy"},
-        )
-    )
-    assert "finished: accuracy has not become better in 2 validations (patience)" in log(
-        tmp_path / "patience"
-    )
-    values = [record["accuracy"] for record in records(tmp_path / "patience", "valid")]
-    assert values[-3] == max(values) and values[-3] not in values[:-3]
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:

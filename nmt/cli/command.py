@@ -10,10 +10,10 @@ from pathlib import Path
 
 from nmt.checkpoints.find_folder import FoundModel
 from nmt.errors import LostRankError, UserError, one_line
+from nmt.system.out_of_memory import is_out_of_memory
 
 # What the operating system says of a write without naming the file.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 _LESS_MEMORY = "Take smaller batches, a smaller model or shorter lines, or a larger machine."
 _EXIT_USER_ERROR = 2
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -52,7 +52,7 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
             raise  # the pipe of a worker process
         raise SystemExit(exit_code_of_closed_pipe) from None
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _fail(prog, f"The memory must suffice, but does not: {_first_line(error)}. {_LESS_MEMORY}")
     except OSError as error:
@@ -106,11 +106,6 @@ def _is_stdout_closed() -> bool:
         return False
     _let_stdout_go()
     return True
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Say whether there was no memory, on any device; PyTorch's allocators have but their texts in common."""
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def _first_line(error: Exception) -> str:

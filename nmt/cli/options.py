@@ -1,12 +1,11 @@
 """The options of nmt-generate, nmt-score, nmt-average, nmt-convert and nmt-plot. Imports no torch."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nmt.config.mapping import Positional
-from nmt.config.ranges import check_ranges
+from nmt.config.ranges import check_ranges, limits
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
 
@@ -45,18 +44,18 @@ class GenerateOptions:
     """The decoder layer whose attention tells it, from 0; -1 is the last."""
     plot_attention: Path | None = None
     """A folder for a picture (PNG) of each line's attention: pieces of the source and of the translation."""
-    prefix_size: int = 0
+    prefix_size: int = field(default=0, metadata=limits(least=0))
     """Translations begin with this many tokens of the reference."""
     score_reference: bool = False
     """Score the reference instead of translating (with `format` fairseq or jsonl)."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
-    buffer_size: int | None = None
+    buffer_size: int | None = field(default=None, metadata=limits(least=1))
     """Lines that are read, sorted by length and translated before they are written, in their own order; 10,000, or
     1 where lines are typed: with 1 a line is answered before the next one is read."""
-    max_tokens: int | None = None
+    max_tokens: int | None = field(default=None, metadata=limits(least=1))
     """Largest batch: its sentences times the pieces of the longest one; 2,048, or 4,096 with a beam of 1, and on
     a GPU 512 sentences or what its memory has room for. It changes speed and memory alone."""
-    batch_size: int | None = None
+    batch_size: int | None = field(default=None, metadata=limits(least=1))
     """Most sentences of a batch."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
@@ -73,14 +72,8 @@ class GenerateOptions:
         return self.baseline is not None and self.baseline.is_dir()
 
     def check(self) -> None:
-        """Raise `UserError` for sizes below 1, and for an output that would overwrite what is being read."""
+        """Raise `UserError` for options that do not go together, and for an output that is read, too."""
         check_ranges(self, {"num_threads": (1, MOST_THREADS)})
-        for name in ("buffer_size", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"`{name.replace('_', '-')}` must be at least 1, but is {value}.")
-        if self.prefix_size < 0:
-            raise UserError(f"`prefix-size` must be at least 0, but is {self.prefix_size}.")
         for name in ("prefix_size", "score_reference"):
             if getattr(self, name) and self.reference is None:
                 flag = name.replace("_", "-")
@@ -136,7 +129,7 @@ class ScoreOptions:
     """Where to write the log-probabilities; standard output if none is named."""
     input_is_pieces: bool = False
     """The source and the translations are split into pieces already, joined by blanks."""
-    max_tokens: int = 2048
+    max_tokens: int = field(default=2048, metadata=limits(least=1))
     """Largest batch: its sentences times the pieces of the longest one. It changes speed and memory alone."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
@@ -156,7 +149,7 @@ class ScoreOptions:
         if (self.model is None) != (self.input is None):
             needed, given = ("input", "model") if self.input is None else ("model", "input")
             raise UserError(f"`{needed}` must come with `{given}`, but there is none. Give both.")
-        check_ranges(self, {"max_tokens": (1, math.inf), "num_threads": (1, MOST_THREADS)})
+        check_ranges(self, {"num_threads": (1, MOST_THREADS)})
         for name in ("hypothesis", "input"):
             path = getattr(self, name)
             if path is not None and self.output is not None and path.resolve() == self.output.resolve():
@@ -173,9 +166,9 @@ class AverageOptions:
     """The folder of a run, or its `checkpoints` folder."""
     output: Path
     """The model folder to write; it must not exist."""
-    last: int | None = None
+    last: int | None = field(default=None, metadata=limits(least=1))
     """Average this many of the newest checkpoints; 5 if neither this nor `best` is given."""
-    best: int | None = None
+    best: int | None = field(default=None, metadata=limits(least=1))
     """Average this many of the best checkpoints instead."""
 
     @property
@@ -184,10 +177,7 @@ class AverageOptions:
         return self.best or self.last or 5
 
     def check(self) -> None:
-        """Raise `UserError` for less than one checkpoint, and for two answers to which."""
-        for name, value in (("last", self.last), ("best", self.best)):
-            if value is not None and value < 1:
-                raise UserError(f"`{name}` must be at least 1, but is {value}.")
+        """Raise `UserError` for two answers to which."""
         if self.last is not None and self.best is not None:
             raise UserError(
                 f"`last` ({self.last}) or `best` ({self.best}) must be left out. Give one of them."

@@ -30,7 +30,7 @@ from nmt.config.fields import MISSING, Option, build_nest, list_options
 from nmt.config.fields import Positional as Positional
 from nmt.config.help import format_help
 from nmt.config.other_names import answer
-from nmt.config.ranges import check_numbers
+from nmt.config.ranges import check_limits, check_numbers
 from nmt.config.untold import hide_places, is_untold
 from nmt.config.values import MismatchError, convert, shorten, suggest, to_text
 from nmt.config.yaml_file import read_yaml as read_yaml
@@ -229,6 +229,7 @@ def check_options(instance: Any) -> None:
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
             check_options(value)
+    check_limits(instance)
     if isinstance(instance, Checked):
         instance.check()
     check_numbers(instance)  # last, since it knows less of what the numbers mean

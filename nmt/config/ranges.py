@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from nmt.errors import UserError
 
@@ -11,6 +11,71 @@ _LARGEST_WHOLE = 2**31 - 1  # what libraries take for sizes and counts
 _LARGEST = 1e30  # float32 ends at 3.4e38
 Range = tuple[float, float]
 ANY: Range = (-math.inf, math.inf)  # of a field whose `check` knows better
+
+
+class Limits(NamedTuple):
+    """What makes sense for an option. A float must be finite besides."""
+
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    most: float | None = None
+
+    def hold(self, number: float) -> bool:
+        """Return whether a number is within."""
+        return (
+            (self.least is None or number >= self.least)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+            and (self.most is None or number <= self.most)
+            and (isinstance(number, int) or math.isfinite(number))
+        )
+
+    def __str__(self) -> str:
+        """Say the rule, to follow "must be"."""
+        lower = [f"at least {self.least:g}"] if self.least is not None else []
+        lower += [f"above {self.above:g}"] if self.above is not None else []
+        upper = [f"below {self.below:g}"] if self.below is not None else []
+        upper += [f"at most {self.most:g}"] if self.most is not None else []
+        if not upper and isinstance(self.least, float):
+            return "finite and not negative" if self.least == 0 else f"finite and {lower[0]}"
+        if not upper and isinstance(self.above, float):
+            return f"{lower[0]} and finite"
+        return " and ".join(lower + upper)
+
+
+def limits(
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    fixed: bool = False,
+) -> dict[str, Any]:
+    """Return the metadata of a field of options that has limits.
+
+    Args:
+        least: The smallest number that may be given.
+        above: All that may be given are larger.
+        below: All that may be given are smaller.
+        most: The largest number that may be given.
+        fixed: As `metadata={"fixed": True}`: it may not change when a run is resumed.
+    """
+    return {"limits": Limits(least, above, below, most), **({"fixed": True} if fixed else {})}
+
+
+def check_limits(options: Any) -> None:
+    """Check the fields of one dataclass of options that have limits; None and text are no numbers.
+
+    Raises:
+        UserError: The first number that is out of its limits.
+    """
+    for field in dataclasses.fields(options):
+        own: Limits | None = field.metadata.get("limits")
+        value = getattr(options, field.name)
+        if own is not None and not all(map(own.hold, _numbers(value))):
+            is_, said = ("are", str(value)) if isinstance(value, tuple) else ("is", _plain(value))
+            raise UserError(f"`{_flag(field.name)}` must be {own}, but {is_} {said}.")
 
 
 def check_numbers(options: Any) -> None:
@@ -23,10 +88,7 @@ def check_numbers(options: Any) -> None:
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                continue
+        for number in _numbers(value):
             own: Range | None = field.metadata.get("range")
             largest = _LARGEST_WHOLE if isinstance(number, int) else _LARGEST
             if own is not None:
@@ -45,10 +107,8 @@ def check_ranges(options: Any, ranges: Mapping[str, Range]) -> None:
         UserError: The first one that does not.
     """
     for name, own in ranges.items():
-        value = getattr(options, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                _check(name, number, own)
+        for number in _numbers(getattr(options, name)):
+            _check(name, number, own)
 
 
 def _check(name: str, number: float, own: Range) -> None:
@@ -58,6 +118,16 @@ def _check(name: str, number: float, own: Range) -> None:
         if math.isinf(highest) or math.isinf(lowest):
             rule = f"at least {_show(lowest)}" if math.isinf(highest) else f"at most {_show(highest)}"
         raise UserError(f"`{_flag(name)}` must be {rule}, but is {_show(number)}.")
+
+
+def _numbers(value: Any) -> list[float]:
+    """Return the numbers of an option: of none, one or several."""
+    several = value if isinstance(value, tuple) else (value,)
+    return [x for x in several if isinstance(x, (int, float)) and not isinstance(x, bool)]
+
+
+def _plain(number: float) -> str:
+    return str(number) if abs(number) < 2**63 else _show(number)
 
 
 def _show(number: float) -> str:

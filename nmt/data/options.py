@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nmt.config.ranges import check_ranges
+from nmt.config.ranges import check_limits, check_ranges, limits
 from nmt.errors import UserError, shown
 
 MOST_PIECES = 10_000_000  # of a vocabulary; larger ones have not been heard of
@@ -31,7 +31,7 @@ class PreprocessOptions:
     """Prefix of the test files."""
     sentencepiece_model: Path | None = None
     """Take this SentencePiece model; without it, one is trained on both sides of the training text."""
-    vocab_size: int = 8000
+    vocab_size: int = field(default=8000, metadata=limits(least=1))
     """Size of the joint vocabulary, special symbols included; lowered if the text yields fewer pieces."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """Kind of SentencePiece model."""
@@ -45,7 +45,7 @@ class PreprocessOptions:
     of these alone. identity: characters stay as they are."""
     max_length: int = 1024
     """Drop training pairs with a longer side than this, in pieces, the end of sentence included."""
-    workers: int = 1
+    workers: int = field(default=1, metadata=limits(least=1))
     """Number of processes; the result does not depend on it."""
     overwrite: bool = False
     """Replace the data directory that is there. It must hold nothing else, a run or raw text for example."""
@@ -70,9 +70,6 @@ class PreprocessOptions:
             raise UserError(
                 "`trainpref`, `validpref` or `testpref` must be given, but all are missing. Name a text."
             )
-        for name in ("vocab_size", "workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"`{_flag(name)}` must be at least 1, but is {getattr(self, name)}.")
         check_ranges(self, {"vocab_size": (1, MOST_PIECES), "workers": (1, MOST_WORKERS)})
         if self.max_length < 2:
             raise UserError(
@@ -110,21 +107,21 @@ class PreprocessOptions:
 class BatchingOptions:
     """How examples are gathered into batches, and batches into updates."""
 
-    max_tokens: int | Literal["auto"] | None = 4096
+    max_tokens: int | Literal["auto"] | None = field(default=4096, metadata=limits(least=1))
     """Largest size of a batch on one device: its number of examples times its longest side, padding included;
     where batches are packed, the sum of either side. Longer examples are left out of training and counted.
     auto: as much as fits into the memory of the GPU, but no more than leaves an epoch some 300 updates."""
 
-    batch_size: int | None = None
+    batch_size: int | None = field(default=None, metadata=limits(least=1))
     """Largest number of examples in a batch."""
 
-    update_freq: int = 1
+    update_freq: int = field(default=1, metadata=limits(least=1))
     """Number of batches per device that are summed into one update."""
 
-    required_batch_size_multiple: int = 8
+    required_batch_size_multiple: int = field(default=8, metadata=limits(least=1))
     """Where more than this many examples fit into a padded batch, their number is a multiple of it."""
 
-    min_batch_size: int = 1
+    min_batch_size: int = field(default=1, metadata=limits(least=1))
     """A batch of fewer examples, at the end of an epoch, goes with the one before it. Batch norm may need two.
     Without effect where `batch-size` is smaller, and where batches are packed."""
 
@@ -136,7 +133,7 @@ class BatchingOptions:
     """Number of processes per device that read and collate batches ahead. 0: the training process does it. auto: 2
     on a GPU, else 0."""
 
-    window_size: int = 2**20
+    window_size: int = field(default=2**20, metadata=limits(least=1))
     """Number of examples that are sorted by length together. A smaller data set is sorted as a whole."""
 
     def check(self) -> None:
@@ -145,22 +142,12 @@ class BatchingOptions:
         Raises:
             UserError: a value is out of range, or no option limits the size of a batch.
         """
+        check_limits(self)
         if self.max_tokens is None and self.batch_size is None:
             raise UserError(
                 "`max-tokens` or `batch-size` must be given, but both are missing. "
                 "Set one of them: without it all examples would be one batch."
             )
-        at_least_one = {
-            "max-tokens": self.max_tokens,
-            "batch-size": self.batch_size,
-            "update-freq": self.update_freq,
-            "required-batch-size-multiple": self.required_batch_size_multiple,
-            "min-batch-size": self.min_batch_size,
-            "window-size": self.window_size,
-        }
-        for name, value in at_least_one.items():
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"`{name}` must be at least 1, but is {value}. Give a larger number.")
         if self.packing == "on" and self.max_tokens is None:
             raise UserError(
                 "`packing` must have `max-tokens`, the size of the rows, but there is none. Set it, or leave "

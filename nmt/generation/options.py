@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-from nmt.config.ranges import ANY, check_numbers, check_ranges
+from nmt.config.ranges import ANY, check_limits, check_numbers, check_ranges, limits
 from nmt.errors import UserError, counted
 
 # A million tokens to the power of 5 is 1e30, and a million times 1e30 is within float32, which ends at 3e38.
@@ -48,7 +48,7 @@ class DecodingKeywords(TypedDict, total=False):
 class DecodingOptions:
     """How translations are searched for, or drawn. Names and meanings are fairseq's where it has them."""
 
-    beam: int = 5
+    beam: int = field(default=5, metadata=limits(least=1))
     """Number of hypotheses that are kept for a sentence at each step; 1 is greedy search. With `sampling`, the
     number of translations that are drawn for it, each by itself."""
     nbest: int = 1
@@ -57,26 +57,26 @@ class DecodingOptions:
     """A score is (sum of log-probabilities) / length ** lenpen: more than 1 favours long translations."""
     unnormalized: bool = False
     """Rank by the plain sum of log-probabilities, without a length penalty."""
-    min_len: int = 1
+    min_len: int = field(default=1, metadata=limits(least=0))
     """Fewest tokens before the end of sentence; a sentence's length limit goes before it."""
     max_len_a: float = 2.0
     """A translation has at most max-len-a * (source pieces + 1) + max-len-b tokens."""
-    max_len_b: int = 10
+    max_len_b: int = field(default=10, metadata=limits(least=0))
     """See max-len-a."""
     unkpen: float = 0.0
     """Subtracted from the log-probability of the unknown token."""
     temperature: float = 1.0
     """Divides the logits: above 1 flattens the distribution, below 1 sharpens it."""
-    no_repeat_ngram_size: int = 0
+    no_repeat_ngram_size: int = field(default=0, metadata=limits(least=0))
     """No run of this many tokens comes twice in a translation; 0 for no such rule."""
     repetition_penalty: float = 1.0
     """Divides the logits of the tokens that a translation has already, where they are positive, and multiplies
     negative ones (as in CTRL): above 1 discourages repetition."""
     sampling: bool = False
     """Draw each token at random, with the model's probabilities, instead of searching for the best."""
-    sampling_topk: int | None = None
+    sampling_topk: int | None = field(default=None, metadata=limits(least=1))
     """Draw among this many of the most probable tokens."""
-    sampling_topp: float | None = None
+    sampling_topp: float | None = field(default=None, metadata=limits(above=0, most=1))
     """Draw among the fewest tokens that together have this probability."""
     seed: int | None = field(default=None, metadata={"range": ANY})
     """Seed of `sampling` and `samples`, 1 if left out: the same seed and line give the same translations in any
@@ -84,7 +84,7 @@ class DecodingOptions:
     mbr: Literal["chrf", "bleu"] | None = None
     """Minimum Bayes risk: of many candidates take not the most probable one, but the one that has the highest mean
     sentence chrF, or BLEU, against all of them."""
-    samples: int = 0
+    samples: int = field(default=0, metadata=limits(least=0))
     """Candidates of `mbr` that are drawn for a sentence, with the model's probabilities; `temperature`,
     `sampling-topk` and `sampling-topp` shape these alone."""
     mbr_over: Literal["nbest", "samples", "both"] | None = None
@@ -98,29 +98,21 @@ class DecodingOptions:
     def check(self) -> None:
         """Raise a `UserError` for the first value that makes no sense, or that float32 cannot compute with."""
         check_ranges(self, _RANGES)
-        _require(self.beam >= 1, "beam", "at least 1", self.beam)
+        check_limits(self)
         self._check_mbr()
         limit, of_what = (self.beam, "beam") if self.mbr is None else (self.num_candidates, "candidates")
         _require(1 <= self.nbest <= limit, "nbest", f"from 1 to {of_what} ({limit})", self.nbest)
         _require(
             not self.unnormalized or self.lenpen == 1.0, "lenpen", "left out with unnormalized", self.lenpen
         )
-        _require(self.min_len >= 0, "min-len", "at least 0", self.min_len)
-        _require(self.max_len_b >= 0, "max-len-b", "at least 0", self.max_len_b)
-        size = self.no_repeat_ngram_size
-        _require(size >= 0, "no-repeat-ngram-size", "at least 0", size)
         for name in ("sampling_topk", "sampling_topp", "seed"):
             if getattr(self, name) is not None and not (self.sampling or self.samples):
                 flag = name.replace("_", "-")
                 raise UserError(f"`{flag}` must come with `sampling`. Add --sampling or leave it out.")
         if self.sampling_topk is not None:
-            _require(self.sampling_topk >= 1, "sampling-topk", "at least 1", self.sampling_topk)
             _require(
                 self.sampling_topp is None, "sampling-topp", "left out with sampling-topk", self.sampling_topp
             )
-        if self.sampling_topp is not None:
-            in_range = 0 < self.sampling_topp <= 1
-            _require(in_range, "sampling-topp", "above 0 and at most 1", self.sampling_topp)
         if self.seed is not None:
             _require(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1", self.seed)
         are_weights = all(math.isfinite(weight) and weight > 0 for weight in self.ensemble_weights)
@@ -139,7 +131,6 @@ class DecodingOptions:
         return num_found + (0 if self.candidates == "nbest" else self.samples)
 
     def _check_mbr(self) -> None:
-        _require(self.samples >= 0, "samples", "at least 0", self.samples)
         if self.mbr is None:
             for name, is_given in (("samples", self.samples > 0), ("mbr-over", self.mbr_over is not None)):
                 if is_given:

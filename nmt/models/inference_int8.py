@@ -88,12 +88,20 @@ def decoder_inputs(decoder: Decoder) -> tuple[list[Inputs], nn.LayerNorm | Embed
 
 
 def ranges(source: nn.LayerNorm | Embedding) -> Tensor:
-    """Return for each place (D,) the largest number that is kept of a normalisation, or that can be embedded."""
+    """Return for each place (D,) the largest number that is kept of a normalisation, or that can be embedded.
+
+    Raises:
+        UserError: The normalisation is of a kind that does not tell.
+    """
     norm = source.norm if isinstance(source, Embedding) else source
     if isinstance(norm, nn.LayerNorm):
         largest = _DEVIATIONS * norm.weight.detach().abs() + norm.bias.detach().abs()
+    elif not isinstance(source, Embedding) or not isinstance(norm, nn.Identity):
+        raise UserError(
+            "`precision` int8 must know how large the numbers are that a product takes, which a LayerNorm tells, "
+            f"but not a {type(norm).__name__}. Take fp32."
+        )
     else:
-        assert isinstance(source, Embedding)
         tokens, positions = (x.detach().abs().amax(dim=0) for x in (source.tokens.weight, source.positions))
         largest = source.scale * tokens + positions
     return largest.clamp(min=_LEAST_RANGE)

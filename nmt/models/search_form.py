@@ -20,6 +20,7 @@ from nmt.models.inference import InferenceTransformer
 from nmt.models.known_parts import find_stranger
 from nmt.models.transformer import DecoderLayer, Transformer
 from nmt.models.untouched import is_untouched
+from nmt.system.out_of_memory import is_out_of_memory
 
 _BEAM = 2
 _SOURCE_LENGTH = 3
@@ -66,7 +67,7 @@ def search_form(model: Transformer, dtype: torch.dtype | None = None) -> SearchF
     try:
         form, difference, tolerance = _compared(model, dtype)
     except _FAULTS as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         _compute_small_batch(model)
         return SearchForm(
@@ -131,7 +132,7 @@ def _compute_small_batch(model: Transformer) -> None:
         with torch.autocast(source.device.type, enabled=False):
             model.project(model.features(target, model.encode(source))[:, -1])
     except _FAULTS as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         stranger = find_stranger(model, within_encoder=True)
         look_at = "its sizes" if stranger is None else stranger.removesuffix(",")

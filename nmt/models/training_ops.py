@@ -251,13 +251,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         ignored: int | None,
     ) -> tuple[Tensor, Tensor]:
-        needs_gradient = any(ctx.needs_input_grad)
+        needs_features, needs_weight = ctx.needs_input_grad[:2]
         num_tokens, vocabulary_size = features.size(0), weight.size(0)
         accurate = torch.promote_types(features.dtype, torch.float32)
         other = label_smoothing / (vocabulary_size - 1)
         extra = 1.0 - label_smoothing - other
-        grad_features = torch.empty_like(features)
-        grad_weight = torch.zeros_like(weight, dtype=accurate)
+        grad_features = torch.empty_like(features) if needs_features else None
+        grad_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight else None
         loss = torch.zeros((), dtype=accurate, device=features.device)
         nll = torch.zeros_like(loss)
         is_half = features.dtype in (torch.bfloat16, torch.float16)
@@ -284,25 +284,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 log_normalizer, z_target = (x * is_counted[part, 0] for x in (log_normalizer, z_target))
             nll += (log_normalizer - z_target).sum()
             loss += log_normalizer.sum() - extra * z_target.sum()
-            if needs_gradient:
+            if grad_features is not None:
                 grad_features[part] = product(grad, weight)
+            if grad_weight is not None:
                 grad_weight += product_over_rows(grad, h)
         weight_sum = weight.sum(dim=0, dtype=accurate)
         counted = features if is_counted is None else features * is_counted
         feature_sum = counted.sum(dim=0, dtype=accurate)
         loss -= other * (feature_sum @ weight_sum)
-        if needs_gradient:
+        if grad_features is not None:
             grad_features -= (other * weight_sum).to(features.dtype)
             if is_counted is not None:
                 grad_features *= is_counted
+        if grad_weight is not None:
             grad_weight -= other * feature_sum
-        ctx.save_for_backward(grad_features, grad_weight.to(weight.dtype))
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_features, grad_weight)
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_features, grad_weight = ctx.saved_tensors
-        scale = grad_loss.to(grad_features.dtype)
-        return grad_features * scale, grad_weight * scale, None, None, None
+        of_features, of_weight = (
+            None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return of_features, of_weight, None, None, None

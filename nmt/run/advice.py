@@ -6,7 +6,7 @@ from typing import Any
 
 from nmt.errors import counted
 from nmt.options import TrainConfig
-from nmt.run.resume import Surroundings
+from nmt.run.state import Surroundings
 from nmt.update.schedule import num_updates, num_warmup_updates
 
 # Far above what each learns with. Adam's updates are of the size of the rate, whatever the gradient.

@@ -7,7 +7,7 @@ import torch
 
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batching import padded_size
-from nmt.errors import by_number, counted
+from nmt.errors import UserError, by_number, counted
 from nmt.options import TrainConfig
 from nmt.run.flops import FlopCounter
 from nmt.run.memory_probe import peak_memory
@@ -89,6 +89,28 @@ def time_row(config: TrainConfig[Any], batches: BatchIterator, *, seconds: float
     return _row(
         "time", f"{speed}; validation apart, {duration(seconds * left)} for {counted(left, 'update')}{after}"
     )
+
+
+def left_out(batches: BatchIterator, config: TrainConfig[Any]) -> list[str]:
+    """Return a line on how many examples are left out because of their length; none if there are none.
+
+    Raises:
+        UserError: All of them are too long.
+    """
+    num_left_out, num_left = batches.num_too_long, batches.num_examples
+    if num_left == 0:
+        raise UserError(
+            f"`max-tokens` must be at least the length of some examples, but is "
+            f"{config.batching.max_tokens} and all ({num_left_out:,}) are longer. Raise it."
+        )
+    if not num_left_out:
+        return []
+    share = num_left_out / (num_left_out + num_left)
+    warning = "warning: " if share > 0.01 else ""
+    return [
+        f"{warning}left out: {num_left_out:,} of {counted(num_left_out + num_left, 'training example')} "
+        f"({share:.2%}) {by_number(num_left_out, 'is', 'are')} longer than max-tokens"
+    ]
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:

@@ -3,19 +3,31 @@
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
+from nmt.checkpoints.model_folder import load_config
+from nmt.checkpoints.run_folder import CheckpointFolder
+from nmt.data.batch_iterator import BatchIterator
 from nmt.data.batching import cut_batches, padded_size
 from nmt.data.limits import longest
-from nmt.data.order import Indices
+from nmt.data.order import Indices, Permutation
 from nmt.distributed import World
 from nmt.errors import UserError
+from nmt.options import TrainConfig
+from nmt.run.packing import Packing
+from nmt.system.out_of_memory import is_out_of_memory
+from nmt.system.slower import telling_what_is_slower
+from nmt.task import Examples, Task
 from nmt.trainer import Trainer
-
-if TYPE_CHECKING:
-    from nmt.task import Examples
+from nmt.update.objective import Objective
+from nmt.update.precision import Precision
+from nmt.update.probe import NEW_STATE, probe
 
 _FIRST_TOKENS = 512  # the search for the largest batch begins here
 _UPDATES_AN_EPOCH = 300  # at least, where `max-tokens` is found
@@ -31,28 +43,42 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def fits(trainer: Trainer, examples: "Examples[Any]", batch: Indices) -> bool:
-    """Run a batch forward and backward, changing nothing, and return whether there was memory for it."""
+def fits(run: Callable[[Any], None], examples: Examples[Any], batch: Indices) -> bool:
+    """Run a batch forward and backward, changing nothing, and return whether there was memory for it.
+
+    Args:
+        run: Runs it, such as `Trainer.probe`.
+        examples: What it is of.
+        batch: Which of them.
+    """
     try:
-        trainer.probe(examples.collate([examples[index] for index in batch.tolist()]))
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        run(examples.collate([examples[index] for index in batch.tolist()]))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        if not trainer.replicas.can_run_alone:
-            raise UserError(
-                "`max-tokens` must be so small that each batch fits into memory with `shard-weights`, but one "
-                "does not. Lower it."
-            ) from None
         # What failed is still held by the frames of the error.
         error.__traceback__ = None
     else:
         return True
-    if trainer.world.device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     return False
 
 
-def find_split(trainer: Trainer, examples: "Examples[Any]", batches: Sequence[Indices]) -> int | None:
+def _fits(trainer: Trainer, examples: Examples[Any], batch: Indices) -> bool:
+    if fits(trainer.probe, examples, batch):
+        return True
+    if trainer.replicas.can_run_alone:
+        return False
+    raise UserError(
+        "`max-tokens` must be so small that each batch fits into memory with `shard-weights`, but one does not. "
+        "Lower it."
+    )
+
+
+def find_split(trainer: Trainer, examples: Examples[Any], batches: Sequence[Indices]) -> int | None:
     """Return the padded size above which batches have to be split, or None if the worst ones fit.
 
     The worst are the one of the largest padded size and the one with the longest example.
@@ -72,7 +98,7 @@ def find_split(trainer: Trainer, examples: "Examples[Any]", batches: Sequence[In
     # Where these are one batch it is not run twice: on a slow machine that takes as long as an update.
     for worst in (largest,) if largest is with_longest else (largest, with_longest):
         batch = worst
-        while not fits(trainer, examples, batch):
+        while not _fits(trainer, examples, batch):
             if len(batch) == 1:
                 length = int(longest(sizes[batch])[0])
                 raise UserError(
@@ -86,9 +112,42 @@ def find_split(trainer: Trainer, examples: "Examples[Any]", batches: Sequence[In
     return min(limits, default=None)
 
 
+def decide_split(
+    trainer: Trainer, batches: BatchIterator, packing: Packing | None, *, max_tokens: int | None
+) -> None:
+    """Find out whether batches fit into memory, and let those that do not be run in parts.
+
+    Args:
+        trainer: Runs the worst ones.
+        batches: Those of training.
+        packing: How they are packed, if they are.
+        max_tokens: What a packed row is to hold.
+    """
+    first_batches = batches.first_batches
+    if packing is None:
+        found = find_split(trainer, batches.examples, first_batches)
+    else:
+        assert max_tokens is not None
+        longest_one = batches.survey.longest
+        found = find_packed_split(
+            trainer, packing.pack, first_batches[0][:1], longest=longest_one, max_tokens=max_tokens
+        )
+    # What a run was split by stays, or it would round otherwise when it is resumed with more memory.
+    batches.split_above = split_above = lower(found, batches.split_above)
+    if packing is not None and max_tokens is not None:
+        # A run that was padded so far may have been split by less.
+        size = max_tokens if split_above is None else min(max_tokens, max(split_above, longest_one))
+        batches.collate_with(packing.pack(max_tokens=size))
+
+
+def lower(one: int | None, other: int | None) -> int | None:
+    """Return the lower of two limits, of which there may be none."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)
+
+
 def find_packed_split(
     trainer: Trainer,
-    pack: Callable[..., "Examples[Any]"],
+    pack: Callable[..., Examples[Any]],
     example: Indices,
     *,
     longest: int,
@@ -107,7 +166,7 @@ def find_packed_split(
         UserError: There is no memory for a row of the longest example.
     """
     tokens = max_tokens
-    while not fits(trainer, pack(max_tokens=tokens), example):
+    while not _fits(trainer, pack(max_tokens=tokens), example):
         if tokens == longest:
             raise UserError(
                 f"The training examples must fit into memory, but a row of {tokens} tokens, the length of the "
@@ -118,13 +177,71 @@ def find_packed_split(
     return None if min(limits) == max_tokens else min(limits)
 
 
+def with_max_tokens(
+    config: TrainConfig[Any],
+    task: Task[Any],
+    model: nn.Module,
+    examples: Examples[Any],
+    *,
+    world: World,
+    checkpoints: CheckpointFolder,
+) -> tuple[TrainConfig[Any], list[str]]:
+    """Find a number for `max-tokens` auto: that of the run so far, or what is good to train with and fits.
+
+    Returns:
+        The configuration with it, and lines on what was chosen, if something was.
+    """
+    batching = config.batching
+    if batching.max_tokens != "auto":
+        return config, []
+    if config.optimization.shard_weights and world.size > 1:
+        raise UserError(
+            "`max-tokens` must be a number with `shard-weights`, but is auto. Give one, such as 4096, and look at "
+            "the memory that the log tells."
+        )
+    lines: list[str] = []
+    saved = world.broadcast(checkpoints.updates())
+    if saved:
+        max_tokens = load_config(checkpoints.at(saved[-1])).batching.max_tokens
+    else:
+        objective = Precision(config.optimization.precision, world.device).wrap(Objective(task, model), model)
+        order = Permutation(len(examples), seed=config.seed, epoch=1)
+        sample = np.sort(order.examples_at(np.arange(min(len(examples), batching.window_size))))
+        lengths = longest(examples.sizes[sample])
+        most = most_tokens(
+            round(float(lengths.mean()) * len(examples)),
+            longest_example=int(lengths.max()),
+            batches_an_update=world.size * batching.update_freq,
+        )
+        with telling_what_is_slower(lines):
+            max_tokens = find_max_tokens(
+                partial(probe, objective, device=world.device, num_copies=NEW_STATE),
+                examples,
+                sample,
+                multiple=batching.required_batch_size_multiple,
+                most=most,
+                world=world,
+            )
+        why = (
+            "for some 300 updates an epoch at least" if max_tokens == most else "what the memory has room for"
+        )
+        lines.append(f"max-tokens auto: {max_tokens:,}, {why}")
+    return replace(config, batching=replace(batching, max_tokens=max_tokens)), lines
+
+
 def find_max_tokens(
-    trainer: Trainer, examples: "Examples[Any]", window: Indices, *, multiple: int, most: int, world: World
+    run: Callable[[Any], None],
+    examples: Examples[Any],
+    window: Indices,
+    *,
+    multiple: int,
+    most: int,
+    world: World,
 ) -> int:
     """Return the largest `max_tokens` for which the worst batch fits, with a margin, but no more than `most`.
 
     Args:
-        trainer: Runs the batches, of one and a half times the size each, until one does not fit.
+        run: Runs the batches, of one and a half times the size each, until one does not fit.
         examples: The training examples.
         window: A sample of them, (n,) indices.
         multiple: As `required_batch_size_multiple`.
@@ -134,10 +251,10 @@ def find_max_tokens(
     Raises:
         UserError: On the CPU, whose memory is not its limit; or nothing fits.
     """
-    if trainer.world.device.type == "cpu":
+    if world.device.type == "cpu":
         raise UserError("`max-tokens` must be a number on a CPU, but is auto. Give one, such as 4096.")
     return search_max_tokens(
-        lambda batch: fits(trainer, examples, window[batch]),
+        lambda batch: fits(run, examples, window[batch]),
         examples.sizes[window],
         multiple=multiple,
         most=most,
@@ -182,8 +299,3 @@ def search_max_tokens(
             "Make the model smaller."
         )
     return most if found == most else int(found * _SAFETY)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator has no type of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

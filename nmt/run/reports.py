@@ -1,8 +1,6 @@
 """What a run says while it goes on: what the scopes have seen, how fast it is, and how long it will take."""
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from nmt.data.batch_iterator import BatchIterator
 from nmt.options import TrainConfig
 from nmt.run.busy_cores import BusyCores
+from nmt.run.clock import Clock
 from nmt.run.following import Followed
 from nmt.run.forecast import duration
 from nmt.run.memory_probe import peak_memory
@@ -24,51 +23,6 @@ from nmt.trainer import Trainer
 from nmt.update.summary import summarize
 
 _NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
-
-
-@dataclass
-class Clock:
-    """How long a run has taken, through all its resumes.
-
-    Attributes:
-        seconds_before: Time spent on the run before this process, or before the last checkpoint taken up.
-        training_seconds: Time spent in updates since the last report, up to `last_read`.
-        trained: Time that this process has spent in updates, up to `last_read`.
-    """
-
-    seconds_before: float = 0.0
-    training_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._start = self.last_read = time.monotonic()
-        self.trained = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Time spent on the run: training, validation and checkpoints."""
-        return self.seconds_before + time.monotonic() - self._start
-
-    @property
-    def hours(self) -> float:
-        """The same in hours, to some milliseconds."""
-        return round(self.seconds / 3600, 6)
-
-    def start_training(self) -> None:
-        """Begin to count time as time of training; reports, validation and checkpoints are none."""
-        self.last_read = time.monotonic()
-
-    def count_training(self) -> None:
-        """Count what has passed since then, or since the last call."""
-        now = time.monotonic()
-        self.training_seconds += now - self.last_read
-        self.trained += now - self.last_read
-        self.last_read = now
-
-    def take_training_seconds(self) -> float:
-        """Return the time of training since the last call of this, and begin anew."""
-        self.count_training()
-        seconds, self.training_seconds = self.training_seconds, 0.0
-        return max(seconds, 1e-9)
 
 
 class Reports:

@@ -1,8 +1,8 @@
 """What is other than it was when a run is taken up: said in a line each, and kept in the record of the run."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from nmt.errors import UserError
 from nmt.options import TrainConfig
 from nmt.run.run_log import RunLog
 from nmt.run.same_ranks import fingerprints
+from nmt.run.state import Position, RunState, Surroundings
 from nmt.task import Examples
 from nmt.trainer import Trainer
 from nmt.update.schedule import build_schedule, num_updates
@@ -19,27 +20,6 @@ from nmt.update.schedule import build_schedule, num_updates
 _SAYS_NOTHING = ("dry_run",)  # of what becomes of the run
 _WITH_AN_END = ("cosine", "polynomial")
 _NOTABLE = 1e-3  # as a share of the learning rate
-
-
-Position = Mapping[str, Any]
-"""Where in the data, as `BatchIterator.load_state_dict` takes it."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a run depends on besides its options; each checkpoint remembers it."""
-
-    ranks: int
-    device: str
-    precision: str
-    """The type that updates compute in, which `precision` auto leaves open."""
-    updates_per_epoch: int
-    num_examples: int
-    """Of an epoch of training, without those that are left out."""
-    train_data: str
-    """Fingerprint of the training examples."""
-    valid_data: str
-    """Fingerprint of the validation examples."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +85,7 @@ def surroundings(
 def compare(
     before: TrainConfig[Any],
     now: TrainConfig[Any],
-    state: Mapping[str, Any],
+    state: RunState,
     here: Surroundings,
     *,
     folder: Path,
@@ -115,38 +95,38 @@ def compare(
     Args:
         before: The options of the checkpoint.
         now: The options from here on.
-        state: Of the checkpoint. An older release did not remember its surroundings.
+        state: Of the checkpoint.
         here: What surrounds the run now.
         folder: The checkpoint.
 
     Raises:
         UserError: The training examples have changed within an epoch, and this is not wanted.
     """
-    then = state.get("surroundings")
+    then = state.surroundings
     changes = list(changed_options(before, now))
     position, warning = position_in_data(state, here, accepts_changed=now.accept_changed_data)
     warnings = [] if warning is None else [warning]
     updates_per_epoch = here.updates_per_epoch
     if then is not None:
         changes += _changed_surroundings(then, here)
-        updates_per_epoch = then["updates_per_epoch"]
-        if then["valid_data"] != here.valid_data:
+        updates_per_epoch = then.updates_per_epoch
+        if then.valid_data != here.valid_data:
             warnings.append(
                 "the validation examples differ from those of the checkpoint: what was measured before does not "
                 "compare with what is measured from here on, also where the best checkpoint is chosen"
             )
-    trainer = state["trainer"]
+    trainer = state.trainer
     moved = _moved_rate(
         before,
         now,
-        update=trainer["update"] + 1,
+        update=state.update + 1,
         epoch=position["epoch"],
         scale=trainer["lr_scale"] * trainer["plateau"].get("factor", 1.0),
         updates_per_epoch=(updates_per_epoch, here.updates_per_epoch),
     )
     if moved is not None:
         warnings.append(moved)
-    begins = f"from {folder}, update {trainer['update']}, epoch {position['epoch']}"
+    begins = f"from {folder}, update {state.update}, epoch {position['epoch']}"
     return Resumption(begins, changes, warnings, position)
 
 
@@ -160,7 +140,7 @@ def changed_options(before: Any, now: Any) -> Iterator[Change]:
             yield Change(field.name.rstrip("_").replace("_", "-"), to_text(old), to_text(new))
 
 
-def _changed_surroundings(then: Mapping[str, Any], now: Surroundings) -> Iterator[Change]:
+def _changed_surroundings(then: Surroundings, now: Surroundings) -> Iterator[Change]:
     for key, name in (
         ("ranks", "ranks"),
         ("device", "kind of device"),
@@ -168,13 +148,13 @@ def _changed_surroundings(then: Mapping[str, Any], now: Surroundings) -> Iterato
         ("num_examples", "training examples of an epoch"),
         ("updates_per_epoch", "updates an epoch"),
     ):
-        value = asdict(now)[key]
-        if then[key] != value:
-            yield Change(name, then[key], value)
+        before, value = getattr(then, key), getattr(now, key)
+        if before != value:
+            yield Change(name, before, value)
 
 
 def position_in_data(
-    state: Mapping[str, Any], now: Surroundings, *, accepts_changed: bool
+    state: RunState, now: Surroundings, *, accepts_changed: bool
 ) -> tuple[Position, str | None]:
     """Return where in the training data a run goes on, and a line if they are others than those of the checkpoint.
 
@@ -186,12 +166,12 @@ def position_in_data(
     Raises:
         UserError: It may not.
     """
-    then, position = state.get("surroundings"), state["batches"]
-    if then is None or then["train_data"] == now.train_data:
+    then, position = state.surroundings, state.batches
+    if then is None or then.train_data == now.train_data:
         return position, None
     epoch, num_consumed = position["epoch"], position["examples_consumed"]
-    is_done = num_consumed >= then["num_examples"]
-    counts = f"{then['num_examples']:,} then, {now.num_examples:,} now"
+    is_done = num_consumed >= then.num_examples
+    counts = f"{then.num_examples:,} then, {now.num_examples:,} now"
     if num_consumed and not is_done and not accepts_changed:
         raise UserError(
             f"The training data must stay the same within an epoch, but the examples differ from those that epoch "

@@ -22,10 +22,8 @@ from weakref import WeakValueDictionary
 import torch
 
 from nmt.system.core_threads import one_core
+from nmt.system.out_of_memory import is_out_of_memory
 from nmt.translation.batch_queue import Batch, BatchQueue, Job, Ticket, no_memory_for
-
-# PyTorch raises a plain RuntimeError for these two.
-_OTHER_SIGNS = ("DefaultCPUAllocator", "MPS backend out of memory")
 
 
 class Engine:
@@ -300,8 +298,3 @@ def _finish(job: Job) -> None:
         job.future.set_result(job.finish([job.results[place] for place in range(len(job.items))]))
     except Exception as error:
         job.future.set_exception(error)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error says that there is no memory, on any kind of device."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _OTHER_SIGNS)

@@ -11,11 +11,16 @@ from nmt.options import OptimizationOptions
 
 _Kind = TypeVar("_Kind", bound=type[torch.optim.Optimizer])
 
-# torch imports its compiler, 65 MB and a second, to keep it out of these methods. Where one is found under this
-# name, that is taken for the form which the compiler leaves alone; no optimizer is ever compiled here.
-for _method in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
-    _original = inspect.unwrap(getattr(torch.optim.Optimizer, _method))
-    _original.__dynamo_disable = _original
+
+def _keep_compiler_out() -> None:
+    """Let torch's optimizers not import the compiler: 65 MB and a second.
+
+    torch imports it to keep it out of these methods. Where one is found under this name, that is taken for the
+    form which the compiler leaves alone. It holds for the whole process, in which no optimizer is compiled.
+    """
+    for method in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
+        original = inspect.unwrap(getattr(torch.optim.Optimizer, method))
+        original.__dynamo_disable = original
 
 
 def _uncompiled(kind: _Kind) -> _Kind:
@@ -37,6 +42,7 @@ def build_optimizer(
     an update on the device when their `found_inf` flag is set. Adafactor (Shazeer and Stern, 2018) has no such
     form: see `step`.
     """
+    _keep_compiler_out()
     decay = options.weight_decay
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [{"params": trained, "weight_decay": decay}]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nmt.config.ranges import check_ranges
+from nmt.config.ranges import check_limits, check_ranges, limits
 from nmt.errors import UserError, shown
 
 _LARGEST_SIDE = 16_384  # pixels
@@ -23,7 +23,7 @@ class AugmentationOptions:
     crop: Literal["auto", "resized", "shift", "none"] = "auto"
     """resized: a part of random size and shape, brought to the image size; shift: moved by some pixels; none: as
     in validation; auto: resized for folders of files, shift for MNIST and CIFAR."""
-    shift: int | None = None
+    shift: int | None = field(default=None, metadata=limits(least=1))
     """Most pixels that `crop` shift moves an image by, left and right, up and down; an eighth of the image size
     unless given."""
     hflip: float | None = None
@@ -44,6 +44,7 @@ class AugmentationOptions:
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""
+        check_limits(self)
         for name in ("hflip", "random_erasing"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -64,8 +65,6 @@ class AugmentationOptions:
         ]
         if len(given) > 1:
             raise UserError(f"`{given[0]}` must be given without `{given[1]}`, but both are. Leave one out.")
-        if self.shift is not None and self.shift < 1:
-            raise UserError(f"`shift` must be at least 1, but is {self.shift}.")
         if self.shift is not None and self.crop in ("resized", "none"):
             raise UserError(f"`shift` must come with `crop` shift, but that is {self.crop}. Leave it out.")
 
@@ -94,7 +93,7 @@ class ImageClassificationOptions:
     MNIST or CIFAR."""
     val_dir: Path | None = None
     """Validation images, likewise; of the files of MNIST and CIFAR it takes the test part."""
-    val_fraction: float = 0.0
+    val_fraction: float = field(default=0.0, metadata=limits(least=0, below=1))
     """Instead of `val-dir`: hold out this share of the training images of each class for validation."""
     split_seed: int = 1
     """Which images `val-fraction` holds out."""
@@ -108,10 +107,10 @@ class ImageClassificationOptions:
     weights: Path | None = None
     """Begin with weights of yours: a safetensors file, one of torch.save, or a model folder. Those that fit by
     name and shape are taken, so a head for other classes is left out; the others are named."""
-    image_size: int | None = field(default=None, metadata={"fixed": True})
+    image_size: int | None = field(default=None, metadata=limits(least=1, fixed=True))
     """Height and width in pixels that the model sees. Unless given: 224 for folders of files, for MNIST and CIFAR
     that of the images."""
-    crop_pct: float | None = None
+    crop_pct: float | None = field(default=None, metadata=limits(above=0, most=1))
     """Share of an image's shorter side that is left at validation; 0.875 with `crop` resized and 1 otherwise
     unless given."""
     mean: tuple[float, ...] | None = None
@@ -123,17 +122,12 @@ class ImageClassificationOptions:
     max_bad_images: int = 0
     """How many images of a split may be damaged or missing: others take their place in training, and they do not
     count in validation. At the start of a run the head and the end of each file are looked at."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = field(default=0.0, metadata=limits(least=0, below=1))
     """Probability that is spread over all classes, in training alone."""
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(
-                f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}."
-            )
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"`val-fraction` must be at least 0 and below 1, but is {self.val_fraction}.")
+        check_limits(self)
         if (self.val_dir is None) == (self.val_fraction == 0):
             fault = (
                 "both are missing. Give one of them."
@@ -145,10 +139,6 @@ class ImageClassificationOptions:
             raise UserError("`weights` must be given without `pretrained`, but both are. Leave one out.")
         if self.max_bad_images < 0:
             raise UserError(f"`max-bad-images` must not be negative, but is {self.max_bad_images}.")
-        if self.image_size is not None and self.image_size < 1:
-            raise UserError(f"`image-size` must be at least 1, but is {self.image_size}.")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise UserError(f"`crop-pct` must be above 0 and at most 1, but is {self.crop_pct}.")
         check_ranges(self, {"image_size": (1, _LARGEST_SIDE), "mean": (-1e6, 1e6), "std": (1e-6, 1e6)})
         if (self.mean is None) != (self.std is None):
             raise UserError("`mean` and `std` must be given together, but one of them is missing.")

@@ -1,0 +1,37 @@
+"""A batch run as an update would run it, to see what it takes: memory, or work."""
+
+import torch
+from torch import nn
+
+from nmt.checkpoints.weights import weights
+from nmt.task import Batch, LossOutput
+
+NEW_STATE = 2
+"""How many tensors as large as all parameters the first update makes for the optimizer, at most (Adam's)."""
+
+
+def probe(objective: nn.Module, batch: Batch, *, device: torch.device, num_copies: int) -> None:
+    """Run a batch forward and backward, and change nothing: weights and statistics stay, gradients are cleared.
+
+    Args:
+        objective: Returns the `LossOutput` of a batch on the device, in the type that updates compute in.
+        batch: Wherever it is.
+        device: Where the objective computes.
+        num_copies: How many tensors as large as all parameters an update needs besides, for the optimizer's state
+            and copies of gradients. That much is reserved meanwhile.
+    """
+    objective.train()
+    parameters = dict(objective.named_parameters())
+    statistics = [tensor for name, tensor in weights(objective).items() if name not in parameters]
+    before = [tensor.clone() for tensor in statistics]
+    reserved = [torch.empty_like(p) for _ in range(num_copies) for p in parameters.values()]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            output: LossOutput = objective(batch.to(device))
+            (output.loss / max(batch.num_targets, 1)).backward()
+    finally:
+        del reserved
+        for parameter in parameters.values():
+            parameter.grad = None
+        for tensor, value in zip(statistics, before, strict=True):
+            tensor.copy_(value)
