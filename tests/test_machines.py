@@ -46,14 +46,14 @@ def may_make_machines() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_machines_equal_one_and_name_what_they_lose(tmp_path: Path) -> None:
-    """Where the cable is cut, and where ranks are killed and torchrun goes on."""
+def test_two_machines_name_what_they_lose_and_end_like_one(tmp_path: Path) -> None:
+    """Where the cable is cut; and where ranks are killed, torchrun goes on, and one machine ends alike."""
     if not may_make_machines():
         pytest.skip("network namespaces cannot be made here")
-    result = verify(tmp_path, "--only", "equal,cut,restarts", "--updates", 20)
+    result = verify(tmp_path, "--only", "cut,restarts", "--updates", 20)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["right"] * 5
+    assert [line.split(":")[0] for line in lines] == ["right"] * 3
 
 
 def test_where_machines_cannot_be_made_a_line_says_so(tmp_path: Path) -> None:

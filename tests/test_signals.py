@@ -286,11 +286,7 @@ def test_a_rank_that_is_killed_is_named_by_the_other(started: Started, lost: int
     started.wait_for_records(3)
     ranks[lost].kill()
     said = end(ranks[1 - lost], 75)
-    name = (
-        f"rank {lost} (process {ranks[lost].pid} on "
-        if lost
-        else "rank 0, or torchrun on its machine, has ended"
-    )
+    name = f"rank {lost} (process {ranks[lost].pid} on "
     assert f"nmt-train: error: this rank cannot go on alone: {name}" in said
     assert said.count("error:") == 1
 

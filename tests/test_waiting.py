@@ -69,6 +69,12 @@ def test_a_gpu_that_is_busy_does_not_wait() -> None:
     assert 0.15 < waiting.take_seconds() < 0.4
 
 
+def _train_sharded(world: World, folder: str) -> None:
+    settings = config(Path(folder, "sharded"), optimization={"max_update": 10, "shard_weights": True})
+    with closing(Run(settings, world, StopRequest())) as run:
+        run.train()
+
+
 def _train_two(world: World, folder: str) -> None:
     if world.rank == 1:
         make_update = Trainer.train_step
@@ -103,6 +109,7 @@ def _train_with_a_slow_rank(world: World, folder: str) -> None:
             trainer.train_step([MicroBatch(batch, 1.0, np.arange(8))])
         Path(folder, f"{name}{world.rank}").write_text(str(world.waited.take_seconds()))
         trainer.close()
+    _train_sharded(world, folder)
     _train_two(world, folder)
 
 
@@ -111,6 +118,8 @@ def test_the_rank_that_others_wait_for_waits_least_and_is_named(tmp_path: Path) 
     for name in ("begin", "forward"):
         waited = [float((tmp_path / f"{name}{rank}").read_text()) for rank in range(2)]
         assert waited[0] > 0.9 and waited[1] < waited[0], name
+    (record,) = records(tmp_path / "sharded", "train")
+    assert "waited for ranks" not in record, "most of it would be missing"
     (record,) = records(tmp_path / "run", "train")
     assert record["slowest rank"] == 1
     assert 0 <= record["slowest rank waited"] < record["waited for ranks"] <= 1

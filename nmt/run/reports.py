@@ -53,8 +53,10 @@ class Reports:
             seconds = clock.take_training_seconds()
             record["targets/s"] = sums["num_targets"] / seconds
             record["waited for data"] = round(min(self.waiting.take_seconds() / seconds, 1.0), 4)
-            if (world := self.trainer.world).size > 1:
-                waited = min(world.waited.take_seconds() / seconds, 1.0)
+            world = self.trainer.world
+            waited = min(world.waited.take_seconds() / seconds, 1.0)
+            # Ranks that gather their weights layer by layer wait within the passes, unseen.
+            if world.size > 1 and not self.config.optimization.shard_weights:
                 record.update(wait_for_ranks(world.gather(waited)))
             record.update(metrics.gauges(scope))
             record["memory MiB"] = round(peak_memory(self.trainer.world.device) / 2**20)
