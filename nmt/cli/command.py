@@ -83,7 +83,7 @@ def prepare_streams() -> None:
             except OSError:  # the lowest descriptor that is free is its own
                 os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
-        elif number == _STDERR and stream is sys.__stderr__:
+        elif stream is sys.__stderr__ and isinstance(stream, io.TextIOWrapper):
             raw = _LosesWhatHasNoRoom(_STDERR, "w", closefd=False)
             sys.stderr = io.TextIOWrapper(
                 io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True
