@@ -16,6 +16,8 @@ from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.task import load_task
 
+_LEAST = 1e-30  # above nothing, in float32
+
 
 @dataclass(frozen=True)
 class OptimizationOptions:
@@ -151,7 +153,9 @@ class OptimizationOptions:
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise UserError(f"`adam-betas` must be at least 0 and below 1, but are {self.adam_betas}.")
         # Less is nothing in float32, and 0 / 0 is left where a gradient has always been 0, as of a word unseen.
-        check_ranges(self, {"adam_eps": (1e-30, 1e30)})
+        check_ranges(self, {"adam_eps": (1e-30, 1e30), "lr": (_LEAST, 1e30)})
+        if self.clip_norm:  # which is off at 0
+            check_ranges(self, {"clip_norm": (_LEAST, 1e30)})
         if self.end_learning_rate > self.lr:
             raise UserError(
                 f"`end-learning-rate` must be at most `lr` ({self.lr}), but is {self.end_learning_rate}."
