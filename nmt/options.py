@@ -15,6 +15,8 @@ from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.task import load_task
 
+_LEAST = 1e-30  # above nothing, in float32
+
 
 @dataclass(frozen=True)
 class OptimizationOptions:
@@ -94,7 +96,9 @@ class OptimizationOptions:
         """Raise `UserError` for values that make no sense alone or together."""
         check_limits(self)
         # Less is nothing in float32, and 0 / 0 is left where a gradient has always been 0, as of a word unseen.
-        check_ranges(self, {"adam_eps": (1e-30, 1e30)})
+        check_ranges(self, {"adam_eps": (_LEAST, 1e30), "lr": (_LEAST, 1e30)})
+        if self.clip_norm:  # which is off at 0
+            check_ranges(self, {"clip_norm": (_LEAST, 1e30)})
         if self.end_learning_rate > self.lr:
             raise UserError(
                 f"`end-learning-rate` must be at most `lr` ({self.lr}), but is {self.end_learning_rate}."

@@ -134,6 +134,19 @@ def test_closed_streams_are_as_if_nobody_read_them(redirection: str, tmp_path: P
     assert (tmp_path / "f").read_text() == "own"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(("ends_with", "code"), [("print('done')", 0), ("raise UserError('wrong')", 2)])
+def test_a_log_without_room_does_not_end_the_work(ends_with: str, code: int) -> None:
+    body = (
+        "def body():\n"
+        "    for number in range(3000): print('a line of a log', file=sys.stderr)\n"
+        f"    {ends_with}\n"
+        "run_command('nmt-x', body)"
+    )
+    done = run_in_shell(body, "2>/dev/full")
+    assert (done.returncode, done.stdout) == (code, b"done\n" if code == 0 else b"")
+
+
 @pytest.mark.parametrize(
     ("body", "redirection", "said"),
     [
@@ -181,3 +194,10 @@ def test_an_output_without_room_is_named(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "o")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ending_of_a_compressed_file_may_be_in_capitals(tmp_path: Path) -> None:
+    with open_output(tmp_path / "OUT.GZ") as file:
+        file.write(b"text\n")
+    assert gzip.decompress((tmp_path / "OUT.GZ").read_bytes()) == b"text\n"
+    assert list(read_text(tmp_path / "OUT.GZ")) == ["text"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -591,3 +592,31 @@ def test_options_cannot_be_changed() -> None:
 def test_configuration_imports_no_torch() -> None:
     code = "import sys, nmt.config.mapping, nmt.task; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["dé", "日本"])
+def test_a_path_is_written_and_read_where_the_locale_has_no_such_characters(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    code = (
+        "import sys; from pathlib import Path; from nmt.config.values import convert, to_text\n"
+        "assert sys.getfilesystemencoding() != 'utf-8'\n"
+        "path = Path(sys.argv[1]); text = to_text(path)\n"
+        "assert text.encode('utf-8') == bytes(path), text\n"
+        "assert convert(Path, text) == path and convert(Path, text).is_dir()\n"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / name)],
+        env=os.environ | plain,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_text_that_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"`data` must be text in UTF-8.*'x\\udce9'"):
+        write_yaml(TaskOptions(Path("x\udce9"), ModelOptions()), tmp_path / "config.yaml")
+    assert not list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ import torch
 
 from nmt.cli.train import main
 from nmt.data.data_directory import DataDirectory
-from nmt.data.indexed_dataset import IndexedDatasetWriter
-from nmt.data.vocabulary import EOS_ID, Vocabulary
+from nmt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from nmt.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.models.options import TransformerOptions
@@ -149,3 +149,16 @@ def test_a_split_without_pairs_is_refused(directory: Path) -> None:
             pass
     with pytest.raises(UserError, match=r"`valid` of .* must hold pairs, but is empty"):
         TranslationOptions(data=directory).build(None).open_split("valid")
+
+
+def test_special_symbols_in_the_text_are_told(directory: Path) -> None:
+    # fairseq-preprocess makes them of words that are spelled like them.
+    pairs = IndexedDataset(directory / "train.en-de.de")
+    sequences = [pairs[i].tolist() for i in range(len(pairs))]
+    with IndexedDatasetWriter(directory / "train.en-de.de", pairs.dtype) as writer:
+        for number, sequence in enumerate(sequences):
+            changed = [PAD_ID, *sequence] if number == 0 else sequence[:-1] if number == 1 else sequence
+            writer.add(np.array(changed))
+    within, without_end = look_over(directory)
+    assert within.startswith("warning: train: 1 special symbol stands within sentences")
+    assert without_end.startswith("warning: train: 1 sentence ends without `</s>`")

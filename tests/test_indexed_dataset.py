@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, smallest_dtype
+from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError
 
 UINT16 = np.dtype(np.uint16)
@@ -187,3 +188,13 @@ def test_a_negative_id_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sequence 1 \(from 0\) has the id -1"):
         data.check_ids(10, Path("dict.en.txt"))
     IndexedDataset(write(tmp_path / "empty", [])).check_ids(4, Path("dict.en.txt"))
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=20))
+def test_special_symbols_within_sequences_are_counted(
+    tmp_path_factory: pytest.TempPathFactory, sequences: list[list[int]]
+) -> None:
+    prefix = write(tmp_path_factory.mktemp("data") / "a", sequences)
+    within = sum(token <= EOS_ID for sequence in sequences for token in sequence[:-1])
+    without_end = sum(sequence[-1:] != [EOS_ID] for sequence in sequences)
+    assert IndexedDataset(prefix).count_specials() == (within, without_end)

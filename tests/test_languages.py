@@ -62,3 +62,8 @@ def test_languages_of_one_script_are_not_taken_for_misnamed() -> None:
         is_named_otherwise(code, guess)
         for code, guess in (("tgt", "zh"), ("zh", "ja"), ("en", "th"), ("zh_Latn", "th"))
     )
+
+
+@pytest.mark.parametrize("code", ["__zh__", "<2zh>", " zh ", ">>zh<<"])
+def test_what_stands_around_a_code_does_not_matter(code: str) -> None:
+    assert language_of(code) == "zh"

@@ -16,7 +16,7 @@ from tiny_translation_model import write_tiny_model
 from toy_run import config, log
 
 import nmt
-from nmt.checkpoints.find_folder import find_model, find_models, moved_path, split_models
+from nmt.checkpoints.find_folder import find_model, find_models, moved_path, split_models, write_link
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.cli import average, convert, generate, score, validate
 from nmt.errors import UserError
@@ -211,3 +211,18 @@ def test_other_errors_of_a_link_are_told(tmp_path: Path, monkeypatch: pytest.Mon
     make_run(tmp_path / "r")
     with pytest.raises(OSError, match="No space left"):
         CheckpointFolder(tmp_path / "r/checkpoints").link("best", 5)
+
+
+def test_a_link_takes_the_place_of_a_copy_of_a_checkpoint_and_of_no_other_folder(tmp_path: Path) -> None:
+    # A program that follows links has copied the run: `last` is a folder like the one it stood for.
+    checkpoints = make_run(tmp_path / "r") / "checkpoints"
+    for name, weights in (("update-0000005", b"five"), ("update-0000060", b"sixty"), ("last", b"five")):
+        (checkpoints / name).mkdir(exist_ok=True)
+        (checkpoints / name / "model.safetensors").write_bytes(weights)
+    write_link(checkpoints / "last", "update-0000060")
+    assert (checkpoints / "last").readlink() == Path("update-0000060")
+    (checkpoints / "best").mkdir()
+    (checkpoints / "best/model.safetensors").write_bytes(b"of another run")
+    with pytest.raises(UserError, match=r"best` must be a link.*Rename it"):
+        write_link(checkpoints / "best", "update-0000060")
+    assert (checkpoints / "best/model.safetensors").read_bytes() == b"of another run"

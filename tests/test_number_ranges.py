@@ -220,3 +220,14 @@ def test_what_is_taken_is_computed(data: st.DataObject, model: Path, one_thread:
         except SystemExit as end:
             assert end.code == 2 and said.getvalue().count("\n") == 1
     assert "not a number" not in said.getvalue()
+
+
+@pytest.mark.parametrize("name", ["lr", "clip-norm"])
+def test_what_is_nothing_in_float32_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"`{name}` must be from 1e-30 to 1e"):
+        parse_command(
+            TrainConfig[TranslationOptions],
+            ["data", "--save-dir", "r", f"--{name}", "1e-46"],
+            prog="",
+            description="",
+        )

@@ -58,6 +58,16 @@ def test_results_replace_no_text_that_belongs_to_data(tmp_path: Path) -> None:
     check_output_file(tmp_path / "translations.de")
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log"])
+def test_results_replace_no_file_of_a_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    check_output_file(tmp_path / name)
+    _checkpoint(tmp_path)
+    with pytest.raises(UserError, match="must not replace a file of a run"):
+        check_output_file(tmp_path / name)
+    check_output_file(tmp_path / "translations.de")
+
+
 def test_results_lie_in_a_folder_outside_of_checkpoints(tmp_path: Path) -> None:
     folder = _checkpoint(tmp_path)
     for path, fault in (

@@ -16,7 +16,7 @@ import pytest
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.options import PreprocessOptions
-from nmt.data.preprocess import preprocess, sample_lines
+from nmt.data.preprocess import name_in_record, preprocess, sample_lines
 from nmt.data.segmenter import Segmenter
 from nmt.data.text_lines import TextFile
 from nmt.errors import UserError
@@ -541,3 +541,13 @@ def test_preprocessing_imports_no_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code, *arguments(tmp_path)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_names_of_files_are_recorded_as_utf8_whatever_the_locale_makes_of_them() -> None:
+    assert name_in_record(Path("a/té.en")) == "té.en"
+    assert name_in_record(Path("a/t\udce9.en")) == r"t\xe9.en"
+
+
+def test_a_symbol_that_the_locale_cannot_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`extra-symbols` must be text, but one"):
+        PreprocessOptions("en", "de", tmp_path, trainpref="x", extra_symbols=("\udcc3\udc9f",)).check()

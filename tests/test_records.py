@@ -113,3 +113,9 @@ def test_a_file_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**40)  # takes no room on the disk
     with pytest.raises(DamagedError, match="at most 67,108,864 bytes"):
         read_record(path, Record({}), what_to_do="")
+
+
+def test_a_byte_order_mark_before_a_record_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')
+    assert read_record(path, Record({"a": Whole()}), what_to_do="") == {"a": 1}

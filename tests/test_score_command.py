@@ -182,7 +182,10 @@ def test_empty_pipes_are_refused(
         assert "must hold one sentence per line, but is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "is_warned"), [([], True), (["--target-lang", "zho_Hans"], False)])
+@pytest.mark.parametrize(
+    ("flags", "is_warned"),
+    [([], True), (["--target-lang", "zho_Hans"], False), (["--target-lang", "en"], True)],
+)
 def test_a_reference_whose_language_must_be_named_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], is_warned: bool
 ) -> None:

@@ -90,3 +90,14 @@ def test_damaged_gzip_is_named(tmp_path: Path) -> None:
 def test_decoded_lines_are_split_at_newlines_only_and_end_before_a_carriage_return(text: str) -> None:
     lines = [line.rstrip("\r") for line in text.split("\n")]
     assert decode_lines((text + "\n").encode(), Path("text"), first_line=1) == lines
+
+
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_compressed_text_whose_name_does_not_say_so_is_not_told_to_be_converted(
+    tmp_path: Path, num_lines: int
+) -> None:
+    (tmp_path / "text").write_bytes(gzip.compress(b"a sentence\n" * num_lines))
+    with pytest.raises(UserError, match=r"text must be text, but is compressed.*`\.gz`"):
+        check_file(tmp_path / "text")
+    with pytest.raises(UserError, match=r"text must be text, but is compressed.*`\.gz`"):
+        decode_lines((tmp_path / "text").read_bytes(), tmp_path / "text", first_line=1)

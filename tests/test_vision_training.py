@@ -327,7 +327,9 @@ def test_the_last_image_of_an_epoch_goes_with_the_batch_before_it(
         main([*arguments, "--batch-size", "1", "--save-dir", str(tmp_path / "one")])
     assert ended.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("nmt-train: error: `batch-size` must be at least 2 for `timm/resnet10t`")
+    assert line.startswith(
+        "nmt-train: error: `batch-size` and `min-batch-size` must be at least 2 for `timm/resnet10t`"
+    )
     assert not (tmp_path / "one" / "checkpoints").exists()  # it is said before the first update
 
 

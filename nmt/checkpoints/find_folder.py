@@ -1,12 +1,14 @@
 """Which model folder a user means who names a run, and where the data of a run lie that was moved."""
 
 import errno
+import filecmp
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from nmt.errors import UserError
+from nmt.system.new_folder import remove_folder
 
 MODEL_NAME = "model.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
@@ -75,7 +77,11 @@ def follow_link(path: Path) -> Path:
 
 
 def write_link(path: Path, name: str) -> None:
-    """Let `path` stand for the folder `name` beside it, atomically: a symbolic link, or a file with that name."""
+    """Let `path` stand for the folder `name` beside it, atomically: a symbolic link, or a file with that name.
+
+    Raises:
+        UserError: There is a folder at `path` that is no copy of one beside it.
+    """
     temporary = path.with_name(f".{path.name}.link")
     temporary.unlink(missing_ok=True)
     try:
@@ -85,7 +91,23 @@ def write_link(path: Path, name: str) -> None:
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise
         temporary.write_text(f"{name}\n", encoding="utf-8")
+    if path.is_dir() and not path.is_symlink():
+        _remove_copy(path)
     temporary.replace(path)
+
+
+def _remove_copy(path: Path) -> None:
+    """Remove what has become of a link in a run that was copied by a program which follows links."""
+    model = path / MODEL_NAME
+    beside = [folder / MODEL_NAME for folder in path.parent.glob("update-*")]
+    if not model.is_file() or not any(
+        other.is_file() and filecmp.cmp(model, other, shallow=False) for other in beside
+    ):
+        raise UserError(
+            f"`{path}` must be a link that the run sets, but is a folder, and no copy of a checkpoint beside it. "
+            "Rename it, and the same command goes on."
+        )
+    remove_folder(path)
 
 
 def find_checkpoints(path: Path) -> Path | None:

@@ -7,6 +7,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from nmt.checkpoints.find_folder import FoundModel
 from nmt.errors import LostRankError, UserError, one_line
@@ -17,7 +18,7 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _LESS_MEMORY = "Take smaller batches, a smaller model or shorter lines, or a larger machine."
 _EXIT_USER_ERROR = 2
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-_STDOUT = 1  # its file descriptor
+_STDOUT, _STDERR = 1, 2  # their file descriptors
 
 
 def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe: int = 0) -> None:
@@ -71,9 +72,10 @@ def prepare_streams() -> None:
     """Make the standard streams fit for whatever is printed.
 
     One that is closed, as daemons and `>&-` have it, becomes the null device: Python has None in its place, and
-    the next file that is opened would get its descriptor. What an encoding does not have is printed as `\\x..`.
+    the next file that is opened would get its descriptor. What an encoding does not have is printed as `\\x..`. A
+    log that has no room any more does not end the work that it tells of.
     """
-    for number, name, mode in ((0, "stdin", "r"), (_STDOUT, "stdout", "w"), (2, "stderr", "w")):
+    for number, name, mode in ((0, "stdin", "r"), (_STDOUT, "stdout", "w"), (_STDERR, "stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
             try:
@@ -81,8 +83,25 @@ def prepare_streams() -> None:
             except OSError:  # the lowest descriptor that is free is its own
                 os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+        elif stream is sys.__stderr__ and isinstance(stream, io.TextIOWrapper):
+            raw = _LosesWhatHasNoRoom(_STDERR, "w", closefd=False)
+            sys.stderr = io.TextIOWrapper(
+                io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True
+            )
         elif isinstance(stream, io.TextIOWrapper) and mode == "w":
             stream.reconfigure(errors="backslashreplace")
+
+
+class _LosesWhatHasNoRoom(io.FileIO):
+    """Standard error, on a disk that may be full."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in WRITE_ERRORS:
+                raise
+            return len(data)
 
 
 def announce_models(prog: str, models: Sequence[FoundModel]) -> list[Path]:

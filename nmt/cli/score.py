@@ -49,13 +49,13 @@ def score_by_reference(options: ScoreOptions) -> None:
     from nmt.translation.scoring import RunningScores, compare
 
     assert options.reference is not None
-    from nmt.data.languages import guess_language
+    from nmt.data.languages import guess_language, is_named_otherwise
 
     language = options.target_lang or ""
     hypotheses, references = list(read_text(options.hypothesis)), list(read_text(options.reference))
     _check_count(options.hypothesis, len(hypotheses), options.reference, len(references))
     guess = guess_language("".join(references[:_LINES_TO_GUESS_BY]))
-    if options.target_lang is None and guess is not None:
+    if guess is not None and is_named_otherwise(language, guess):
         print(
             f"{PROG}: warning: the reference looks like `{guess}`, whose words BLEU must know. "
             f"Say so with --target-lang {guess}.",

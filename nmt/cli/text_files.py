@@ -89,7 +89,7 @@ def open_output(path: Path | None) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            if path.suffix == ".gz":
+            if path.suffix.lower() == ".gz":
                 # Without the name and the time of the file, so that the same text gives the same bytes.
                 with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as compressed:
                     yield compressed  # type: ignore[misc]

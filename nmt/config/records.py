@@ -310,13 +310,13 @@ def check_record(schema: Schema, value: Any, *, where: str, error: type[UserErro
 
 
 def parse_json(data: bytes) -> Any:
-    """Return what JSON in UTF-8 stands for.
+    """Return what JSON in UTF-8 stands for, with a byte order mark before it or without.
 
     Raises:
         ValueError: It is none, or is nested deeper than Python can follow.
     """
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except UnicodeDecodeError:

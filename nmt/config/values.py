@@ -2,6 +2,7 @@
 
 import difflib
 import numbers
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from nmt.config.records import is_unicode
 from nmt.errors import shown
 
 _NEAR, _NEAR_IF_SHORT, _SHORT = (
@@ -67,7 +69,33 @@ def to_text(value: Any) -> Any:
         return [to_text(item) for item in value]
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Path):
+        return path_to_text(value)
     return repr(value) if isinstance(value, float) else str(value)
+
+
+def path_to_text(path: Path) -> str:
+    """Return a path as text of UTF-8, also where the locale knows fewer characters than its name has.
+
+    A name that is no UTF-8 stays as Python shows it, with halves of characters in it.
+    """
+    text = str(path)
+    with suppress(UnicodeError):
+        return text if is_unicode(text) else os.fsencode(text).decode("utf-8")
+    return text
+
+
+def _to_path(text: str) -> Path:
+    """Return the path that text stands for, which may have characters that the locale does not know.
+
+    Raises:
+        UnicodeError: No path is of this name.
+    """
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        text = os.fsdecode(text.encode("utf-8"))
+    return Path(text)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -136,8 +164,11 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
         if hint in (int, float):
             with suppress(ValueError):  # also of thousands of digits
                 return hint(value)
-        if hint is str or (hint is Path and value and "\0" not in value):
-            return hint(value)
+        if hint is str:
+            return value
+        if hint is Path and value and "\0" not in value:
+            with suppress(UnicodeError):
+                return _to_path(value)
     elif hint in (int, float) and isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool):
         with suppress(OverflowError):
             number = hint(value)

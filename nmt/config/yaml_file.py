@@ -60,8 +60,16 @@ def write_flat_yaml(mapping: Mapping[str, Any], path: Path) -> None:
     The file is written under a temporary name beside it and renamed.
 
     Raises:
+        UserError: Text is none, such as a path whose name is no UTF-8.
         OSError: It could not be written; the error names it.
     """
+    for key, value in mapping.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not is_unicode(text):
+                raise UserError(
+                    f"`{key}` must be text in UTF-8, to be written to {path}, but is {shown(text)}. "
+                    "Rename it, or name another."
+                )
     items = [(_text_node(key), _value_node(value)) for key, value in mapping.items()]
     root = yaml.MappingNode(_MAPPING_TAG, items, flow_style=False)
     text = yaml.serialize(root, Dumper=yaml.BaseDumper, allow_unicode=True, width=math.inf)

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError, counted, shown
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -115,6 +116,19 @@ class IndexedDataset:
         _, _, ids = self._open()
         for start in range(0, len(ids), _CHUNK):
             yield ids[start : start + _CHUNK]
+
+    def count_specials(self) -> tuple[int, int]:
+        """Return how many special symbols stand within sequences, and how many sequences end without `</s>`.
+
+        It reads all.
+        """
+        sizes, _, ids = self._open()
+        chunks = (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
+        num_specials = sum(int(np.count_nonzero(chunk <= EOS_ID)) for chunk in chunks)
+        ends = np.cumsum(sizes, dtype=np.int64)[sizes > 0] - 1
+        last = ids[ends]
+        num_ended = int(np.count_nonzero(last == EOS_ID))
+        return num_specials - int(np.count_nonzero(last <= EOS_ID)), len(sizes) - num_ended
 
     def __getstate__(self) -> Path:
         return self.path_prefix

@@ -54,7 +54,8 @@ def is_written_without_blanks(code: str) -> bool:
 
 
 def _parts(code: str) -> list[str]:
-    return re.split(r"[-_.@]", code.lower())
+    """Return the parts of a code in small letters, without what stands around it: `<2zh>`, `__zh__`, ` zh`."""
+    return re.split(r"[-_.@]", code.lower().strip("<>2_ "))
 
 
 def is_named_otherwise(code: str, guess: str) -> bool:

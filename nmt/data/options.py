@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from nmt.config.ranges import check_limits, check_ranges, limits
+from nmt.config.records import is_unicode
 from nmt.errors import UserError, shown
 
 MOST_PIECES = 10_000_000  # of a vocabulary; larger ones have not been heard of
@@ -53,7 +54,11 @@ class PreprocessOptions:
     def check(self) -> None:
         """Raise `UserError` for values that make no sense alone or together."""
         for name, language in (("source-lang", self.source_lang), ("target-lang", self.target_lang)):
-            if not language or any(character in "/\\" or character.isspace() for character in language):
+            if (
+                not language
+                or any(character in "/\\" or character.isspace() for character in language)
+                or not is_unicode(language)
+            ):
                 raise UserError(
                     f"`{name}` must be a part of a file name, such as `en`, but is {shown(language)}."
                 )
@@ -80,6 +85,11 @@ class PreprocessOptions:
         for symbol in self.extra_symbols:
             if not symbol or any(character.isspace() for character in symbol):
                 raise UserError(f"`extra-symbols` must be without white space, but one is {shown(symbol)}.")
+            if not is_unicode(symbol):
+                raise UserError(
+                    f"`extra-symbols` must be text, but one is {shown(symbol)}, which the locale makes of it. "
+                    "Set LC_ALL=C.UTF-8."
+                )
         if len(set(self.extra_symbols)) < len(self.extra_symbols):
             raise UserError(f"`extra-symbols` must differ, but are {' '.join(self.extra_symbols)}.")
         self._check_training_options_are_used()

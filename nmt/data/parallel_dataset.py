@@ -38,6 +38,9 @@ class Sentences(Protocol):
     def count(self, token_id: int) -> int:
         """Return how often an id comes."""
 
+    def count_specials(self) -> tuple[int, int]:
+        """Return how many special symbols stand within sentences, and how many sentences end without `</s>`."""
+
 
 @dataclass(frozen=True)
 class TranslationBatch:
@@ -197,6 +200,14 @@ class ParallelDataset:
             for side in (self._source, self._target)
         )
         return source, target
+
+    def count_specials(self) -> tuple[int, int]:
+        """Return how many special symbols stand within sentences, and how many lack an end, on both sides."""
+        (of_source, without_end), (of_target, without_end_of_target) = (
+            self._source.count_specials(),
+            self._target.count_specials(),
+        )
+        return of_source + of_target, without_end + without_end_of_target
 
     def collate(self, items: Sequence[Pair]) -> TranslationBatch:
         """Pad pairs to a batch."""

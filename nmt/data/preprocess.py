@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -288,6 +289,11 @@ def _make_record(
     }
 
 
+def name_in_record(path: Path) -> str:
+    """Return the name of a file as text of UTF-8, which the locale's encoding may not have made of it."""
+    return os.fsencode(path.name).decode("utf-8", errors="backslashreplace")
+
+
 def _describe_side(side: SideReport, text: TextFile) -> dict[str, Any]:
     return {
         "tokens": side.num_tokens,
@@ -295,5 +301,5 @@ def _describe_side(side: SideReport, text: TextFile) -> dict[str, Any]:
         "unk_rate": side.rate(side.num_unk),
         "byte_fallback": side.num_bytes,
         "byte_fallback_rate": side.rate(side.num_bytes),
-        "input": {"file": text.path.name, "lines": text.num_lines, "sha256": text.sha256},
+        "input": {"file": name_in_record(text.path), "lines": text.num_lines, "sha256": text.sha256},
     }

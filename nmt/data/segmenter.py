@@ -23,6 +23,7 @@ _NUM_TRAINING_THREADS = 8
 
 _NUM_BYTES = 256
 _LONGEST_TRAINING_LINE = 4192  # bytes; SentencePiece's own default
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _NOT_IN_TRAINING = ("\0", "\u2585")
 _ERRORS_ONLY = 2  # SentencePiece's log level
 
@@ -227,10 +228,9 @@ def train_segmenter(
         UserError: `vocab_size` is too small (the least that suffices is named), or no sentence is usable.
     """
     for symbol in extra_symbols:
-        if symbol in SPECIALS:
-            raise UserError(
-                f"`extra-symbols` must be new, but `{symbol}` is a special symbol already. Leave it out."
-            )
+        if symbol in SPECIALS or _BYTE_PIECE.fullmatch(symbol):
+            kind = "special symbol" if symbol in SPECIALS else "piece of a byte"
+            raise UserError(f"`extra-symbols` must be new, but `{symbol}` is a {kind} already. Leave it out.")
     failures: list[BaseException] = []
     model = io.BytesIO()
     try:

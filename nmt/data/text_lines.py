@@ -22,6 +22,7 @@ import numpy as np
 from nmt.errors import UserError
 
 _CHUNK_BYTES = 2**20
+_GZIP = b"\x1f\x8b"  # what compressed files begin with
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ def decode_lines(data: bytes, path: Path, *, first_line: int) -> list[str]:
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
     byte = error.object[error.start]
+    if line == 1 and error.object.startswith(_GZIP):
+        return UserError(
+            f"{path} must be text, but is compressed. Inflate it (gunzip), or give it a name that ends in `.gz`."
+        )
     return UserError(
         f"{path}, line {line}: must be UTF-8, but holds the byte 0x{byte:02X} out of place. "
         "Convert the file (for example with iconv) or mend the line."
@@ -111,7 +116,7 @@ class TextReader:
         self._at_start = True
 
     def __enter__(self) -> TextReader:
-        if self._path.suffix == ".gz":
+        if self._path.suffix.lower() == ".gz":
             self._file = cast(BinaryIO, gzip.open(self._path, "rb"))
         else:
             self._file = self._path.open("rb")

@@ -12,6 +12,7 @@ _CHECKPOINT = re.compile(r"update-\d+")
 # What a model folder or a data directory is made of.
 _OWN_ENDINGS = (".safetensors", ".yaml", ".json", ".model", ".bin", ".idx")
 _RECORD_OF_DATA, _MODEL = "preprocess.json", "model.safetensors"
+_FILES_OF_RUN = ("config.yaml", "metrics.jsonl", "train.log")
 _LONGEST_KIND = 100  # bytes, enough for the beginning of a record
 _OPTIONS_OF_EACH_RUN = ("save-dir", "seed", "task")
 
@@ -53,7 +54,8 @@ def check_output_file(path: Path, *, name: str = "output") -> None:
     _check_not_in_checkpoint(path, name)
     if path.is_file() and _belongs_to_folder(path.resolve()):
         raise UserError(
-            f"`{name}` must not replace a file of a model or of data, but {path} is one. Choose another name."
+            f"`{name}` must not replace a file of a run, a model or of data, but {path} is one. "
+            "Choose another name."
         )
 
 
@@ -129,7 +131,9 @@ def _check_not_in_checkpoint(path: Path, name: str) -> None:
 
 
 def _belongs_to_folder(file: Path) -> bool:
-    """Return whether a file is a part of a model folder or a data directory, and no text that lies in it."""
+    """Return whether a file is of a run, a model folder or a data directory, and no text that lies in it."""
+    if file.name in _FILES_OF_RUN and (file.parent / "checkpoints").is_dir():
+        return True
     record = file.parent / _RECORD_OF_DATA
     if record.is_file() and f'"{file.name}"' in record.read_text(encoding="utf-8", errors="replace"):
         return True

@@ -33,7 +33,7 @@ from nmt.translation.illustration import Row, markdown_table
 from nmt.translation.loss import TranslationLoss, packed_translation_loss, translation_loss
 from nmt.translation.options import TranslationOptions
 from nmt.translation.r_drop import r_drop_loss
-from nmt.translation.unknown_pieces import about_unknown
+from nmt.translation.unknown_pieces import about_specials, about_unknown
 from nmt.translation.word_dropout import drop_words
 
 _BEAM = 5
@@ -140,13 +140,16 @@ class TranslationTask:
         return dataset
 
     def look_over(self, train: ParallelDataset, valid: ParallelDataset, world: World) -> list[str]:
-        """Say how much of the data the vocabularies do not know; data of other toolkits come without a report."""
+        """Say what the vocabularies do not know, and what is amiss; data of others come without a report."""
         if not world.is_main:
             return []
         return [
             line
             for name, examples in (("train", train), ("valid", valid))
-            for line in about_unknown(name, examples.unknown_shares())
+            for line in (
+                *about_unknown(name, examples.unknown_shares()),
+                *about_specials(name, *examples.count_specials()),
+            )
         ]
 
     def why_padded(self, model: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Text that a model can make nothing of: pieces that it does not know, and pieces where it wants raw text."""
+"""Text that a model can make nothing of: pieces that it does not know, special symbols, pieces for raw text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +26,27 @@ def about_unknown(name: str, shares: tuple[float, float]) -> list[str]:
         f"warning: {line}, of which a model learns nothing. Binarise the text again, split into the pieces of the "
         "dictionary, or with a dictionary of its own pieces"
     ]
+
+
+def about_specials(name: str, num_within: int, num_without_end: int) -> list[str]:
+    """Return a line on special symbols of a split where none belong, and one where they are missing.
+
+    fairseq-preprocess makes them of words that are spelled so.
+    """
+    lines = []
+    if num_within:
+        stand = by_number(num_within, "special symbol stands", "special symbols stand")
+        lines.append(
+            f"warning: {name}: {num_within:,} {stand} within sentences (`<s>`, `<pad>`, `</s>`), where a model "
+            "takes them for ends and for nothing. Binarise the text again, without words that are spelled so"
+        )
+    if num_without_end:
+        end = by_number(num_without_end, "sentence ends", "sentences end")
+        lines.append(
+            f"warning: {name}: {num_without_end:,} {end} without `</s>`, by which a model learns to stop. "
+            "Binarise the text again, with it"
+        )
+    return lines
 
 
 class UnknownPieces:

@@ -177,9 +177,9 @@ class ImageClassificationTask:
             if len(batch.images) > 1 or "Expected more than 1 value per channel" not in str(error):
                 raise
             raise UserError(
-                f"`batch-size` must be at least 2 for `{self.options.model}` and images of "
+                f"`batch-size` and `min-batch-size` must be at least 2 for `{self.options.model}` and images of "
                 f"{self.format.image_size} pixels, but a batch has one image: of its channels batch norm sees one "
-                "value each. Raise it, or `image-size`."
+                "value each. Raise them, or `image-size`."
             ) from error
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -242,7 +242,8 @@ def _load_assets(folder: Path) -> tuple[list[str], ImageFormat]:
         if not (folder / name).is_file():
             raise UserError(f"`{folder / name}` must be a file of the model folder, but is missing.")
     try:
-        classes = read_limited(folder / CLASSES).decode("utf-8").removesuffix("\n").split("\n")
+        text = read_limited(folder / CLASSES).decode("utf-8-sig").replace("\r\n", "\n")
+        classes = text.removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise DamagedError(f"`{folder / CLASSES}` must be UTF-8, but is not. {_TAKE_AGAIN}") from None
     record: dict[str, Any] = read_record(folder / FORMAT, _FORMAT, what_to_do=_TAKE_AGAIN)
