@@ -186,6 +186,13 @@ class CrossAttention(nn.Module):
         attended = attend(heads, keys, values, attention_mask=attention_mask, dropout=dropout)
         return self.out_proj(attended).view(num_rows, length, dim)  # (B, K*T, D) -> (R, T, D)
 
+    def weights(self, x: Tensor, keys: Tensor, *, padding_mask: Tensor) -> Tensor:
+        """Return what (B, T, D) attends to of (B, H, S, E), the mean over the heads: (B, T, S) float32."""
+        (queries,) = split_heads(self.q_proj(x), 1, self.num_heads)  # (B, T, D) -> (B, H, T, E)
+        scores = queries @ keys.transpose(2, 3) / queries.size(-1) ** 0.5  # (B, H, T, S)
+        scores = scores.float().masked_fill(padding_mask[:, None, None, :], -torch.inf)
+        return scores.softmax(dim=-1).mean(dim=1)
+
     def attend_packed(self, x: Tensor, memory: Tensor, spans: Spans) -> Tensor:
         """Let each part of a packed row attend to that of another row.
 

@@ -36,8 +36,6 @@ _MANY_SENTENCES = 64  # from so many on, attention is faster in bfloat16 than in
 class InferenceTransformer:
     """Encode sources, then decode position by position, with a trained model's weights as they are now."""
 
-    training = False
-
     def __init__(self, model: Transformer, dtype: torch.dtype | None = None, *, packs: bool = True) -> None:
         """Take over the weights of a model in evaluation mode, which is not changed.
 
@@ -91,9 +89,13 @@ class InferenceTransformer:
             model.output_weight, bias, self.dtype, input_ranges=last_ranges, packs=packs
         )
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over the weights of the model."""
-        return self.plain.parameters()
+    @property
+    def widest_product(self) -> int:
+        """How many numbers a row has at most in what a step makes anew, logits aside."""
+        widest = max(x.out_features for x in self.plain.modules() if isinstance(x, nn.Linear))
+        return max(
+            widest, 2 * len(self.layers) * self.plain.output_weight.size(1)
+        )  # the memory of all layers
 
     def encode(self, source: Tensor) -> InferenceMemory:
         """Encode sources (B, S); see `Transformer.encode`."""
@@ -121,41 +123,38 @@ class InferenceTransformer:
         """Return the state of rows of which nothing has been decoded."""
         return BeamState()
 
-    def features(self, target_input: Tensor, memory: InferenceMemory, state: BeamState) -> Tensor:
-        """Take new tokens into the state, one after the other.
+    def step(self, tokens: Tensor, memory: InferenceMemory, state: BeamState) -> Tensor:
+        """Take one new token a row into the state.
 
         Args:
-            target_input: (R, T) int64; the K rows of a sentence lie side by side.
+            tokens: (R,) int64; the K rows of a sentence lie side by side.
             memory: The encoded sources of B sentences.
             state: What has been decoded before.
 
         Returns:
-            (R, T, D), the last hidden states.
+            (R, D), the last hidden states.
         """
-        beam_size = target_input.size(0) // memory.padding.size(0)
-        columns = target_input.split(1, dim=1)
-        if len(columns) > 1:
-            return torch.cat([self.features(column, memory, state) for column in columns], dim=1)
+        beam_size = tokens.size(0) // memory.padding.size(0)
         if state.length > 0 or beam_size == 1:
-            return self._step(target_input, memory, state, beam_size, later=beam_size)
-        first = target_input[::beam_size]
-        if not torch.equal(target_input, first.repeat_interleave(beam_size, dim=0)):
-            return self._step(target_input, memory, state, beam_size, later=beam_size)
+            return self._step(tokens, memory, state, beam_size, later=beam_size)
+        first = tokens[::beam_size]
+        if not torch.equal(tokens, first.repeat_interleave(beam_size)):
+            return self._step(tokens, memory, state, beam_size, later=beam_size)
         # All rows of a sentence are alike, as a search begins: one is computed.
         features = self._step(first, memory, state, 1, later=beam_size)
         state.branch(beam_size)
         return features.repeat_interleave(beam_size, dim=0)
 
     def _step(
-        self, target_input: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int, *, later: int
+        self, tokens: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int, *, later: int
     ) -> Tensor:
         past, past_mask = state.add_columns(memory, beam_size, later=later)
-        x = self.embedding(target_input, start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
+        x = self.embedding(tokens[:, None], start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
         for layer, own_past, (keys, values) in zip(self.layers, past, memory.tables, strict=True):
             x = layer.attend_to_past(x, own_past, past_mask)
             x = layer.attend_to_source(x, keys, values, memory.mask)
             x = layer.feed_forward(x)
-        return self.final_norm(x)[:, None]
+        return self.final_norm(x)
 
 
 def _groups(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:

@@ -45,15 +45,23 @@ _PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
 CONTAINERS = (Encoder, nn.ModuleList, EncoderLayer, SelfAttention)
 
 
-def find_stranger(model: Transformer, *, within_encoder: bool) -> str | None:
+def find_stranger(model: object, *, within_encoder: bool) -> str | None:
     """Return the first part of a model, by name and class, that is not just what its class says.
 
     Args:
-        model: The model.
+        model: The model; one of another class than the Transformer is a stranger as a whole.
         within_encoder: Whether what stands in the encoder counts, too, or only the encoder as such.
     """
     runs_as_it_is = () if within_encoder else (Encoder,)
     return next(_strangers(model, (Transformer,), "the model", runs_as_it_is), None)
+
+
+def why_padded(model: nn.Module) -> str | None:
+    """Return what of a model may know padded batches alone, as a line says it; None if it takes packed ones."""
+    if not isinstance(model, Transformer):
+        return f"the model ({type(model).__name__}) is not the Transformer of this package"
+    stranger = find_stranger(model, within_encoder=True)
+    return None if stranger is None else f"{stranger} may know padded batches alone"
 
 
 def is_known(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:

@@ -1,10 +1,17 @@
-"""The options of the Transformer. Imports no torch."""
+"""The options of a model, and those of the Transformer. Imports no torch."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from nmt.errors import UserError
 from nmt.models.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nmt.models.transformer import Transformer
 
 FIXED = {"fixed": True}  # may not change when a run is resumed
 
@@ -17,6 +24,25 @@ LARGEST = {
     "positions": 2**17,
 }
 _LARGEST_TABLE = 2**27  # numbers in a table of positions
+
+
+class ModelOptions(Protocol):
+    """The options of a translation model: a frozen dataclass that makes it.
+
+    Sizes have `metadata={"fixed": True}`, so that a run is not resumed with others. If there is a field
+    `share_all_embeddings` that is true, both languages must have one vocabulary.
+    """
+
+    @property
+    def max_source_positions(self) -> int:
+        """The most tokens of a source, its eos counted; a field, or a constant."""
+
+    @property
+    def max_target_positions(self) -> int:
+        """The most tokens of a target, its eos counted."""
+
+    def build(self, *, source_vocabulary_size: int, target_vocabulary_size: int, pad_id: int) -> nn.Module:
+        """Make a model with fresh parameters; what it must be able to do, `nmt/models/protocols.py` says."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,17 @@ class TransformerOptions:
     """Longest source in tokens, end of sentence included."""
     max_target_positions: int = field(default=1024, metadata=FIXED)
     """Longest target in tokens, end of sentence included."""
+
+    def build(self, *, source_vocabulary_size: int, target_vocabulary_size: int, pad_id: int) -> Transformer:
+        """Make a Transformer with fresh parameters."""
+        from nmt.models.transformer import Transformer
+
+        return Transformer(
+            self,
+            source_vocabulary_size=source_vocabulary_size,
+            target_vocabulary_size=target_vocabulary_size,
+            pad_id=pad_id,
+        )
 
     def check(self) -> None:
         """Raise `UserError` where the sizes do not fit together."""

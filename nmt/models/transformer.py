@@ -19,10 +19,7 @@ from nmt.models.packed import PackedTokens, Spans, have_kernels
 
 
 class Transformer(nn.Module):
-    """Encode a source once, then decode a target in one pass (training) or token by token (search).
-
-    There is no `forward`: `encode` and `decode` are called apart.
-    """
+    """Encode a source once, then decode a target in one pass (`forward`) or token by token (`step`)."""
 
     logit_offset = 0.0  # `project` leaves nothing away
 
@@ -49,6 +46,15 @@ class Transformer(nn.Module):
             self.output_weight = nn.Parameter(torch.empty(target_vocabulary_size, options.decoder_embed_dim))
             nn.init.normal_(self.output_weight, std=options.decoder_embed_dim**-0.5)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and hidden states."""
+        return self.output_weight.dtype
+
+    def forward(self, source: Tensor, target_input: Tensor) -> Tensor:
+        """Encode sources (B, S) and decode their targets (B, T), as in training: (B, T, D) hidden states."""
+        return self.features(target_input, self.encode(source))
+
     def encode(self, source: Tensor) -> Memory:
         """Encode sources, and project them to what each decoder layer attends to.
 
@@ -61,6 +67,10 @@ class Transformer(nn.Module):
     def features(self, target_input: Tensor, memory: Memory, state: DecoderState | None = None) -> Tensor:
         """Return the decoder's last hidden states (R, T, D); arguments as in `decode`."""
         return self.decoder(target_input, memory, state)
+
+    def step(self, tokens: Tensor, memory: Memory, state: DecoderState) -> Tensor:
+        """Take one new token a row, (R,) int64, into the state: (R, D) hidden states; see `decode`."""
+        return self.features(tokens[:, None], memory, state).squeeze(1)
 
     def packed_features(self, source: PackedTokens, target_input: PackedTokens) -> Tensor:
         """Encode sources and decode their targets, packed into a row each: how a GPU trains.
@@ -95,6 +105,27 @@ class Transformer(nn.Module):
     def start_state(self) -> DecoderState:
         """Return the state of rows of which nothing has been decoded."""
         return DecoderState([LayerState() for _ in self.decoder.layers])
+
+    @property
+    def num_attention_layers(self) -> int:
+        """How many decoder layers there are to tell what a target attends to."""
+        return len(self.decoder.layers)
+
+    def attention_weights(self, source: Tensor, target_input: Tensor, *, layer: int) -> Tensor:
+        """Run sources (B, S) and targets (B, T) through the model, and return what a decoder layer attends to.
+
+        Returns:
+            (B, T, S) float32, the mean over the heads; each row sums to 1, and padding of the source has 0.
+        """
+        attention = cast(DecoderLayer, self.decoder.layers[layer]).cross_attention
+        inputs: list[Tensor] = []
+        handle = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        try:
+            memory = self.encode(source)
+            self.features(target_input, memory)
+        finally:
+            handle.remove()
+        return attention.weights(inputs[0], memory.keys[layer], padding_mask=memory.padding_mask)
 
 
 class Encoder(nn.Module):
