@@ -68,6 +68,10 @@ class OtherEmbedding(Embedding):
         return super().forward(token_ids, start, **arguments).flip(-1)
 
 
+class OtherNorm(nn.RMSNorm):
+    pass
+
+
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2.0 * weight
@@ -105,7 +109,7 @@ def _activate_by(layer: Layer, activation: nn.Module) -> None:
 STRANGERS: dict[str, Callable[[Layer], object]] = {
     "gated feed-forward": lambda layer: _become(layer.feed_forward, GatedFeedForward),
     "other norm": lambda layer: setattr(
-        _around(layer), "norm", nn.RMSNorm(_around(layer).norm.normalized_shape, dtype=torch.float64)
+        _around(layer), "norm", OtherNorm(_around(layer).norm.normalized_shape, dtype=torch.float64)
     ),
     "norm without weights": lambda layer: setattr(
         _around(layer),

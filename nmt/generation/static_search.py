@@ -70,7 +70,7 @@ class Job:
 
 def static_search(models: Sequence[SearchModel]) -> StaticSearch | None:
     """Return the search in place with some models, or None if it does not know all of them."""
-    known = [model for model in models if isinstance(model, InferenceTransformer)]
+    known = [x for x in models if isinstance(x, InferenceTransformer) and not x.has_variants]
     return StaticSearch(known) if len(known) == len(models) else None
 
 

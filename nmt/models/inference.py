@@ -24,7 +24,7 @@ from nmt.models.attention import LEAST_WIDTH
 from nmt.models.blocks import FeedForward, Residual
 from nmt.models.inference_int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
 from nmt.models.inference_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
-from nmt.models.known_parts import CONTAINERS, LINEAR, is_as_its_class, is_known
+from nmt.models.known_parts import CONTAINERS, LINEAR, find_stranger, is_as_its_class, is_known
 from nmt.models.transformer import DecoderLayer, Transformer
 
 _Map = Callable[[Tensor], Tensor]
@@ -72,6 +72,8 @@ class InferenceTransformer:
         if in_integers:
             inputs, last_input = decoder_inputs(model.decoder)
             last_ranges = ranges(last_input)
+        # Of parts, such as another normalisation: they are run as they are.
+        self.has_variants = find_stranger(model, within_encoder=False) is not None
         self.layers = [
             _Layer(layer, self.product_dtype, self.dtype, x, packs=packs)
             for layer, x in zip(layers, inputs, strict=True)
@@ -282,9 +284,11 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
 
 
 def _feed_forward(
-    feed_forward: FeedForward, dtype: torch.dtype, *, input_norm: nn.LayerNorm | None, packs: bool
+    feed_forward: nn.Module, dtype: torch.dtype, *, input_norm: nn.LayerNorm | None, packs: bool
 ) -> _Map:
     """Return the map of a feed-forward block; of 8-bit integers if the normalisation of its inputs is given."""
+    if not isinstance(feed_forward, FeedForward):
+        return _copied(feed_forward, dtype, packs=packs)
     expand, contract, activation = feed_forward.expand, feed_forward.contract, feed_forward.activation
     if input_norm is not None and activation is F.relu:
         return int8_feed_forward(feed_forward, input_norm)
@@ -359,10 +363,17 @@ def _replace_products_(module: nn.Module, dtype: torch.dtype, *, packs: bool) ->
             _replace_products_(child, dtype, packs=packs)
 
 
+def _copied(part: nn.Module, dtype: torch.dtype, *, packs: bool) -> nn.Module:
+    """Return a copy of a part that is run as it is, in another type, with faster products."""
+    part = copy.deepcopy(part)
+    _replace_products_(part, dtype, packs=packs)
+    return part.to(dtype)
+
+
 def _norm(norm: nn.Module, dtype: torch.dtype) -> _Map:
     """Return layer normalisation, or what stands in its place, in another type."""
     if not isinstance(norm, nn.LayerNorm):
-        return norm
+        return _copied(norm, dtype, packs=False)
     weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
     return lambda x: F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 

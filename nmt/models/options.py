@@ -83,14 +83,20 @@ class TransformerOptions:
     """Normalise the sum of token and position embeddings."""
     no_scale_embedding: bool = field(default=False, metadata=FIXED)
     """Do not multiply token embeddings by the square root of the width."""
-    activation_fn: Literal["relu", "gelu"] = field(default="relu", metadata=FIXED)
-    """Activation of the feed-forward blocks."""
+    activation_fn: Literal["relu", "gelu", "swiglu"] = field(default="relu", metadata=FIXED)
+    """Activation of the feed-forward blocks; swiglu has a gate besides, and half as many weights again."""
+    norm_fn: Literal["layer", "rms"] = field(default="layer", metadata=FIXED)
+    """Normalisation of all blocks: by mean and deviation (layer), or by the root of the mean square (rms)."""
     dropout: float = 0.1
     """Dropout on embeddings and on the output of each block."""
     attention_dropout: float = 0.0
     """Dropout on attention weights."""
     activation_dropout: float = 0.0
     """Dropout after the activation of the feed-forward blocks."""
+    encoder_layerdrop: float = 0.0
+    """LayerDrop: probability with which an encoder layer is left out of a pass in training."""
+    decoder_layerdrop: float = 0.0
+    """The same of a decoder layer."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the layers in training and compute the rest anew in the backward pass: less memory,
     but up to a third more to compute."""
@@ -133,7 +139,10 @@ class TransformerOptions:
                     f"`{side}-embed-dim` must be even for sinusoidal positions, but is {dim}. "
                     f"Change it or set `{side}-learned-pos`."
                 )
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
+        for name in (
+            *("dropout", "attention_dropout", "activation_dropout"),
+            *("encoder_layerdrop", "decoder_layerdrop"),
+        ):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(
                     f"`{name.replace('_', '-')}` must be at least 0 and below 1, but is {getattr(self, name)}."

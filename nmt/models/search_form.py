@@ -73,7 +73,8 @@ def search_form(model: TranslationModel, dtype: torch.dtype | None = None) -> Se
         )
     if dtype == torch.int8:
         raise UserError(
-            f"`precision` must be fp32 or bf16 with a {name}, but is int8, which is made for the Transformer."
+            f"`precision` must be fp32 or bf16 with a {name}, but is int8, which is made for the Transformer. "
+            "Take one of those."
         )
     assert not model.training, "call model.eval() before"
     if dtype in (None, model.dtype):
@@ -85,10 +86,15 @@ def search_form(model: TranslationModel, dtype: torch.dtype | None = None) -> Se
 def _of_transformer(model: Transformer, dtype: torch.dtype | None = None) -> SearchForm:
     """Return the fast form of a Transformer, or the model itself where that would be another model."""
     assert not model.training, "call model.eval() before"
-    if (stranger := find_stranger(model, within_encoder=False)) is not None:
+    if (stranger := find_stranger(model, within_encoder=False, with_variants=True)) is not None:
         _compute_small_batch(model)
         return SearchForm(
             model, f"{stranger} is unknown to the fast form of the decoder: {_as_it_is(model, dtype)}"
+        )
+    if dtype == torch.int8 and (variant := find_stranger(model, within_encoder=False)) is not None:
+        raise UserError(
+            f"`precision` must be fp32 or bf16 with {variant} but is int8, which does not know it. Take one of "
+            "those."
         )
     try:
         form, difference, tolerance = _compared(model, dtype)
