@@ -178,6 +178,13 @@ def test_no_room_but_its_own_and_the_exporters_name_the_transformer() -> None:
     assert {name for name in naming if not _is_under(name, "nmt.models")} == {"nmt.interop.ctranslate2"}
 
 
+def test_operators_without_a_public_name_are_called_in_one_place() -> None:
+    calling = re.compile(r"torch\.ops\.(mkldnn|onednn)|torch\.backends\.mkldnn")
+    assert [name for name, path in MODULES.items() if calling.search(path.read_text("utf-8"))] == [
+        "nmt.system.onednn"
+    ]
+
+
 def test_there_is_no_import_cycle() -> None:
     graph: dict[str, set[str]] = {module: set() for module in MODULES}
     for item in _all_imports():

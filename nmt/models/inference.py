@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models.attention import LEAST_WIDTH
 from nmt.models.blocks import FeedForward, Residual
-from nmt.models.inference_int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
+from nmt.models.inference_int8 import Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
 from nmt.models.inference_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
 from nmt.models.known_parts import CONTAINERS, LINEAR, find_stranger, is_as_its_class, is_known
+from nmt.models.training_ops import LEAST_WIDTH
 from nmt.models.transformer import DecoderLayer, Transformer
+from nmt.system import onednn
 
 _Map = Callable[[Tensor], Tensor]
 
@@ -313,26 +314,16 @@ def linear_map(
     With ranges of the inputs (in,) it is made of 8-bit integers; then the type is that of the result, and inputs
     are float32.
 
-    On a CPU oneDNN's packed products are used, where this build of PyTorch has them: PyTorch's own in float32 are
-    MKL's, which on processors that are not Intel's reach half of their rate, and products of few rows gain most.
+    On a CPU oneDNN's packed products are used, where this build of PyTorch has them: those of few rows gain most.
     """
     if input_ranges is not None:
         linear: _Map = int8_map(weight, bias, input_ranges, dtype=dtype)
         return linear if activation is None else lambda x: activation(linear(x))
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    can_pack = (
-        packs
-        and weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-    packs_bfloat16 = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if (can_pack and dtype == torch.float32) or (packs_bfloat16 and dtype == torch.bfloat16):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
-        product = torch.ops.mkldnn._linear_pointwise
+    if packs and weight.device.type == "cpu" and onednn.has_products_in(dtype):
         if activation is F.relu:
-            return lambda x: cast(Tensor, product(x, packed, bias, "relu", [], ""))
-        linear = lambda x: cast(Tensor, product(x, packed, bias, "none", [], ""))  # noqa: E731
+            return onednn.packed_map(weight, bias, activation="relu")
+        linear = onednn.packed_map(weight, bias)
     else:
         linear = lambda x: F.linear(x, weight, bias)  # noqa: E731
     return linear if activation is None else lambda x: activation(linear(x))
