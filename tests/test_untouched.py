@@ -153,7 +153,7 @@ def test_a_change_of_one_model_is_noticed(change: Callable[[Transformer], object
 def test_packed_products_that_are_wrong_on_a_machine_are_noticed(dtype: torch.dtype | None) -> None:
     model = random_transformer(3, torch.float32)
     form = InferenceTransformer(model, dtype)
-    form.layers[0].transform = halved(form.layers[0].transform)
+    form.layers[0].feed_forward = halved(form.layers[0].feed_forward)
     with mock.patch.object(search_form, "InferenceTransformer", return_value=form):
         found, remark = search_form.search_form(model, dtype)
     assert is_untouched(model) and found is model

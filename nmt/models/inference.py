@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models.blocks import FeedForward, Residual
+from nmt.models.attention import CrossAttention, SelfAttention
+from nmt.models.blocks import Embedding, FeedForward, Residual
 from nmt.models.inference_int8 import Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
 from nmt.models.inference_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
 from nmt.models.known_parts import CONTAINERS, LINEAR, find_stranger, is_as_its_class, is_known
@@ -153,10 +154,8 @@ class InferenceTransformer:
     ) -> Tensor:
         past, past_mask = state.add_columns(memory, beam_size, later=later)
         x = self.embedding(tokens[:, None], start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
-        for layer, own_past, (keys, values) in zip(self.layers, past, memory.tables, strict=True):
-            x = layer.attend_to_past(x, own_past, past_mask)
-            x = layer.attend_to_source(x, keys, values, memory.mask)
-            x = layer.feed_forward(x)
+        for layer, own_past, own_memory in zip(self.layers, past, memory.tables, strict=True):
+            x = layer.forward(x, own_memory, attention_mask=memory.mask, state=(own_past, past_mask))
         return self.final_norm(x)
 
 
@@ -180,7 +179,13 @@ def _groups(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:
 
 
 class _Layer:
-    """A decoder layer for one new position a row."""
+    """A decoder layer whose parts are in their forms for one new position a row.
+
+    What it does with them is written once, in the plain layer.
+    """
+
+    forward: Callable[..., Tensor] = DecoderLayer.forward
+    feed_forward: _Map
 
     def __init__(
         self,
@@ -200,49 +205,70 @@ class _Layer:
             inputs: Where inputs come from whose products shall be of 8-bit integers, which takes float32.
             packs: Whether to pack weights.
         """
+        for name, part in layer.named_children():
+            source = None if inputs is None else getattr(inputs, name, None)
+            form: Callable[..., Tensor]
+            if isinstance(part, SelfAttention):
+                form = _PastAttention(part, dtype, source, packs=packs)
+            elif isinstance(part, CrossAttention):
+                form = _MemoryAttention(part, dtype, source, packs=packs)
+            elif isinstance(part, Residual):
+                form = _residual(part, hidden_dtype)
+            else:
+                form = _feed_forward(part, dtype, input_norm=source, packs=packs)
+            setattr(self, name, form)
+
+
+class _PastAttention:
+    """`SelfAttention` to tables that stay where they were written."""
+
+    def __init__(
+        self,
+        attention: SelfAttention,
+        dtype: torch.dtype,
+        source: nn.LayerNorm | Embedding | None,
+        *,
+        packs: bool,
+    ) -> None:
         make = partial(linear_map, dtype=dtype, packs=packs)
-        qkv_ranges = None if inputs is None else ranges(inputs.self_attention)
-        query_ranges = None if inputs is None else ranges(inputs.cross_attention)
-        qkv, query = layer.self_attention.qkv_proj, layer.cross_attention.q_proj
-        dim, num_heads = query.weight.size(0), layer.cross_attention.num_heads
+        weight, bias = attention.qkv_proj.weight, attention.qkv_proj.bias
+        dim = weight.size(1)
         # Queries are divided by sqrt(E) beforehand, by their weights.
-        scale = (dim // num_heads) ** -0.5
-        scales = torch.cat([qkv.weight.new_full((dim,), scale), qkv.weight.new_ones(2 * dim)])
-        self.qkv = make(qkv.weight * scales[:, None], qkv.bias * scales, input_ranges=qkv_ranges)
-        self.query = make(query.weight * scale, query.bias * scale, input_ranges=query_ranges)
-        self.past_out = make(layer.self_attention.out_proj.weight, layer.self_attention.out_proj.bias)
-        self.source_out = make(layer.cross_attention.out_proj.weight, layer.cross_attention.out_proj.bias)
-        input_norm = None if inputs is None else inputs.feed_forward
-        self.transform = _feed_forward(layer.feed_forward, dtype, input_norm=input_norm, packs=packs)
-        self.around_past = _residual(layer.around_self_attention, hidden_dtype)
-        self.around_source = _residual(layer.around_cross_attention, hidden_dtype)
-        self.around_feed_forward = _residual(layer.around_feed_forward, hidden_dtype)
+        scales = torch.cat(
+            [weight.new_full((dim,), (dim // attention.num_heads) ** -0.5), weight.new_ones(2 * dim)]
+        )
+        input_ranges = None if source is None else ranges(source)
+        self.qkv = make(weight * scales[:, None], bias * scales, input_ranges=input_ranges)
+        self.out = make(attention.out_proj.weight, attention.out_proj.bias)
 
-    def attend_to_past(self, x: Tensor, past: Past, mask: Tensor | None) -> Tensor:
-        """(R, D) -> (R, D). The newest columns of the past are filled."""
+    def __call__(self, y: Tensor, *, is_causal: bool, state: tuple[Past, Tensor | None]) -> Tensor:
+        """(R, D) -> (R, D). The newest columns of the past are filled; the mask (B, 1, K, N) goes with it."""
+        past, mask = state
+        num_sentences, num_heads, _, head_size = past.keys.shape
+        # (R, 3D) -> (3, B, H, K, E)
+        qkv = self.qkv(y).view(num_sentences, -1, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
+        past.room.copy_(qkv[1:])
+        return self.out(_attend(qkv[0], past.keys, past.values, mask))
 
-        def block(y: Tensor) -> Tensor:
-            num_sentences, num_heads, _, head_size = past.keys.shape
-            # (R, 3D) -> (3, B, H, K, E)
-            qkv = self.qkv(y).view(num_sentences, -1, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
-            past.room.copy_(qkv[1:])
-            return self.past_out(_attend(qkv[0], past.keys, past.values, mask))
 
-        return self.around_past(x, block)
+class _MemoryAttention:
+    """`CrossAttention` for one position a row."""
 
-    def attend_to_source(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """(R, D) -> (R, D). Keys and values are (B, H, S, E), the mask (B, 1, 1, S)."""
+    def __init__(
+        self, attention: CrossAttention, dtype: torch.dtype, source: nn.LayerNorm | None, *, packs: bool
+    ) -> None:
+        make = partial(linear_map, dtype=dtype, packs=packs)
+        weight, bias = attention.q_proj.weight, attention.q_proj.bias
+        scale = (weight.size(0) // attention.num_heads) ** -0.5  # as there
+        input_ranges = None if source is None else ranges(source)
+        self.query = make(weight * scale, bias * scale, input_ranges=input_ranges)
+        self.out = make(attention.out_proj.weight, attention.out_proj.bias)
 
-        def block(y: Tensor) -> Tensor:
-            num_sentences, num_heads, _, head_size = keys.shape
-            query = self.query(y).view(num_sentences, -1, num_heads, head_size).transpose(1, 2)
-            return self.source_out(_attend(query, keys, values, mask))
-
-        return self.around_source(x, block)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """(R, D) -> (R, D)."""
-        return self.around_feed_forward(x, self.transform)
+    def __call__(self, y: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor) -> Tensor:
+        """(R, D) -> (R, D). Keys and values are (B, H, S, E), the mask (B, 1, 1, S) is added to scores."""
+        num_sentences, num_heads, _, head_size = keys.shape
+        query = self.query(y).view(num_sentences, -1, num_heads, head_size).transpose(1, 2)
+        return self.out(_attend(query, keys, values, attention_mask))
 
 
 @torch.inference_mode()

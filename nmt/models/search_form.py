@@ -135,7 +135,7 @@ def block_difference(form: InferenceTransformer, model: Transformer) -> float:
     table = model.decoder.embedding.tokens.weight
     rows = model.decoder.embedding(_some_tokens(table, (2, 1), model.pad_id))[:, 0]  # (2, D)
     with torch.autocast(rows.device.type, enabled=False):
-        found = form.layers[0].transform(rows.to(form.product_dtype))
+        found = form.layers[0].feed_forward(rows.to(form.product_dtype))
         return _difference(found.double(), layer.feed_forward(rows).double())
 
 

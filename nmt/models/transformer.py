@@ -261,7 +261,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the source, then feed-forward."""
+    """Causal self-attention, attention to the source, then feed-forward.
+
+    `forward` also serves the fast form of the decoder, whose parts have the same names (`inference.py`).
+    """
 
     def __init__(self, options: TransformerOptions) -> None:
         super().__init__()
