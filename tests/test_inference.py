@@ -18,7 +18,8 @@ from nmt.generation.beam_search import Hypothesis
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.models import inference_int8 as int8
-from nmt.models.inference import InferenceTransformer, _attend
+from nmt.models.inference import InferenceTransformer
+from nmt.models.inference_parts import _attend
 from nmt.models.options import TransformerOptions
 from nmt.models.protocols import SearchModel
 from nmt.models.transformer import Transformer

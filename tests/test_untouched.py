@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmt.data.vocabulary import PAD_ID
 from nmt.errors import UserError
-from nmt.models import attention, blocks, inference, search_form, training_ops
+from nmt.models import attention, blocks, inference, inference_parts, search_form, training_ops
 from nmt.models.blocks import FeedForward
 from nmt.models.inference import InferenceTransformer
 from nmt.models.options import TransformerOptions
@@ -94,7 +94,7 @@ CHANGED = [
     (F, "linear"),
     (F, "layer_norm"),
     (training_ops, "is_elsewhere"),
-    (inference, "_sum"),
+    (inference_parts, "_sum"),
     (inference, "_typical_normalizer"),
 ]
 

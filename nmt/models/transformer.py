@@ -263,7 +263,7 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Causal self-attention, attention to the source, then feed-forward.
 
-    `forward` also serves the fast form of the decoder, whose parts have the same names (`inference.py`).
+    `forward` also serves the fast form of the decoder, whose parts have the same names (`inference_parts.py`).
     """
 
     def __init__(self, options: TransformerOptions) -> None:
