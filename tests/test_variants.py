@@ -1,18 +1,20 @@
 """Variants of the Transformer's parts: their formulas, the fast search with them, and who does not know them."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from random_transformer import VOCABULARY_SIZE
+from ranks import run_ranks
 from test_inference import padded, search
 from test_trainer import PairTask, collate
 from torch import Tensor
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.data.vocabulary import PAD_ID
-from nmt.distributed import single
+from nmt.distributed import World, single
 from nmt.errors import UserError
 from nmt.generation.static_search import static_search
 from nmt.models.blocks import GatedFeedForward, left_in, make_norm
@@ -173,3 +175,23 @@ def test_all_together_learn_and_draw_the_same_again(changes: dict[str, Any], pre
     again, weights_again = trained(changes, 30, precision=precision)
     assert losses == again
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+
+
+def save_weights(world: World, folder: str) -> None:
+    task = VariantTask(encoder_layerdrop=0.5, decoder_layerdrop=0.5)
+    options = OptimizationOptions(lr=0.01, warmup_updates=1)
+    trainer = Trainer(task, task.build_model(), options, world=world, seed=1, updates_per_epoch=1)
+    shares = [[0, 1, 2], [3, 4]] if world.is_main else [[5, 6], [7, 8, 9]]
+    for _ in range(10):
+        trainer.train_step([MicroBatch(collate(indices), 1.0, indices) for indices in shares])
+    trainer.close()
+    torch.save(trainer.model.state_dict(), f"{folder}/{world.rank}.pt")
+
+
+@pytest.mark.slow
+def test_ranks_that_leave_out_different_layers_stay_alike(tmp_path: Path) -> None:
+    run_ranks(save_weights, str(tmp_path), size=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    start = VariantTask().build_model().state_dict()
+    assert all(not torch.equal(first[name], start[name]) for name in first)  # no layer was left out for good
