@@ -12,7 +12,7 @@ from custom_model_options import GruOptions, MeanOptions
 from safetensors.torch import load_file
 from torch import nn
 
-from nmt import Translator
+from nmt import Request, Translator
 from nmt.cli.average import main as average
 from nmt.cli.convert import main as convert
 from nmt.cli.generate import main as generate
@@ -151,8 +151,7 @@ def test_what_it_finds_is_what_it_scores_whatever_the_batch(trained: Path) -> No
     for line, (best, *_) in zip(lines, together, strict=True):
         ((alone, *_),) = translator.translate_with_scores([line], beam=5)
         assert alone.text == best.text and alone.score == pytest.approx(best.score, abs=1e-5)
-        ids = translator.encode_reference(best.text, number=1)
-        (scored,) = translator.score_lines([line], [ids])
+        (scored,) = translator.score_lines([Request(line, reference=best.text)])
         assert scored.hypotheses[0].score == pytest.approx(best.score, abs=1e-5)
 
 
@@ -191,7 +190,7 @@ def test_what_is_made_for_the_transformer_is_refused_by_name(
         capsys, train, [data, "--task", "gru_translation", "--save-dir", "x", "--encoder-layers", "1"]
     )
     assert "`--encoder-layers` is not a known option" in line
-    monkeypatch.setattr("nmt.translation.translator.check_int8", lambda device: None)  # of any processor
+    monkeypatch.setattr("nmt.translation.loading.check_int8", lambda device: None)  # of any processor
     (tmp_path / "input").write_text("1 2\n")
     given = ["--model", model, "--input", str(tmp_path / "input"), "--device", "cpu", "--precision"]
     assert "with a GruModel, but is int8, which is made" in errors(capsys, generate, [*given, "int8"])
