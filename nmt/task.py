@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, get_origin, runtime_checkable
 
 from nmt.config.values import shorten, suggest
 from nmt.errors import UserError
@@ -257,9 +257,8 @@ def load_task(name: str) -> type[TaskOptions]:
             f"The task `{name}` must be importable from `{place}`, but is not: {type(error).__name__}: {error}. "
             "Mend its package, or install it again."
         ) from error
-    if not (
-        isinstance(options, type) and is_dataclass(options) and callable(getattr(options, "build", None))
-    ):
+    cls = get_origin(options) or options  # it may be a generic one, filled in
+    if not (isinstance(cls, type) and is_dataclass(cls) and callable(getattr(cls, "build", None))):
         raise UserError(
             f"The task `{name}` must be a dataclass of options with a method `build`, but `{place}` is not. "
             "Mend the entry point of its package."

@@ -51,16 +51,20 @@ class TableModel(nn.Module):
         self.num_rows: list[int] = []  # of each step
         self.eval()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
     def encode(self, source: Tensor) -> TableMemory:
         return TableMemory(source[:, 0].tolist())
 
     def start_state(self) -> TableState:
         return TableState()
 
-    def features(self, target_input: Tensor, memory: TableMemory, state: TableState) -> Tensor:
-        tokens = [tuple(row) for row in target_input.tolist()]
+    def step(self, new_tokens: Tensor, memory: TableMemory, state: TableState) -> Tensor:
+        tokens = new_tokens.tolist()
         before = state.prefixes or [()] * len(tokens)
-        state.prefixes = [prefix + new for prefix, new in zip(before, tokens, strict=True)]
+        state.prefixes = [(*prefix, new) for prefix, new in zip(before, tokens, strict=True)]
         beam_size = len(tokens) // len(memory.names)
         self.num_rows.append(len(tokens))
         assert all(prefix[0] == EOS for prefix in state.prefixes)
@@ -68,7 +72,7 @@ class TableModel(nn.Module):
             self.probabilities(memory.names[row // beam_size], prefix[1:])
             for row, prefix in enumerate(state.prefixes)
         ]
-        return torch.tensor(rows, dtype=self.weight.dtype).log()[:, None]  # (R, V) -> (R, 1, V)
+        return torch.tensor(rows, dtype=self.weight.dtype).log()  # (R, V)
 
     def project(self, features: Tensor) -> Tensor:
         return features.clone()

@@ -19,7 +19,6 @@ from nmt.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions
 from nmt.models import attention as attention_module
-from nmt.models.attention_weights import cross_attention_weights
 from nmt.translation.alignment import (
     Membership,
     align,
@@ -70,7 +69,7 @@ def test_weights_are_those_that_the_decoder_applies(
     monkeypatch.setattr(attention_module, "attend", attend)
     with torch.inference_mode():
         model.decode(target, model.encode(source))
-    weights = cross_attention_weights(model, source, target, layer=-1)
+    weights = model.attention_weights(source, target, layer=-1)
     torch.testing.assert_close(weights, applied[0])
     torch.testing.assert_close(weights.sum(dim=2), torch.ones(2, 3))
     assert weights[1, :, 2:].eq(0).all()

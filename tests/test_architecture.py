@@ -48,17 +48,21 @@ ROOMS = [
 ]
 LAYERS = {room: layer for layer, line in enumerate(ROOMS) for room in line}
 
-# A task's options make their task when `build` is called. The import for the type that `build` returns goes
-# with it; it is never run. All other imports count, those in functions and under TYPE_CHECKING too.
-BUILDS = {
-    ("nmt.translation.options", target)
-    for target in (
-        "nmt.translation.task",
-        "nmt.translation.loss",
-        "nmt.translation.assets",
-        "nmt.data.data_directory",
-    )
-} | {("nmt.vision.options", target) for target in ("nmt.vision.task", "nmt.vision.libraries")}
+# The options of a task or a model make it when `build` is called. The import for the type that `build` returns
+# goes with it; it is never run. All other imports count, those in functions and under TYPE_CHECKING too.
+BUILDS = (
+    {("nmt.models.options", "nmt.models.transformer")}
+    | {
+        ("nmt.translation.options", target)
+        for target in (
+            "nmt.translation.task",
+            "nmt.translation.loss",
+            "nmt.translation.assets",
+            "nmt.data.data_directory",
+        )
+    }
+    | {("nmt.vision.options", target) for target in ("nmt.vision.task", "nmt.vision.libraries")}
+)
 
 # The modules of nmt.data that handle tensors; the others must serve preprocessing without torch.
 DATA_WITH_TENSORS = {
@@ -167,6 +171,18 @@ def test_every_module_has_a_layer() -> None:
 def test_imports_run_downward() -> None:
     upward = [str(item) for item in _all_imports() if _is_upward(item)]
     assert not upward, "\n".join(upward)
+
+
+def test_no_room_but_its_own_and_the_exporters_name_the_transformer() -> None:
+    naming = {item.source for item in _all_imports() if item.target == "nmt.models.transformer"}
+    assert {name for name in naming if not _is_under(name, "nmt.models")} == {"nmt.interop.ctranslate2"}
+
+
+def test_operators_without_a_public_name_are_called_in_one_place() -> None:
+    calling = re.compile(r"torch\.ops\.(mkldnn|onednn)|torch\.backends\.mkldnn")
+    assert [name for name, path in MODULES.items() if calling.search(path.read_text("utf-8"))] == [
+        "nmt.system.onednn"
+    ]
 
 
 def test_there_is_no_import_cycle() -> None:

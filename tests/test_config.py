@@ -322,6 +322,37 @@ def test_a_task_gives_training_its_own_defaults_which_all_else_beats(tmp_path: P
     assert found.task_options == OddTaskOptions(size=1)
 
 
+@dataclass(frozen=True)
+class SmallOptions:
+    side: int = 3
+
+
+@dataclass(frozen=True)
+class OpenOptions(Generic[T]):
+    """Of a model that is filled in, or else the usual one."""
+
+    model: T = field(default_factory=ModelOptions)  # type: ignore[assignment]
+    smoothing: float = 0.1
+
+
+def test_an_open_type_is_that_of_the_default_unless_it_is_filled_in(tmp_path: Path) -> None:
+    usual = from_mapping(OpenOptions, {"num-layers": "9", "smoothing": "0.2"}, where="here")
+    assert usual == OpenOptions(ModelOptions(num_layers=9), 0.2)
+    filled = OpenOptions[SmallOptions]
+    found = from_mapping(RunOptions[filled], {"side": "5", "save-dir": "s"}, where="here")
+    assert found.task_options == OpenOptions(SmallOptions(side=5))
+    write_yaml(found, tmp_path / "run.yaml")
+    assert from_mapping(RunOptions[filled], read_yaml(tmp_path / "run.yaml"), where="here") == found
+    with pytest.raises(UserError, match="`num-layers` is not a known key"):
+        from_mapping(filled, {"num-layers": "9"}, where="here")
+
+    @dataclass(frozen=True)
+    class Within:
+        inner: OpenOptions  # type: ignore[type-arg]
+
+    assert from_mapping(Within, {"embed-dim": "8"}, where="here").inner.model.embed_dim == 8
+
+
 def test_a_preset_in_the_mapping_sets_what_is_not_given() -> None:
     assert make(arch="small", embed_dim="8").task_options.model == ModelOptions("small", 8, 2)
 

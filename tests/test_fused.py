@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nmt.models import training_ops as fused
-from nmt.models.attention import attend, split_heads
-from nmt.models.training_ops import Dropout, Linear, embed, linear_cross_entropy, random_mask
+from nmt.models.training_ops import (
+    Dropout,
+    Linear,
+    attend,
+    embed,
+    linear_cross_entropy,
+    random_mask,
+    split_heads,
+)
 
 # Largest relative error of a rounding: half a unit in the last of 8 and of 24 bits.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-24, torch.float64: 2**-53}

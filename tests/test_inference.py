@@ -15,11 +15,13 @@ from random_transformer import VOCABULARY_SIZE, random_transformer
 import nmt.models.inference
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.generation.beam_search import Hypothesis
-from nmt.generation.generator import Generator, TranslationModel
+from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.models import inference_int8 as int8
-from nmt.models.inference import InferenceTransformer, _attend
+from nmt.models.inference import InferenceTransformer
+from nmt.models.inference_parts import _attend
 from nmt.models.options import TransformerOptions
+from nmt.models.protocols import SearchModel
 from nmt.models.transformer import Transformer
 
 needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor multiplies no 8-bit integers")
@@ -44,7 +46,7 @@ LONGER_SENTENCES = st.lists(
 )
 
 
-def search(model: TranslationModel, sentences: list[list[int]], beam: int) -> list[list[Hypothesis]]:
+def search(model: SearchModel, sentences: list[list[int]], beam: int) -> list[list[Hypothesis]]:
     options = DecodingOptions(beam=beam, nbest=beam, max_len_a=0, max_len_b=30)
     generator = Generator([model], options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
     return generator.generate(padded(sentences))
@@ -128,9 +130,9 @@ def test_sentences_that_stay_go_on_as_if_the_others_had_never_been(is_whole: boo
 
     def steps(sources: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, Any, Any]]:
         memory, state = model.encode(sources), model.start_state()
-        tokens = torch.full((len(sources) * beam, 1), EOS_ID)
+        tokens = torch.full((len(sources) * beam,), EOS_ID)
         for _ in range(count):
-            yield model.features(tokens, memory, state), memory, state
+            yield model.step(tokens, memory, state), memory, state
             state.reorder_(torch.arange(len(tokens)))
 
     with (
@@ -139,7 +141,7 @@ def test_sentences_that_stay_go_on_as_if_the_others_had_never_been(is_whole: boo
     ):
         *_, (_, memory, state) = steps(sources, 3)
         state.reorder_(rows)
-        found = model.features(torch.full((len(rows), 1), EOS_ID), memory.keep(live), state)
+        found = model.step(torch.full((len(rows),), EOS_ID), memory.keep(live), state)
         *_, (expected, _, _) = steps(sources[live], 4)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
@@ -183,8 +185,8 @@ def test_computes_the_same_logits_in_each_type(
     with torch.inference_mode():
         expected = exact.decode(target_input, exact.encode(source))
         memory, state = fast.encode(source), fast.start_state()
-        steps = [fast.project(fast.features(x, memory, state)) for x in target_input.split(1, dim=1)]
-    found = torch.cat(steps, dim=1).double() + fast.logit_offset
+        steps = [fast.project(fast.step(x, memory, state)) for x in target_input.unbind(dim=1)]
+    found = torch.stack(steps, dim=1).double() + fast.logit_offset
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
@@ -195,9 +197,9 @@ def test_in_bfloat16_likely_tokens_have_logits_near_zero_where_rounding_is_fine(
     with torch.no_grad():
         model.output_weight *= 5.0  # as far apart as those of a trained model
     source = padded([[5, 6, 7], [8], [9, 10, 11, 12], [4], [5, 5], [7, 6]])
-    target_input = torch.tensor([[EOS_ID]] * 6)
+    tokens = torch.tensor([EOS_ID] * 6)
     with torch.inference_mode():
-        expected = model.decode(target_input, model.encode(source)).log_softmax(dim=2)
+        expected = model.decode(tokens[:, None], model.encode(source)).squeeze(1).log_softmax(dim=1)
     errors = {}
     for with_offset in (True, False):
         if not with_offset:
@@ -205,12 +207,12 @@ def test_in_bfloat16_likely_tokens_have_logits_near_zero_where_rounding_is_fine(
         fast = InferenceTransformer(model, torch.bfloat16)
         assert (fast.logit_offset != 0.0) == with_offset
         with torch.inference_mode():
-            features = fast.features(target_input, fast.encode(source), fast.start_state())
+            features = fast.step(tokens, fast.encode(source), fast.start_state())
             # The features as they are, so that only what happens to the logits counts.
             exact = torch.nn.functional.linear(features.double(), model.output_weight.bfloat16().double())
-            found = fast.project(features).float().log_softmax(dim=2)
+            found = fast.project(features).float().log_softmax(dim=1)
         likely = expected > -4
-        errors[with_offset] = (found - exact.log_softmax(dim=2))[likely].abs().mean()
+        errors[with_offset] = (found - exact.log_softmax(dim=1))[likely].abs().mean()
     assert errors[True] < errors[False] / 2
 
 
@@ -231,7 +233,7 @@ def test_columns_without_descendants_make_room() -> None:
         memory, state = model.encode(padded([[5, 6], [7]])), model.start_state()
         sizes = []
         for _ in range(31):
-            model.features(torch.full((8, 1), 5), memory, state)
+            model.step(torch.full((8,), 5), memory, state)
             state.reorder_(torch.tensor([0, 0, 0, 0, 4, 4, 4, 4]))
             sizes.append(state.num_columns)
     assert max(sizes) <= 64

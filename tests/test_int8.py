@@ -180,7 +180,7 @@ def test_the_products_of_a_layer_are_of_integers() -> None:
     model = InferenceTransformer(random_transformer(2, torch.float32), torch.int8)
     with torch.inference_mode(), torch.profiler.profile(acc_events=True) as profile:
         memory, state = model.encode(padded([[5, 6], [7]])), model.start_state()
-        model.project(model.features(torch.tensor([[2], [2]]), memory, state))
+        model.project(model.step(torch.tensor([2, 2]), memory, state))
     counts = {event.key: event.count for event in profile.key_averages()}
     # Two layers: query-key-value, query, and two of the feed-forward block; and the output projection.
     assert counts["onednn::qlinear_pointwise"] == 2 * 4 + 1
@@ -241,7 +241,7 @@ def test_each_product_has_the_range_of_what_it_is_given(
     fast = InferenceTransformer(model, torch.int8)
     with torch.inference_mode():
         memory, state = fast.encode(padded([[5, 6, 7]] * 30)), fast.start_state()
-        logits = fast.project(fast.features(torch.arange(30)[:, None], memory, state))
+        logits = fast.project(fast.step(torch.arange(30), memory, state))
     assert logits.dtype == torch.float32
     assert len(shares) == 2 * 3 + 1
     assert all(0.3 < share <= 1.0 for share in shares), shares

@@ -10,19 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_transformer import VOCABULARY_SIZE, random_transformer
+from table_model import TableModel, from_table
 from test_inference import padded, search
 from tiny_translation_model import write_tiny_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nmt.data.vocabulary import EOS_ID, UNK_ID
+from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.distributed import World
+from nmt.errors import UserError
+from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
 from nmt.models import inference_int8 as int8
 from nmt.models.attention import SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
 from nmt.models.inference import InferenceTransformer
-from nmt.models.search_form import relative_difference, search_form
+from nmt.models.search_form import SearchForm, relative_difference, search_form
 from nmt.models.training_ops import Linear
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 from nmt.task_extras import check_model
@@ -65,6 +68,10 @@ class OtherEmbedding(Embedding):
         return super().forward(token_ids, start, **arguments).flip(-1)
 
 
+class OtherNorm(nn.RMSNorm):
+    pass
+
+
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2.0 * weight
@@ -102,7 +109,7 @@ def _activate_by(layer: Layer, activation: nn.Module) -> None:
 STRANGERS: dict[str, Callable[[Layer], object]] = {
     "gated feed-forward": lambda layer: _become(layer.feed_forward, GatedFeedForward),
     "other norm": lambda layer: setattr(
-        _around(layer), "norm", nn.RMSNorm(_around(layer).norm.normalized_shape, dtype=torch.float64)
+        _around(layer), "norm", OtherNorm(_around(layer).norm.normalized_shape, dtype=torch.float64)
     ),
     "norm without weights": lambda layer: setattr(
         _around(layer),
@@ -274,19 +281,20 @@ TOKENS = st.integers(UNK_ID, VOCABULARY_SIZE - 1)
 @given(
     seed=st.integers(0, 10**6),
     beam=st.sampled_from([1, 2, 3, 20]),
-    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    num_steps=st.integers(1, 8),
     first_alike=st.booleans(),
     is_whole=st.booleans(),
     data=st.data(),
 )
-def test_any_number_of_tokens_goes_into_the_state_at_once(
-    seed: int, beam: int, lengths: list[int], first_alike: bool, is_whole: bool, data: st.DataObject
+def test_the_fast_form_takes_any_tokens_step_by_step_as_the_model_takes_them_at_once(
+    seed: int, beam: int, num_steps: int, first_alike: bool, is_whole: bool, data: st.DataObject
 ) -> None:
-    """And the hypotheses of a sentence may differ from the first token on."""
+    """The hypotheses of a sentence may differ from the first token on."""
     model = random_transformer(seed, torch.float64)
     form = InferenceTransformer(model)
     sources = padded(SENTENCES[:2])
-    drawn = data.draw(st.lists(TOKENS, min_size=2 * beam * sum(lengths), max_size=2 * beam * sum(lengths)))
+    size = 2 * beam * num_steps
+    drawn = data.draw(st.lists(TOKENS, min_size=size, max_size=size))
     tokens = torch.tensor(drawn).view(2 * beam, -1)
     if first_alike:
         tokens[:, 0] = EOS_ID
@@ -296,7 +304,7 @@ def test_any_number_of_tokens_goes_into_the_state_at_once(
     ):
         expected = model.features(tokens, model.encode(sources))
         memory, state = form.encode(sources), form.start_state()
-        found = torch.cat([form.features(x, memory, state) for x in tokens.split(lengths, dim=1)], dim=1)
+        found = torch.stack([form.step(x, memory, state) for x in tokens.unbind(dim=1)], dim=1)
     torch.testing.assert_close(found, expected)
 
 
@@ -321,11 +329,34 @@ def test_a_translator_says_why_it_takes_the_model_as_it_is(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: `decoder.layers.0.feed_forward`, which is of the class GatedFeedForward")
     options = DecodingOptions(beam=3)
-    expected = translator._generator(options, [model]).generate(
-        padded([x.tolist() for x in translator.source_segmenter.encode(LINES)])
-    )
+    generator = Generator([model], options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
+    expected = generator.generate(padded([x.tolist() for x in translator.source_segmenter.encode(LINES)]))
     found = list(translator.translate_lines(LINES, options))
     assert [x.hypotheses[0].tokens for x in found] == [x[0].tokens for x in expected]
+
+
+def test_a_model_that_cannot_search_is_told_what_it_lacks() -> None:
+    class Unfinished(nn.Module):
+        max_target_positions, logit_offset, dtype = 9, 0.0, torch.float32
+
+        def encode(self, source: Tensor) -> None: ...
+
+    with pytest.raises(
+        UserError, match="must have `start_state`, `step`, `project` to translate, but a Unfin"
+    ):
+        search_form(Unfinished())
+
+
+def test_a_class_may_have_a_form_of_its_own() -> None:
+    class Own(TableModel):
+        pass
+
+    form = InferenceTransformer(random_transformer(3, torch.float64))
+    search_form.register(Own, lambda model, dtype=None: SearchForm(form, None))
+    probabilities = from_table({})
+    assert search_form(Own(probabilities)).model is form
+    other = TableModel(probabilities)
+    assert search_form(other) == SearchForm(other, None)
 
 
 def test_a_search_in_place_is_for_models_that_are_known(folder: Path) -> None:

@@ -218,12 +218,21 @@ class WithScalar(PairTask):
         return model
 
 
+class LeavingOut(PairTask):
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.is_whole = False
+        return model
+
+
 def check_refusals(world: World) -> None:
     """Models that FSDP does not know how to deal out are refused in a line."""
     with pytest.raises(
         UserError, match="`shard-weights` must be off for a model with scalars, such as `scale`"
     ):
         make_trainer(world, WithScalar(loss=PLAIN.loss), is_sharded=True)
+    with pytest.raises(UserError, match="`shard-weights` must go without LayerDrop"):
+        make_trainer(world, LeavingOut(loss=PLAIN.loss), is_sharded=True)
     for use in (torch.sum, lambda weight: (torch.ones(24, dtype=weight.dtype) @ weight).sum()):
         trainer = make_trainer(world, Apart(use), is_sharded=True)
         with pytest.raises(UserError, match="`shard-weights` must be off for a model, or a loss, that uses"):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmt.data.vocabulary import PAD_ID
 from nmt.errors import UserError
-from nmt.models import attention, blocks, inference, search_form, training_ops
+from nmt.models import attention, blocks, inference, inference_parts, search_form, training_ops
 from nmt.models.blocks import FeedForward
 from nmt.models.inference import InferenceTransformer
 from nmt.models.options import TransformerOptions
@@ -94,7 +94,7 @@ CHANGED = [
     (F, "linear"),
     (F, "layer_norm"),
     (training_ops, "is_elsewhere"),
-    (inference, "_sum"),
+    (inference_parts, "_sum"),
     (inference, "_typical_normalizer"),
 ]
 
@@ -153,7 +153,7 @@ def test_a_change_of_one_model_is_noticed(change: Callable[[Transformer], object
 def test_packed_products_that_are_wrong_on_a_machine_are_noticed(dtype: torch.dtype | None) -> None:
     model = random_transformer(3, torch.float32)
     form = InferenceTransformer(model, dtype)
-    form.layers[0].transform = halved(form.layers[0].transform)
+    form.layers[0].feed_forward = halved(form.layers[0].feed_forward)
     with mock.patch.object(search_form, "InferenceTransformer", return_value=form):
         found, remark = search_form.search_form(model, dtype)
     assert is_untouched(model) and found is model

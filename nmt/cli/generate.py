@@ -94,7 +94,8 @@ def generate(options: GenerateOptions) -> None:
     if options.plot_attention is not None:
         check_plotting()
         _make_folder(options.plot_attention)
-    check_layer(translator, options.alignment_layer)
+    if options.print_alignment or options.plot_attention is not None:
+        check_layer(translator, options.alignment_layer)
     batching = Batching(_buffer_size(options), options.max_tokens, options.batch_size)
     lines = read_text(options.input)
     baseline = None if translated is None else read_text(translated)

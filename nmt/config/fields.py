@@ -132,6 +132,8 @@ def _walk(type_: Any, *, default: Any, owner: tuple[str, ...]) -> Iterator[Optio
     for field, hint in _resolved_fields(type_):
         value = _default_of(field) if default is MISSING else getattr(default, field.name)
         if _is_nested(hint):
+            if not isinstance(value, typing.get_origin(hint) or hint):
+                value = MISSING  # the default is for another type than the one filled in
             yield from _walk(hint, default=value, owner=(*owner, field.name))
         else:
             yield Option(field.name, hint, value, owner, field.metadata.get("presets"))
@@ -147,9 +149,10 @@ def _resolved_fields(type_: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if isinstance(hint, TypeVar):
-            assert hint in arguments, f"{type_}: fill in the type of `{field.name}`, as in Type[...]"
-            hint = arguments[hint]
-        elif variables := getattr(hint, "__parameters__", ()):
+            # What is not filled in is of the type that the field has by default.
+            hint = arguments.get(hint, field.default_factory)
+            assert hint is not MISSING, f"{type_}: fill in the type of `{field.name}`, as in Type[...]"
+        elif not isinstance(hint, type) and (variables := getattr(hint, "__parameters__", ())):
             hint = hint[tuple(arguments[variable] for variable in variables)]
         resolved.append((field, hint))
     return resolved

@@ -5,14 +5,12 @@ Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nmt.generation.adjust import combine
 from nmt.generation.beam_search import Beam, Candidates, Hypothesis, best, search, start
 from nmt.generation.choice import Choice, Settings, choose_in_parts
 from nmt.generation.options import DecodingOptions
@@ -20,37 +18,13 @@ from nmt.generation.random_streams import start_streams
 from nmt.generation.roster import Roster
 from nmt.generation.rules import Rule, TokenIds
 from nmt.generation.static_search import Job, StaticSearch
+from nmt.models.protocols import SearchModel
 
 # Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
 ROWS_AT_ONCE = {"cpu": 256}
 _ROWS_AT_ONCE_ELSEWHERE = 2048
 _ROWS_DRAWN_AT_ONCE = {"cpu": 512}  # each with a memory of its own
 _ROWS_DRAWN_AT_ONCE_ELSEWHERE = 8192
-
-
-class TranslationModel(Protocol):
-    """What the generator asks of a model; `Transformer` and `InferenceTransformer` have it."""
-
-    training: bool
-    max_target_positions: int
-    logit_offset: float
-    """By how much all logits of `project` are less than the model's, which changes no probability."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over the weights; if any is float64, scores are."""
-
-    def encode(self, source: Tensor) -> Any:
-        """Encode (B, S) int64. The result has `select`, to take the sentences at the places (B',), and `keep`, the
-        same for sentences that go on, after which it is not used again."""
-
-    def start_state(self) -> Any:
-        """Return a state of empty prefixes. It has `reorder_`: new row i goes on from old row `rows[i]`."""
-
-    def features(self, target_input: Tensor, memory: Any, state: Any) -> Tensor:
-        """Take new tokens (R, T) into the state and return hidden states (R, T, D)."""
-
-    def project(self, features: Tensor) -> Tensor:
-        """(..., D) -> (..., V) logits, which the caller may overwrite."""
 
 
 class Generator:
@@ -61,7 +35,7 @@ class Generator:
 
     def __init__(
         self,
-        models: Sequence[TranslationModel],
+        models: Sequence[SearchModel],
         options: DecodingOptions,
         *,
         pad_id: int,
@@ -69,10 +43,10 @@ class Generator:
         unk_id: int,
         static_search: StaticSearch | None = None,
     ) -> None:
-        """Take models in evaluation mode.
+        """Take models.
 
         Args:
-            models: At least one.
+            models: At least one, as `search_form` gives them.
             options: How to search.
             pad_id: Of their vocabularies.
             eos_id: Of their vocabularies.
@@ -115,7 +89,6 @@ class Generator:
         Returns:
             For each sentence its `nbest` best hypotheses, best first; none for one that was given up.
         """
-        assert not any(model.training for model in self.models), "call model.eval() before decoding"
         if source.size(0) == 0:
             return []
         job = Job(source, self._limits(source), prefixes, rules, may_drop_stragglers=may_drop_stragglers)
@@ -144,34 +117,6 @@ class Generator:
         together = [drawn[i : i + options.beam] for i in range(0, len(drawn), options.beam)]
         ranked = [sorted((x for (x,) in samples), key=lambda x: -x.score) for samples in together]
         return [samples[: options.nbest] for samples in ranked]
-
-    @torch.inference_mode()
-    def score(self, source: Tensor, target_input: Tensor, target: Tensor) -> list[list[Hypothesis]]:
-        """Score given translations, which no option changes but those of ensembles.
-
-        Args:
-            source: (B, S) int64, as for `generate`.
-            target_input: (B, T) int64, the target shifted right and begun with eos.
-            target: (B, T) int64, each sentence ending in eos and padded on the right.
-
-        Returns:
-            For each sentence one hypothesis, whose score is the mean log-probability of its tokens.
-        """
-        assert not any(model.training for model in self.models), "call model.eval() before decoding"
-        logits = [
-            model.project(model.features(target_input, model.encode(source), None).flatten(0, 1))  # (B*T, V)
-            for model in self.models
-        ]
-        log_probs = combine(logits, replace(self.options, temperature=1.0))
-        scores = log_probs.gather(1, target.view(-1, 1)).view_as(target)  # (B*T, V) -> (B, T)
-        lengths = (target != self.pad_id).sum(dim=1)  # (B,)
-        means = scores.masked_fill(target == self.pad_id, 0.0).sum(dim=1) / lengths
-        return [
-            [Hypothesis(tokens=tokens[: length - 1], score=mean, token_scores=token_scores[:length])]
-            for tokens, mean, token_scores, length in zip(
-                target.tolist(), means.tolist(), scores.tolist(), lengths.tolist(), strict=True
-            )
-        ]
 
     def _search(self, memories: Sequence[Any], job: Job) -> list[list[Hypothesis]]:
         """Search for the best translations, or draw one for each sentence if it has a stream of random numbers."""
@@ -206,7 +151,7 @@ class Generator:
 class _Decoders:
     """Several models in one search: what each has encoded, and the state of its hypotheses."""
 
-    def __init__(self, models: Sequence[TranslationModel], memories: Sequence[Any], choice: Choice) -> None:
+    def __init__(self, models: Sequence[SearchModel], memories: Sequence[Any], choice: Choice) -> None:
         self._models = models
         self._memories = list(memories)
         self._states = [model.start_state() for model in models]
@@ -216,7 +161,7 @@ class _Decoders:
     def features(self, last_tokens: Tensor) -> list[Tensor]:
         """Return those (R, D) of each model; see `beam_search.Decoder`."""
         return [
-            model.features(last_tokens.reshape(-1, 1), memory, state)[:, -1]  # (R, 1, D) -> (R, D)
+            model.step(last_tokens.flatten(), memory, state)  # (R,) -> (R, D)
             for model, memory, state in zip(self._models, self._memories, self._states, strict=True)
         ]
 
@@ -260,6 +205,5 @@ class _Room:
         return self._memory[: logits.numel()].view_as(logits).copy_(logits)
 
 
-def _score_dtype(models: Sequence[TranslationModel]) -> torch.dtype:
-    parameters = (parameter for model in models for parameter in model.parameters())
-    return torch.float64 if any(x.dtype == torch.float64 for x in parameters) else torch.float32
+def _score_dtype(models: Sequence[SearchModel]) -> torch.dtype:
+    return torch.float64 if any(model.dtype == torch.float64 for model in models) else torch.float32

@@ -28,6 +28,7 @@ from nmt.generation.roster import Stragglers
 from nmt.generation.rules import Rule, of_rows
 from nmt.generation.static_step import SearchTables, make_tables, move_on_, run_step, start_
 from nmt.models.inference import InferenceTransformer
+from nmt.models.protocols import SearchModel
 from nmt.models.reserve import Reserve
 from nmt.models.static_decoder import Sizes, StaticDecoder
 from nmt.system.cuda_graphs import Recording
@@ -65,6 +66,12 @@ class Job:
             [of_rows(rule, rows) for rule in self.rules],
             streams,
         )
+
+
+def static_search(models: Sequence[SearchModel]) -> StaticSearch | None:
+    """Return the search in place with some models, or None if it does not know all of them."""
+    known = [x for x in models if isinstance(x, InferenceTransformer) and not x.has_variants]
+    return StaticSearch(known) if len(known) == len(models) else None
 
 
 class StaticSearch:

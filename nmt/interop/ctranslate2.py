@@ -102,6 +102,7 @@ def make_spec(translator: Translator) -> Any:
             f"The model must be made of parts that CTranslate2 has, but it cannot hold {stranger[:-1]}. "
             "Translate with nmt-generate."
         )
+    assert isinstance(model, Transformer)
     encoder = _fill_encoder(model.encoder)
     spec = transformer_spec.TransformerSpec(encoder, _fill_decoder(model))
     spec.register_source_vocabulary(_names(task.source_vocabulary, task.source_lang))

@@ -1,83 +1,14 @@
-"""Multi-head attention (Vaswani et al., 2017, section 3.2): one function, and its two places.
+"""Multi-head attention (Vaswani et al., 2017, section 3.2) in its two places; `attend` computes it by device.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, D model, H heads, E head size.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models import training_ops as fused
 from nmt.models.decoder_state import LayerState
 from nmt.models.packed import Spans, attend_to_other, attend_to_self
-from nmt.models.training_ops import Linear
-
-LEAST_WIDTH = 16
-"""Rows of attention scores are best at least so wide: PyTorch's softmax on a CPU takes narrower ones one by one,
-ten times as slowly."""
-
-
-def attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    attention_mask: Tensor | None = None,
-    is_causal: bool = False,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Compute softmax(Q K^T / sqrt(E)) V for each head.
-
-    Args:
-        query: (B, H, T, E).
-        keys: (B, H, S, E).
-        values: (B, H, S, E).
-        attention_mask: bool, True where attention is allowed, broadcastable to (B, H, T, S).
-        is_causal: Position t attends to the positions up to t only (T equals S).
-        dropout: Probability with which an attention weight is dropped.
-
-    Returns:
-        (B, T, D): the heads side by side.
-    """
-    if _is_for_fused(query):
-        bias = _bias(query, keys, attention_mask, is_causal=is_causal)
-        return fused.attention(query, keys, values, bias, dropout=dropout)
-    missing = LEAST_WIDTH - keys.size(2)
-    if (
-        missing > 0
-        and attention_mask is not None
-        and keys.device.type == "cpu"
-        and not torch.is_grad_enabled()  # a compiled training step is one program for all lengths
-    ):
-        keys, values = (F.pad(x, (0, 0, 0, missing)) for x in (keys, values))
-        attention_mask = F.pad(attention_mask, (0, missing), value=False)
-    heads = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=attention_mask, is_causal=is_causal, dropout_p=dropout
-    )
-    return heads.transpose(1, 2).flatten(2)  # (B, H, T, E) -> (B, T, D)
-
-
-def split_heads(x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, T, num_parts * D) -> num_parts times (B, H, T, E)."""
-    parts = x.unflatten(-1, (num_parts, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    if _is_for_fused(x):  # its batched products, and their gradients, read each head's rows side by side
-        parts = parts.contiguous()
-    return parts.unbind()
-
-
-def _is_for_fused(x: Tensor) -> bool:
-    """Return whether this is training on a CPU, for which the fused operations are made."""
-    return torch.is_grad_enabled() and not fused.is_elsewhere(x)
-
-
-def _bias(query: Tensor, keys: Tensor, attention_mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """Return what is added to the scores (B, H, T, S), of a shape that broadcasts to theirs."""
-    if is_causal:
-        future = query.new_full((query.size(2), keys.size(2)), -torch.inf)
-        return future.triu(diagonal=1)[None, None]
-    if attention_mask is None:
-        return query.new_zeros(1, 1, 1, 1)
-    return query.new_zeros(attention_mask.shape).masked_fill(~attention_mask, -torch.inf)
+from nmt.models.training_ops import Linear, attend, split_heads
 
 
 class SelfAttention(nn.Module):
@@ -185,6 +116,13 @@ class CrossAttention(nn.Module):
         (heads,) = split_heads(queries, 1, self.num_heads)
         attended = attend(heads, keys, values, attention_mask=attention_mask, dropout=dropout)
         return self.out_proj(attended).view(num_rows, length, dim)  # (B, K*T, D) -> (R, T, D)
+
+    def weights(self, x: Tensor, keys: Tensor, *, padding_mask: Tensor) -> Tensor:
+        """Return what (B, T, D) attends to of (B, H, S, E), the mean over the heads: (B, T, S) float32."""
+        (queries,) = split_heads(self.q_proj(x), 1, self.num_heads)  # (B, T, D) -> (B, H, T, E)
+        scores = queries @ keys.transpose(2, 3) / queries.size(-1) ** 0.5  # (B, H, T, S)
+        scores = scores.float().masked_fill(padding_mask[:, None, None, :], -torch.inf)
+        return scores.softmax(dim=-1).mean(dim=1)
 
     def attend_packed(self, x: Tensor, memory: Tensor, spans: Spans) -> Tensor:
         """Let each part of a packed row attend to that of another row.

@@ -4,7 +4,7 @@ Shapes: R rows, T length, D model, F feed-forward, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ class Residual(nn.Module):
     Pre-norm: x + dropout(block(norm(x))); the stack then ends in a normalisation of its own.
     """
 
-    def __init__(self, dim: int, *, pre_norm: bool, dropout: float) -> None:
+    def __init__(self, dim: int, *, pre_norm: bool, options: TransformerOptions) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.dropout = Dropout(dropout)
+        self.norm = make_norm(dim, options)
+        self.dropout = Dropout(options.dropout)
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
@@ -50,6 +50,50 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(R, T, D) -> (R, T, D)."""
         return self.contract(self.dropout(self.activation(self.expand(x))))
+
+
+class GatedFeedForward(nn.Module):
+    """A feed-forward block with a gate, SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020)."""
+
+    def __init__(self, dim: int, ffn_dim: int, *, options: TransformerOptions) -> None:
+        super().__init__()
+        self.expand = Linear(dim, 2 * ffn_dim)  # the gates first
+        self.contract = Linear(ffn_dim, dim)
+        self.dropout = Dropout(options.activation_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, T, D) -> (R, T, D)."""
+        gates, values = self.expand(x).chunk(2, dim=-1)
+        return self.contract(self.dropout(F.silu(gates) * values))
+
+
+# What may stand in the place of another part: the plain one first, which is all that kernels and exporters know.
+NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm)
+FEED_FORWARDS: tuple[type[nn.Module], ...] = (FeedForward, GatedFeedForward)
+
+
+def make_norm(dim: int, options: TransformerOptions) -> Any:
+    """Make the normalisation of (..., D) that the options name, of `NORMS`."""
+    if options.norm_fn == "rms":
+        return nn.RMSNorm(dim, eps=1e-6)  # torch's own is that of the type: 0.008 in bfloat16
+    return nn.LayerNorm(dim)
+
+
+def make_feed_forward(dim: int, ffn_dim: int, options: TransformerOptions) -> Any:
+    """Make the feed-forward block that the options name, of `FEED_FORWARDS`."""
+    kind = GatedFeedForward if options.activation_fn == "swiglu" else FeedForward
+    return kind(dim, ffn_dim, options=options)
+
+
+def left_in(layers: nn.ModuleList, probability: float) -> Iterator[tuple[int, nn.Module]]:
+    """Yield layers with their numbers, each left out with a probability: LayerDrop (Fan et al., 2020) in training.
+
+    The draw is of the CPU's generator, which is seeded for each update, wherever the layers compute.
+    """
+    draws = torch.rand(len(layers)).tolist() if probability else [1.0] * len(layers)
+    for number, (layer, draw) in enumerate(zip(layers, draws, strict=True)):
+        if draw >= probability:
+            yield number, layer
 
 
 def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,7 +141,7 @@ class Embedding(nn.Module):
             self.positions = nn.Parameter(torch.empty(num_rows, dim).normal_(std=dim**-0.5))
         else:
             self.register_buffer("positions", sinusoids(num_rows, dim), persistent=False)
-        self.norm = nn.LayerNorm(dim) if options.layernorm_embedding else nn.Identity()
+        self.norm = make_norm(dim, options) if options.layernorm_embedding else nn.Identity()
         self.dropout = Dropout(options.dropout)
 
     def forward(self, token_ids: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:

@@ -12,22 +12,19 @@ E head size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.models.attention import LEAST_WIDTH
-from nmt.models.blocks import FeedForward, Residual
-from nmt.models.inference_int8 import PACKED_FOR, Inputs, decoder_inputs, int8_feed_forward, int8_map, ranges
-from nmt.models.inference_state import BeamState, InferenceMemory, Past, multiplied_by_onednn
-from nmt.models.known_parts import CONTAINERS, LINEAR, is_as_its_class, is_known
+from nmt.models.inference_int8 import Inputs, decoder_inputs, ranges
+from nmt.models.inference_parts import FastLayer, fast_norm, linear_map, replace_products_
+from nmt.models.inference_state import BeamState, InferenceMemory, multiplied_by_onednn
+from nmt.models.known_parts import find_stranger
+from nmt.models.training_ops import LEAST_WIDTH
 from nmt.models.transformer import DecoderLayer, Transformer
-
-_Map = Callable[[Tensor], Tensor]
 
 _TOKENS_AT_ONCE = 1024  # of the source, on a CPU
 _MANY_SENTENCES = 64  # from so many on, attention is faster in bfloat16 than in float32 on a CPU
@@ -35,8 +32,6 @@ _MANY_SENTENCES = 64  # from so many on, attention is faster in bfloat16 than in
 
 class InferenceTransformer:
     """Encode sources, then decode position by position, with a trained model's weights as they are now."""
-
-    training = False
 
     def __init__(self, model: Transformer, dtype: torch.dtype | None = None, *, packs: bool = True) -> None:
         """Take over the weights of a model in evaluation mode, which is not changed.
@@ -58,7 +53,7 @@ class InferenceTransformer:
         self.encoder = copy.deepcopy(
             model.encoder, memo={id(weight): weight for weight in model.parameters()}
         )
-        _replace_products_(self.encoder, self.product_dtype, packs=packs)
+        replace_products_(self.encoder, self.product_dtype, packs=packs)
         self.embedding = model.decoder.embedding
         layers = [cast(DecoderLayer, layer) for layer in model.decoder.layers]
         self.num_heads = layers[0].cross_attention.num_heads
@@ -74,11 +69,13 @@ class InferenceTransformer:
         if in_integers:
             inputs, last_input = decoder_inputs(model.decoder)
             last_ranges = ranges(last_input)
+        # Of parts, such as another normalisation: they are run as they are.
+        self.has_variants = find_stranger(model, within_encoder=False) is not None
         self.layers = [
-            _Layer(layer, self.product_dtype, self.dtype, x, packs=packs)
+            FastLayer(layer, self.product_dtype, self.dtype, x, packs=packs)
             for layer, x in zip(layers, inputs, strict=True)
         ]
-        self.final_norm = _norm(model.decoder.final_norm, self.dtype)
+        self.final_norm = fast_norm(model.decoder.final_norm, self.dtype)
         offset = None
         if self.dtype.itemsize < 4:
             offset = torch.tensor(
@@ -91,9 +88,13 @@ class InferenceTransformer:
             model.output_weight, bias, self.dtype, input_ranges=last_ranges, packs=packs
         )
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over the weights of the model."""
-        return self.plain.parameters()
+    @property
+    def widest_product(self) -> int:
+        """How many numbers a row has at most in what a step makes anew, logits aside."""
+        widest = max(x.out_features for x in self.plain.modules() if isinstance(x, nn.Linear))
+        return max(
+            widest, 2 * len(self.layers) * self.plain.output_weight.size(1)
+        )  # the memory of all layers
 
     def encode(self, source: Tensor) -> InferenceMemory:
         """Encode sources (B, S); see `Transformer.encode`."""
@@ -121,41 +122,36 @@ class InferenceTransformer:
         """Return the state of rows of which nothing has been decoded."""
         return BeamState()
 
-    def features(self, target_input: Tensor, memory: InferenceMemory, state: BeamState) -> Tensor:
-        """Take new tokens into the state, one after the other.
+    def step(self, tokens: Tensor, memory: InferenceMemory, state: BeamState) -> Tensor:
+        """Take one new token a row into the state.
 
         Args:
-            target_input: (R, T) int64; the K rows of a sentence lie side by side.
+            tokens: (R,) int64; the K rows of a sentence lie side by side.
             memory: The encoded sources of B sentences.
             state: What has been decoded before.
 
         Returns:
-            (R, T, D), the last hidden states.
+            (R, D), the last hidden states.
         """
-        beam_size = target_input.size(0) // memory.padding.size(0)
-        columns = target_input.split(1, dim=1)
-        if len(columns) > 1:
-            return torch.cat([self.features(column, memory, state) for column in columns], dim=1)
+        beam_size = tokens.size(0) // memory.padding.size(0)
         if state.length > 0 or beam_size == 1:
-            return self._step(target_input, memory, state, beam_size, later=beam_size)
-        first = target_input[::beam_size]
-        if not torch.equal(target_input, first.repeat_interleave(beam_size, dim=0)):
-            return self._step(target_input, memory, state, beam_size, later=beam_size)
+            return self._step(tokens, memory, state, beam_size, later=beam_size)
+        first = tokens[::beam_size]
+        if not torch.equal(tokens, first.repeat_interleave(beam_size)):
+            return self._step(tokens, memory, state, beam_size, later=beam_size)
         # All rows of a sentence are alike, as a search begins: one is computed.
         features = self._step(first, memory, state, 1, later=beam_size)
         state.branch(beam_size)
         return features.repeat_interleave(beam_size, dim=0)
 
     def _step(
-        self, target_input: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int, *, later: int
+        self, tokens: Tensor, memory: InferenceMemory, state: BeamState, beam_size: int, *, later: int
     ) -> Tensor:
         past, past_mask = state.add_columns(memory, beam_size, later=later)
-        x = self.embedding(target_input, start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
-        for layer, own_past, (keys, values) in zip(self.layers, past, memory.tables, strict=True):
-            x = layer.attend_to_past(x, own_past, past_mask)
-            x = layer.attend_to_source(x, keys, values, memory.mask)
-            x = layer.feed_forward(x)
-        return self.final_norm(x)[:, None]
+        x = self.embedding(tokens[:, None], start=state.length - 1)[:, 0].to(self.dtype)  # (R, D)
+        for layer, own_past, own_memory in zip(self.layers, past, memory.tables, strict=True):
+            x = layer.forward(x, own_memory, attention_mask=memory.mask, state=(own_past, past_mask))
+        return self.final_norm(x)
 
 
 def _groups(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:
@@ -177,72 +173,6 @@ def _groups(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:
         yield some, int(ends[some].max())
 
 
-class _Layer:
-    """A decoder layer for one new position a row."""
-
-    def __init__(
-        self,
-        layer: DecoderLayer,
-        dtype: torch.dtype,
-        hidden_dtype: torch.dtype,
-        inputs: Inputs | None,
-        *,
-        packs: bool = True,
-    ) -> None:
-        """Take over a layer's weights.
-
-        Args:
-            layer: The layer.
-            dtype: Of products.
-            hidden_dtype: Of hidden states.
-            inputs: Where inputs come from whose products shall be of 8-bit integers, which takes float32.
-            packs: Whether to pack weights.
-        """
-        make = partial(linear_map, dtype=dtype, packs=packs)
-        qkv_ranges = None if inputs is None else ranges(inputs.self_attention)
-        query_ranges = None if inputs is None else ranges(inputs.cross_attention)
-        qkv, query = layer.self_attention.qkv_proj, layer.cross_attention.q_proj
-        dim, num_heads = query.weight.size(0), layer.cross_attention.num_heads
-        # Queries are divided by sqrt(E) beforehand, by their weights.
-        scale = (dim // num_heads) ** -0.5
-        scales = torch.cat([qkv.weight.new_full((dim,), scale), qkv.weight.new_ones(2 * dim)])
-        self.qkv = make(qkv.weight * scales[:, None], qkv.bias * scales, input_ranges=qkv_ranges)
-        self.query = make(query.weight * scale, query.bias * scale, input_ranges=query_ranges)
-        self.past_out = make(layer.self_attention.out_proj.weight, layer.self_attention.out_proj.bias)
-        self.source_out = make(layer.cross_attention.out_proj.weight, layer.cross_attention.out_proj.bias)
-        input_norm = None if inputs is None else inputs.feed_forward
-        self.transform = _feed_forward(layer.feed_forward, dtype, input_norm=input_norm, packs=packs)
-        self.around_past = _residual(layer.around_self_attention, hidden_dtype)
-        self.around_source = _residual(layer.around_cross_attention, hidden_dtype)
-        self.around_feed_forward = _residual(layer.around_feed_forward, hidden_dtype)
-
-    def attend_to_past(self, x: Tensor, past: Past, mask: Tensor | None) -> Tensor:
-        """(R, D) -> (R, D). The newest columns of the past are filled."""
-
-        def block(y: Tensor) -> Tensor:
-            num_sentences, num_heads, _, head_size = past.keys.shape
-            # (R, 3D) -> (3, B, H, K, E)
-            qkv = self.qkv(y).view(num_sentences, -1, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
-            past.room.copy_(qkv[1:])
-            return self.past_out(_attend(qkv[0], past.keys, past.values, mask))
-
-        return self.around_past(x, block)
-
-    def attend_to_source(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """(R, D) -> (R, D). Keys and values are (B, H, S, E), the mask (B, 1, 1, S)."""
-
-        def block(y: Tensor) -> Tensor:
-            num_sentences, num_heads, _, head_size = keys.shape
-            query = self.query(y).view(num_sentences, -1, num_heads, head_size).transpose(1, 2)
-            return self.source_out(_attend(query, keys, values, mask))
-
-        return self.around_source(x, block)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """(R, D) -> (R, D)."""
-        return self.around_feed_forward(x, self.transform)
-
-
 @torch.inference_mode()
 def _typical_normalizer(model: Transformer) -> float:
     """Return about how large log(sum(exp(logits))) is, by tokens from all over the vocabularies as sentences.
@@ -258,128 +188,6 @@ def _typical_normalizer(model: Transformer) -> float:
     normalizers = model.decode(prefix, model.encode(sources)).logsumexp(dim=2)
     sound = normalizers[normalizers.isfinite()]
     return sound.mean().item() if sound.numel() else 0.0
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend with scaled queries (B, H, K, E) to keys and values (B, H, N, E), whose type may be another.
-
-    Plain products: for a handful of queries they are faster on a CPU than the fused attention.
-
-    Returns:
-        (R, D), of the queries' type.
-    """
-    if multiplied_by_onednn(keys.dtype, keys.device):
-        # It takes keys as they lie on the left of a product; on the right it would first reorder them.
-        products = (keys @ query.contiguous().transpose(2, 3)).transpose(2, 3)  # (B, H, N, K) -> (B, H, K, N)
-        scores = torch.empty(products.shape, dtype=torch.float32)
-        torch.add(products, 0.0 if mask is None else mask, out=scores)
-    else:
-        scores = query.to(keys.dtype) @ keys.transpose(2, 3)  # (B, H, K, N)
-        if mask is not None:
-            scores += mask
-    heads = scores.softmax(dim=3).to(values.dtype) @ values  # (B, H, K, E)
-    rows = heads.transpose(1, 2).to(query.dtype, memory_format=torch.contiguous_format)  # (B, K, H, E)
-    return rows.reshape(-1, rows.size(2) * rows.size(3))
-
-
-def _feed_forward(
-    feed_forward: FeedForward, dtype: torch.dtype, *, input_norm: nn.LayerNorm | None, packs: bool
-) -> _Map:
-    """Return the map of a feed-forward block; of 8-bit integers if the normalisation of its inputs is given."""
-    expand, contract, activation = feed_forward.expand, feed_forward.contract, feed_forward.activation
-    if input_norm is not None and activation is F.relu:
-        return int8_feed_forward(feed_forward, input_norm)
-    input_ranges = None if input_norm is None else ranges(input_norm)
-    make = partial(linear_map, dtype=dtype, packs=packs)
-    first = make(expand.weight, expand.bias, activation=activation, input_ranges=input_ranges)
-    second = make(contract.weight, contract.bias)
-    return lambda x: second(first(x))
-
-
-def linear_map(
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    activation: _Map | None = None,
-    input_ranges: Tensor | None = None,
-    packs: bool = True,
-) -> _Map:
-    """Return the map x -> activation(x W^T + b) for weights (out, in) and inputs of a type.
-
-    With ranges of the inputs (in,) it is made of 8-bit integers; then the type is that of the result, and inputs
-    are float32.
-
-    On a CPU oneDNN's packed products are used, where this build of PyTorch has them: PyTorch's own in float32 are
-    MKL's, which on processors that are not Intel's reach half of their rate, and products of few rows gain most.
-    """
-    if input_ranges is not None:
-        linear: _Map = int8_map(weight, bias, input_ranges, dtype=dtype)
-        return linear if activation is None else lambda x: activation(linear(x))
-    weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    can_pack = (
-        packs
-        and weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-    packs_bfloat16 = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if (can_pack and dtype == torch.float32) or (packs_bfloat16 and dtype == torch.bfloat16):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
-        product = torch.ops.mkldnn._linear_pointwise
-        if activation is F.relu:
-            return lambda x: cast(Tensor, product(x, packed, bias, "relu", [], ""))
-        linear = lambda x: cast(Tensor, product(x, packed, bias, "none", [], ""))  # noqa: E731
-    else:
-        linear = lambda x: F.linear(x, weight, bias)  # noqa: E731
-    return linear if activation is None else lambda x: activation(linear(x))
-
-
-class _Product(nn.Module):
-    """A linear map, or a feed-forward block, that computes in another type than it takes and returns."""
-
-    def __init__(self, function: _Map, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.function = function
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return self.function(x.to(self.dtype)).to(x.dtype)
-
-
-def _replace_products_(module: nn.Module, dtype: torch.dtype, *, packs: bool) -> None:
-    """Put `_Product`s in the places of an encoder's linear maps and feed-forward blocks, where these are known."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear) and is_known(child, LINEAR):
-            setattr(module, name, _Product(linear_map(child.weight, child.bias, dtype, packs=packs), dtype))
-        elif isinstance(child, FeedForward) and is_known(child, (FeedForward,)):
-            transform = _feed_forward(child, dtype, input_norm=None, packs=packs)
-            setattr(module, name, _Product(transform, dtype))
-        elif is_as_its_class(child, CONTAINERS):
-            _replace_products_(child, dtype, packs=packs)
-
-
-def _norm(norm: nn.Module, dtype: torch.dtype) -> _Map:
-    """Return layer normalisation, or what stands in its place, in another type."""
-    if not isinstance(norm, nn.LayerNorm):
-        return norm
-    weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
-    return lambda x: F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def _residual(residual: Residual, dtype: torch.dtype) -> Callable[[Tensor, _Map], Tensor]:
-    """Return the connection around a block without its dropout; see `Residual`."""
-    norm = _norm(residual.norm, dtype)
-    if residual.pre_norm:
-        return lambda x, block: x + block(norm(x))
-    # What a block returns is not needed any more. It may be of lower precision, to which the sum is not rounded.
-    return lambda x, block: norm(_sum(block(x), x))
-
-
-def _sum(y: Tensor, x: Tensor) -> Tensor:
-    """Return y + x, of the type of x, in the place of y if it has that type."""
-    return y.add_(x) if y.dtype == x.dtype else y + x
 
 
 def _additive(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:

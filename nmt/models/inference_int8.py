@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nmt.errors import UserError
 from nmt.models.blocks import Embedding, FeedForward
 from nmt.models.transformer import Decoder, DecoderLayer
+from nmt.system import onednn
 
 # What lies beyond is cut off. Of two trained models the largest numbers behind each normalisation were 3.3 to 6.4
 # standard deviations of its widest place, and 3.0 to 6.7 of their own before ReLU.
@@ -31,7 +32,6 @@ _DEVIATIONS = 6.0
 _DEVIATIONS_BEFORE_RELU = 8.0
 _LEAST_RANGE = 1e-6  # of what is always 0, or, before ReLU, never above
 _ZERO = 128  # stands for 0 in inputs: processors multiply signed weights by unsigned inputs
-PACKED_FOR = 128  # rows; products of other numbers of rows use the same packing
 
 
 @cache
@@ -40,11 +40,7 @@ def is_available() -> bool:
 
     Without VNNI or what is like it, sums of two products are cut off at 32,767.
     """
-    if not (
-        torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and hasattr(torch.ops.onednn, "qlinear_pointwise")
-    ):
+    if not onednn.has_integers():
         return False
     ones = torch.ones(16, 64)
     return bool((int8_map(ones, None, torch.ones(64))(ones) > 63).all())
@@ -187,12 +183,13 @@ def _multiplied_by(
             "`precision` int8 must have finite weights, but this model has others. Take fp32 to look."
         )
     scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)  # (O,)
-    packed = torch.ops.onednn.qlinear_prepack(
-        (weight / scales[:, None]).round().to(torch.int8), [PACKED_FOR, weight.size(1)]
-    )
-    zeros = torch.zeros(len(scales), dtype=torch.int32)
-    product = torch.ops.onednn.qlinear_pointwise.default
-    return lambda x: cast(
-        Tensor,
-        product(x, step, zero, packed, scales, zeros, bias, output_step, 0, dtype, activation, [], ""),
+    return onednn.packed_integers(
+        (weight / scales[:, None]).round().to(torch.int8),
+        bias,
+        step,
+        zero=zero,
+        scales=scales,
+        dtype=dtype,
+        output_step=output_step,
+        activation=activation,
     )

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmt.models.attention import LEAST_WIDTH
+from nmt.models.training_ops import LEAST_WIDTH
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from nmt.models.attention import CrossAttention, SelfAttention
-from nmt.models.blocks import Embedding, FeedForward, Residual
+from nmt.models.blocks import FEED_FORWARDS, NORMS, Embedding, FeedForward, Residual
 from nmt.models.training_ops import Dropout, Linear
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 
@@ -37,23 +37,38 @@ _PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
     },
     SelfAttention: {"qkv_proj": LINEAR, "out_proj": LINEAR},
     CrossAttention: {"q_proj": LINEAR, "kv_proj": LINEAR, "out_proj": LINEAR},
-    FeedForward: {"expand": LINEAR, "contract": LINEAR, "dropout": _DROPOUT},
+    **{x: {"expand": LINEAR, "contract": LINEAR, "dropout": _DROPOUT} for x in FEED_FORWARDS},
     Residual: {"norm": _NORM, "dropout": _DROPOUT},
     Embedding: {"tokens": (nn.Embedding,), "norm": (*_NORM, nn.Identity), "dropout": _DROPOUT},
 }
-# Parts of an encoder whose linear maps may be replaced by faster ones: they do nothing with them but call them.
-CONTAINERS = (Encoder, nn.ModuleList, EncoderLayer, SelfAttention)
+_VARIANTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    nn.LayerNorm: NORMS,
+    FeedForward: FEED_FORWARDS,
+}
+# Parts whose linear maps may be replaced by faster ones: they do nothing with them but call them.
+CONTAINERS = (Encoder, nn.ModuleList, EncoderLayer, SelfAttention, *FEED_FORWARDS[1:])
 
 
-def find_stranger(model: Transformer, *, within_encoder: bool) -> str | None:
+def find_stranger(model: object, *, within_encoder: bool, with_variants: bool = False) -> str | None:
     """Return the first part of a model, by name and class, that is not just what its class says.
 
     Args:
-        model: The model.
+        model: The model; one of another class than the Transformer is a stranger as a whole.
         within_encoder: Whether what stands in the encoder counts, too, or only the encoder as such.
+        with_variants: Whether the variants of a part are known, such as another normalisation.
     """
     runs_as_it_is = () if within_encoder else (Encoder,)
-    return next(_strangers(model, (Transformer,), "the model", runs_as_it_is), None)
+    return next(_strangers(model, (Transformer,), "the model", runs_as_it_is, with_variants), None)
+
+
+def why_padded(model: nn.Module) -> str | None:
+    """Return what of a model may know padded batches alone, as a line says it; None if it takes packed ones."""
+    if not isinstance(model, Transformer):
+        return f"the model ({type(model).__name__}) is not the Transformer of this package"
+    if not model.is_whole:
+        return "LayerDrop leaves layers out of padded batches alone"
+    stranger = find_stranger(model, within_encoder=True)
+    return None if stranger is None else f"{stranger} may know padded batches alone"
 
 
 def is_known(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
@@ -71,8 +86,11 @@ def _strangers(
     types: tuple[type[nn.Module], ...],
     name: str,
     runs_as_it_is: tuple[type[nn.Module], ...] = (),
+    with_variants: bool = False,
 ) -> Iterator[str]:
     """Yield what is strange about a part that should be of one of these classes, and about the parts in it."""
+    if with_variants:
+        types = tuple(variant for type_ in types for variant in _VARIANTS.get(type_, (type_,)))
     if type(module) not in types:
         known = " or ".join(dict.fromkeys(type_.__name__ for type_ in types))
         yield f"`{name}`, which is of the class {type(module).__name__} and not {known},"
@@ -85,10 +103,12 @@ def _strangers(
         return
     prefix = "" if isinstance(module, Transformer) else f"{name}."
     for part, expected in _PARTS.get(type(module), {}).items():
-        yield from _strangers(getattr(module, part, None), expected, f"{prefix}{part}", runs_as_it_is)
+        own = getattr(module, part, None)
+        yield from _strangers(own, expected, f"{prefix}{part}", runs_as_it_is, with_variants)
     if isinstance(module, nn.ModuleList):
         for number, layer in enumerate(module):
-            yield from _strangers(layer, (EncoderLayer, DecoderLayer), f"{prefix}{number}")
+            layers = (EncoderLayer, DecoderLayer)
+            yield from _strangers(layer, layers, f"{prefix}{number}", with_variants=with_variants)
 
 
 def _fault(module: nn.Module) -> str | None:

@@ -1,10 +1,17 @@
-"""The options of the Transformer. Imports no torch."""
+"""The options of a model, and those of the Transformer. Imports no torch."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from nmt.errors import UserError
 from nmt.models.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nmt.models.transformer import Transformer
 
 FIXED = {"fixed": True}  # may not change when a run is resumed
 
@@ -17,6 +24,25 @@ LARGEST = {
     "positions": 2**17,
 }
 _LARGEST_TABLE = 2**27  # numbers in a table of positions
+
+
+class ModelOptions(Protocol):
+    """The options of a translation model: a frozen dataclass that makes it.
+
+    Sizes have `metadata={"fixed": True}`, so that a run is not resumed with others. If there is a field
+    `share_all_embeddings` that is true, both languages must have one vocabulary.
+    """
+
+    @property
+    def max_source_positions(self) -> int:
+        """The most tokens of a source, its eos counted; a field, or a constant."""
+
+    @property
+    def max_target_positions(self) -> int:
+        """The most tokens of a target, its eos counted."""
+
+    def build(self, *, source_vocabulary_size: int, target_vocabulary_size: int, pad_id: int) -> nn.Module:
+        """Make a model with fresh parameters; what it must be able to do, `nmt/models/protocols.py` says."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +83,20 @@ class TransformerOptions:
     """Normalise the sum of token and position embeddings."""
     no_scale_embedding: bool = field(default=False, metadata=FIXED)
     """Do not multiply token embeddings by the square root of the width."""
-    activation_fn: Literal["relu", "gelu"] = field(default="relu", metadata=FIXED)
-    """Activation of the feed-forward blocks."""
+    activation_fn: Literal["relu", "gelu", "swiglu"] = field(default="relu", metadata=FIXED)
+    """Activation of the feed-forward blocks; swiglu has a gate besides, and half as many weights again."""
+    norm_fn: Literal["layer", "rms"] = field(default="layer", metadata=FIXED)
+    """Normalisation of all blocks: by mean and deviation (layer), or by the root of the mean square (rms)."""
     dropout: float = 0.1
     """Dropout on embeddings and on the output of each block."""
     attention_dropout: float = 0.0
     """Dropout on attention weights."""
     activation_dropout: float = 0.0
     """Dropout after the activation of the feed-forward blocks."""
+    encoder_layerdrop: float = 0.0
+    """LayerDrop: probability with which an encoder layer is left out of a pass in training."""
+    decoder_layerdrop: float = 0.0
+    """The same of a decoder layer."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the layers in training and compute the rest anew in the backward pass: less memory,
     but up to a third more to compute."""
@@ -72,6 +104,17 @@ class TransformerOptions:
     """Longest source in tokens, end of sentence included."""
     max_target_positions: int = field(default=1024, metadata=FIXED)
     """Longest target in tokens, end of sentence included."""
+
+    def build(self, *, source_vocabulary_size: int, target_vocabulary_size: int, pad_id: int) -> Transformer:
+        """Make a Transformer with fresh parameters."""
+        from nmt.models.transformer import Transformer
+
+        return Transformer(
+            self,
+            source_vocabulary_size=source_vocabulary_size,
+            target_vocabulary_size=target_vocabulary_size,
+            pad_id=pad_id,
+        )
 
     def check(self) -> None:
         """Raise `UserError` where the sizes do not fit together."""
@@ -96,7 +139,10 @@ class TransformerOptions:
                     f"`{side}-embed-dim` must be even for sinusoidal positions, but is {dim}. "
                     f"Change it or set `{side}-learned-pos`."
                 )
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
+        for name in (
+            *("dropout", "attention_dropout", "activation_dropout"),
+            *("encoder_layerdrop", "decoder_layerdrop"),
+        ):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(
                     f"`{name.replace('_', '-')}` must be at least 0 and below 1, but is {getattr(self, name)}."

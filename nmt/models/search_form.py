@@ -1,4 +1,7 @@
-"""Which form of a model searches for translations: the fast one if it is sure to compute the same, else the model.
+"""Which form of a model searches for translations: a fast one if it is sure to compute the same, else the model.
+
+Any `SearchModel` searches as it is. The Transformer has a fast form; a model of another package may have its own,
+by `@search_form.register(ItsClass)`.
 
 `inference.py` copies weights out of a model's parts, so it must know what these compute. A part of another class,
 or one that is parametrised, hooked or patched, is a stranger. In the encoder strangers run as they are; with one
@@ -10,14 +13,16 @@ Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length
 
 from __future__ import annotations
 
+from functools import singledispatch
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nmt.errors import UserError, shown
 from nmt.models.inference import InferenceTransformer
 from nmt.models.known_parts import find_stranger
+from nmt.models.protocols import SearchModel, TranslationModel
 from nmt.models.transformer import DecoderLayer, Transformer
 from nmt.models.untouched import is_untouched
 from nmt.system.out_of_memory import is_out_of_memory
@@ -43,26 +48,54 @@ _FAULTS = (
 
 
 class SearchForm(NamedTuple):
-    """What searches, and why it is not the fast form, if it is not."""
+    """What searches, and why it is not what was asked for, if it is not."""
 
-    model: InferenceTransformer | Transformer
+    model: SearchModel
     remark: str | None
 
 
-def search_form(model: Transformer, dtype: torch.dtype | None = None) -> SearchForm:
-    """Return the fast form of a model in evaluation mode, or the model itself where that would be another model.
+@singledispatch
+def search_form(model: TranslationModel, dtype: torch.dtype | None = None) -> SearchForm:
+    """Return what searches with a model: the model itself, unless its class has a form of its own.
 
     Args:
-        model: It is not changed.
-        dtype: As for `InferenceTransformer`. The model itself keeps its own type.
+        model: In evaluation mode. It is not changed.
+        dtype: What to compute in; the model's own type if it is left out. The model itself keeps its own.
 
     Raises:
-        UserError: The model cannot compute a batch.
+        UserError: The model cannot search, or not in 8-bit integers, or cannot compute a batch.
     """
-    if (stranger := find_stranger(model, within_encoder=False)) is not None:
+    name = type(model).__name__
+    missing = [part for part in vars(SearchModel) if part[0] != "_" and not hasattr(model, part)]
+    if missing:
+        raise UserError(
+            f"The model must have `{'`, `'.join(missing)}` to translate, but a {name} has not. See `SearchModel` "
+            "in nmt/models/protocols.py; to train without translating, give --no-eval-bleu."
+        )
+    if dtype == torch.int8:
+        raise UserError(
+            f"`precision` must be fp32 or bf16 with a {name}, but is int8, which is made for the Transformer. "
+            "Take one of those."
+        )
+    assert not model.training, "call model.eval() before"
+    if dtype in (None, model.dtype):
+        return SearchForm(model, None)
+    return SearchForm(model, f"a {name} has no form for other types: {_as_it_is(model, dtype)}")
+
+
+@search_form.register(Transformer)
+def _of_transformer(model: Transformer, dtype: torch.dtype | None = None) -> SearchForm:
+    """Return the fast form of a Transformer, or the model itself where that would be another model."""
+    assert not model.training, "call model.eval() before"
+    if (stranger := find_stranger(model, within_encoder=False, with_variants=True)) is not None:
         _compute_small_batch(model)
         return SearchForm(
             model, f"{stranger} is unknown to the fast form of the decoder: {_as_it_is(model, dtype)}"
+        )
+    if dtype == torch.int8 and (variant := find_stranger(model, within_encoder=False)) is not None:
+        raise UserError(
+            f"`precision` must be fp32 or bf16 with {variant} but is int8, which does not know it. Take one of "
+            "those."
         )
     try:
         form, difference, tolerance = _compared(model, dtype)
@@ -103,8 +136,25 @@ def block_difference(form: InferenceTransformer, model: Transformer) -> float:
     table = model.decoder.embedding.tokens.weight
     rows = model.decoder.embedding(_some_tokens(table, (2, 1), model.pad_id))[:, 0]  # (2, D)
     with torch.autocast(rows.device.type, enabled=False):
-        found = form.layers[0].transform(rows.to(form.product_dtype))
+        found = form.layers[0].feed_forward(rows.to(form.product_dtype))
         return _difference(found.double(), layer.feed_forward(rows).double())
+
+
+def bytes_of_a_row(form: SearchModel, model: TranslationModel) -> tuple[int, int]:
+    """Return how large the largest tensors are that a step makes anew: bytes a row, of logits and of all others.
+
+    Args:
+        form: What searches.
+        model: Of which it is a form.
+    """
+    vocabulary_size = model.output_weight.size(0)
+    if isinstance(form, InferenceTransformer):
+        return vocabulary_size * form.dtype.itemsize, form.widest_product * form.product_dtype.itemsize
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    tables = {id(x.weight) for x in modules if isinstance(x, nn.Embedding)} | {id(model.output_weight)}
+    matrices = [x for module in modules for x in module.parameters(recurse=False) if x.dim() == 2]
+    widest = max((x.size(0) for x in matrices if id(x) not in tables), default=0)
+    return vocabulary_size * form.dtype.itemsize, widest * form.dtype.itemsize
 
 
 @torch.inference_mode()
@@ -117,7 +167,7 @@ def relative_difference(form: InferenceTransformer, model: Transformer) -> float
     with torch.autocast(source.device.type, enabled=False):
         expected = model.features(target, model.encode(source))  # (R, T, D)
         memory, state = form.encode(source), form.start_state()
-        found = torch.cat([form.features(x, memory, state) for x in target.split(1, dim=1)], dim=1)
+        found = torch.stack([form.step(x, memory, state) for x in target.unbind(dim=1)], dim=1)
         parts = [(found, expected)]
         # Logits of the last position alone, since all would take most of the time.
         parts.append((form.project(found[:, -1]) + form.logit_offset, model.project(expected[:, -1])))
@@ -188,7 +238,7 @@ def _tolerance(weight: Tensor, dtype: torch.dtype | None = None) -> float:
     return _TOLERANCES.get(weight.dtype, _TOLERANCE)
 
 
-def _as_it_is(model: Transformer, dtype: torch.dtype | None) -> str:
-    own = str(model.output_weight.dtype).removeprefix("torch.")
-    in_type = "" if dtype in (None, model.output_weight.dtype) else f", in {own}"
+def _as_it_is(model: SearchModel, dtype: torch.dtype | None) -> str:
+    own = str(model.dtype).removeprefix("torch.")
+    in_type = "" if dtype in (None, model.dtype) else f", in {own}"
     return f"translations are by the model as it is{in_type}, which takes longer"

@@ -1,6 +1,6 @@
-"""Faster forms of a model's operations for training on a CPU; their plain forms are in tests/test_fused.py.
+"""A model's operations, each as is best for the device; plain forms of those for a CPU are in tests/test_fused.py.
 
-On other devices PyTorch's own are taken, but for the loss.
+Training on a CPU has forms of its own. On other devices PyTorch's are taken, but for the loss.
 
 Shapes: B sentences, T and S lengths, N tokens, D model, H heads, E head size, V vocabulary.
 """
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nmt.system import onednn
 from nmt.system.slower import warn_slower
 
 # Logits that are held at once. On a CPU few enough for its caches (8 MB in float32: 250 tokens of 8,000
@@ -23,35 +24,27 @@ _LOGITS_AT_ONCE = {"cpu": 2_000_000}
 _LOGITS_AT_ONCE_ELSEWHERE = 64_000_000
 _LOGITS_OF_KERNEL_AT_ONCE = 192_000_000  # of two bytes each, and nothing beside them
 
+LEAST_WIDTH = 16
+"""Rows of attention scores are best at least so wide: PyTorch's softmax on a CPU takes narrower ones one by one,
+ten times as slowly."""
+
 
 def is_elsewhere(x: Tensor) -> bool:
     """Return whether PyTorch's own operations are to be taken: on other devices, and by its compiler."""
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-@cache
-def _has_onednn() -> bool:
-    """Return whether oneDNN has its AVX-512 products in float32 here, under the name that PyTorch gives them.
-
-    They are at least as fast as those of MKL, which PyTorch takes by itself; on AMD's processors twice as fast.
-    """
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops, "mkldnn")):
-        return False
-    has_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return has_avx512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     if is_elsewhere(x) or not x.dtype == weight.dtype == torch.float32:
         return False
     # It has no products without any multiplication.
-    return x.numel() > 0 and weight.numel() > 0 and _has_onednn()
+    return x.numel() > 0 and weight.numel() > 0 and onednn.has_fast_float32()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply (M, K) by (K, N), each of any strides."""
     if _is_for_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return onednn.product(a, b.t(), None)
     return torch.mm(a, b)
 
 
@@ -68,7 +61,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return onednn.product(x, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
@@ -120,6 +113,69 @@ def embed(token_ids: Tensor, weight: Tensor, *, pad_id: int) -> Tensor:
     # PyTorch sums in the type of the weights. No vector is changed by the way to float32 and back.
     accurate = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return F.embedding(token_ids, accurate, pad_id).to(weight.dtype)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Compute softmax(Q K^T / sqrt(E)) V for each head.
+
+    Args:
+        query: (B, H, T, E).
+        keys: (B, H, S, E).
+        values: (B, H, S, E).
+        attention_mask: bool, True where attention is allowed, broadcastable to (B, H, T, S).
+        is_causal: Position t attends to the positions up to t only (T equals S).
+        dropout: Probability with which an attention weight is dropped.
+
+    Returns:
+        (B, T, D): the heads side by side.
+    """
+    if _is_for_fused(query):
+        bias = _bias(query, keys, attention_mask, is_causal=is_causal)
+        return attention(query, keys, values, bias, dropout=dropout)
+    missing = LEAST_WIDTH - keys.size(2)
+    if (
+        missing > 0
+        and attention_mask is not None
+        and keys.device.type == "cpu"
+        and not torch.is_grad_enabled()  # a compiled training step is one program for all lengths
+    ):
+        keys, values = (F.pad(x, (0, 0, 0, missing)) for x in (keys, values))
+        attention_mask = F.pad(attention_mask, (0, missing), value=False)
+    heads = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=attention_mask, is_causal=is_causal, dropout_p=dropout
+    )
+    return heads.transpose(1, 2).flatten(2)  # (B, H, T, E) -> (B, T, D)
+
+
+def split_heads(x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, T, num_parts * D) -> num_parts times (B, H, T, E)."""
+    parts = x.unflatten(-1, (num_parts, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if _is_for_fused(x):  # its batched products, and their gradients, read each head's rows side by side
+        parts = parts.contiguous()
+    return parts.unbind()
+
+
+def _is_for_fused(x: Tensor) -> bool:
+    """Return whether this is training on a CPU, for which the fused operations are made."""
+    return torch.is_grad_enabled() and not is_elsewhere(x)
+
+
+def _bias(query: Tensor, keys: Tensor, attention_mask: Tensor | None, *, is_causal: bool) -> Tensor:
+    """Return what is added to the scores (B, H, T, S), of a shape that broadcasts to theirs."""
+    if is_causal:
+        future = query.new_full((query.size(2), keys.size(2)), -torch.inf)
+        return future.triu(diagonal=1)[None, None]
+    if attention_mask is None:
+        return query.new_zeros(1, 1, 1, 1)
+    return query.new_zeros(attention_mask.shape).masked_fill(~attention_mask, -torch.inf)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *, dropout: float) -> Tensor:

@@ -12,17 +12,14 @@ from torch import Tensor, nn
 
 from nmt.models import packed_layers
 from nmt.models.attention import CrossAttention, SelfAttention
-from nmt.models.blocks import Embedding, FeedForward, Residual, recomputed
+from nmt.models.blocks import Embedding, Residual, left_in, make_feed_forward, make_norm, recomputed
 from nmt.models.decoder_state import DecoderState, LayerState, Memory
 from nmt.models.options import TransformerOptions
 from nmt.models.packed import PackedTokens, Spans, have_kernels
 
 
 class Transformer(nn.Module):
-    """Encode a source once, then decode a target in one pass (training) or token by token (search).
-
-    There is no `forward`: `encode` and `decode` are called apart.
-    """
+    """Encode a source once, then decode a target in one pass (`forward`) or token by token (`step`)."""
 
     logit_offset = 0.0  # `project` leaves nothing away
 
@@ -37,6 +34,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert not options.share_all_embeddings or source_vocabulary_size == target_vocabulary_size
         self.pad_id = pad_id
+        self.is_whole = not (options.encoder_layerdrop or options.decoder_layerdrop)  # in each pass
         self.max_source_positions = options.max_source_positions
         self.max_target_positions = options.max_target_positions
         self.encoder = Encoder(options, vocabulary_size=source_vocabulary_size, pad_id=pad_id)
@@ -48,6 +46,15 @@ class Transformer(nn.Module):
         else:
             self.output_weight = nn.Parameter(torch.empty(target_vocabulary_size, options.decoder_embed_dim))
             nn.init.normal_(self.output_weight, std=options.decoder_embed_dim**-0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and hidden states."""
+        return self.output_weight.dtype
+
+    def forward(self, source: Tensor, target_input: Tensor) -> Tensor:
+        """Encode sources (B, S) and decode their targets (B, T), as in training: (B, T, D) hidden states."""
+        return self.features(target_input, self.encode(source))
 
     def encode(self, source: Tensor) -> Memory:
         """Encode sources, and project them to what each decoder layer attends to.
@@ -61,6 +68,10 @@ class Transformer(nn.Module):
     def features(self, target_input: Tensor, memory: Memory, state: DecoderState | None = None) -> Tensor:
         """Return the decoder's last hidden states (R, T, D); arguments as in `decode`."""
         return self.decoder(target_input, memory, state)
+
+    def step(self, tokens: Tensor, memory: Memory, state: DecoderState) -> Tensor:
+        """Take one new token a row, (R,) int64, into the state: (R, D) hidden states; see `decode`."""
+        return self.features(tokens[:, None], memory, state).squeeze(1)
 
     def packed_features(self, source: PackedTokens, target_input: PackedTokens) -> Tensor:
         """Encode sources and decode their targets, packed into a row each: how a GPU trains.
@@ -96,6 +107,27 @@ class Transformer(nn.Module):
         """Return the state of rows of which nothing has been decoded."""
         return DecoderState([LayerState() for _ in self.decoder.layers])
 
+    @property
+    def num_attention_layers(self) -> int:
+        """How many decoder layers there are to tell what a target attends to."""
+        return len(self.decoder.layers)
+
+    def attention_weights(self, source: Tensor, target_input: Tensor, *, layer: int) -> Tensor:
+        """Run sources (B, S) and targets (B, T) through the model, and return what a decoder layer attends to.
+
+        Returns:
+            (B, T, S) float32, the mean over the heads; each row sums to 1, and padding of the source has 0.
+        """
+        attention = cast(DecoderLayer, self.decoder.layers[layer]).cross_attention
+        inputs: list[Tensor] = []
+        handle = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        try:
+            memory = self.encode(source)
+            self.features(target_input, memory)
+        finally:
+            handle.remove()
+        return attention.weights(inputs[0], memory.keys[layer], padding_mask=memory.padding_mask)
+
 
 class Encoder(nn.Module):
     """Token ids to hidden states of the same length."""
@@ -113,8 +145,9 @@ class Encoder(nn.Module):
             options=options,
         )
         self.layers = nn.ModuleList(EncoderLayer(options) for _ in range(options.encoder_layers))
+        self.layerdrop = options.encoder_layerdrop
         self.activation_checkpointing = options.activation_checkpointing
-        self.final_norm = nn.LayerNorm(dim) if options.encoder_normalize_before else nn.Identity()
+        self.final_norm = make_norm(dim, options) if options.encoder_normalize_before else nn.Identity()
 
     def forward(self, source: Tensor, padding_mask: Tensor) -> Tensor:
         """(B, S) int64 and its padding mask -> (B, S, D)."""
@@ -134,7 +167,7 @@ class Encoder(nn.Module):
 
     def _run_layers(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers:
+        for _, layer in left_in(self.layers, self.layerdrop if self.training else 0.0):
             x = recomputed(layer, x, attention_mask) if recompute else layer(x, attention_mask)
         return self.final_norm(x)
 
@@ -155,8 +188,9 @@ class Decoder(nn.Module):
             options=options,
         )
         self.layers = nn.ModuleList(DecoderLayer(options) for _ in range(options.decoder_layers))
+        self.layerdrop = options.decoder_layerdrop
         self.activation_checkpointing = options.activation_checkpointing
-        self.final_norm = nn.LayerNorm(dim) if options.decoder_normalize_before else nn.Identity()
+        self.final_norm = make_norm(dim, options) if options.decoder_normalize_before else nn.Identity()
 
     def project_memory(self, encoded: Tensor, padding_mask: Tensor) -> Memory:
         """Project the encoder's output (B, S, D) to what each layer attends to."""
@@ -171,7 +205,7 @@ class Decoder(nn.Module):
         attention_mask = ~memory.padding_mask[:, None, None, :]  # (B, 1, 1, S)
         x = self.embedding(target_input, start=0 if state is None else state.length)
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and state is None
-        for i, layer in enumerate(self.layers):
+        for i, layer in left_in(self.layers, self.layerdrop if self.training else 0.0):
             layer_state = None if state is None else state.layers[i]
             inputs = (x, (memory.keys[i], memory.values[i]))
             context: dict[str, Any] = {"attention_mask": attention_mask, "state": layer_state}
@@ -206,10 +240,10 @@ class EncoderLayer(nn.Module):
         self.self_attention = SelfAttention(
             dim, options.encoder_attention_heads, dropout=options.attention_dropout
         )
-        self.feed_forward = FeedForward(dim, options.encoder_ffn_embed_dim, options=options)
+        self.feed_forward = make_feed_forward(dim, options.encoder_ffn_embed_dim, options)
         pre_norm = options.encoder_normalize_before
-        self.around_attention = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
-        self.around_feed_forward = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
+        self.around_attention = Residual(dim, pre_norm=pre_norm, options=options)
+        self.around_feed_forward = Residual(dim, pre_norm=pre_norm, options=options)
 
     def forward(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         """(B, S, D) -> (B, S, D); the mask is True where attention is allowed, or says so of packed rows."""
@@ -227,7 +261,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the source, then feed-forward."""
+    """Causal self-attention, attention to the source, then feed-forward.
+
+    `forward` also serves the fast form of the decoder, whose parts have the same names (`inference_parts.py`).
+    """
 
     def __init__(self, options: TransformerOptions) -> None:
         super().__init__()
@@ -236,11 +273,11 @@ class DecoderLayer(nn.Module):
         self.cross_attention = CrossAttention(
             dim, options.encoder_embed_dim, num_heads, dropout=options.attention_dropout
         )
-        self.feed_forward = FeedForward(dim, options.decoder_ffn_embed_dim, options=options)
+        self.feed_forward = make_feed_forward(dim, options.decoder_ffn_embed_dim, options)
         pre_norm = options.decoder_normalize_before
-        self.around_self_attention = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
-        self.around_cross_attention = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
-        self.around_feed_forward = Residual(dim, pre_norm=pre_norm, dropout=options.dropout)
+        self.around_self_attention = Residual(dim, pre_norm=pre_norm, options=options)
+        self.around_cross_attention = Residual(dim, pre_norm=pre_norm, options=options)
+        self.around_feed_forward = Residual(dim, pre_norm=pre_norm, options=options)
 
     def forward(
         self,

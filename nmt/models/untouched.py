@@ -20,11 +20,31 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from nmt.models import attention, blocks, decoder_state, inference, inference_state, training_ops, transformer
+from nmt.models import (
+    attention,
+    blocks,
+    decoder_state,
+    inference,
+    inference_parts,
+    inference_state,
+    training_ops,
+    transformer,
+)
 from nmt.models.known_parts import find_stranger
 from nmt.models.transformer import DecoderLayer, Transformer
+from nmt.system import onednn
 
-_MODULES = (attention, blocks, decoder_state, inference, inference_state, training_ops, transformer)
+_MODULES = (
+    onednn,
+    attention,
+    blocks,
+    decoder_state,
+    inference,
+    inference_parts,
+    inference_state,
+    training_ops,
+    transformer,
+)
 _METHODS_OF_TORCH: tuple[tuple[type, str], ...] = (
     *((cls, "forward") for cls in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.Identity)),
     *((nn.Module, name) for name in ("_wrapped_call_impl", "_call_impl", "__getattr__")),

@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from nmt.system.onednn import operator_of_products
+
 
 class FlopCounter(TorchDispatchMode):
     """Counts, two a multiply-add, what the products within its block take, those of the backward pass too.
@@ -61,5 +63,5 @@ def _of_linear(x: torch.Tensor, *_: Any, out_val: torch.Tensor, **__: Any) -> in
 
 
 _FORMULAS: dict[Any, Callable[..., int]] = dict(flop_registry)
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _of_linear
+if (_product := operator_of_products()) is not None:
+    _FORMULAS[_product] = _of_linear

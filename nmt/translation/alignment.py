@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from nmt.data.parallel_dataset import collate_pairs
@@ -18,7 +19,7 @@ from nmt.data.piece_spans import Span
 from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError
-from nmt.models.attention_weights import cross_attention_weights
+from nmt.models.protocols import AttendingModel
 from nmt.translation.batch_runner import Batching, BatchRunner
 from nmt.translation.long_sentences import joiner, split_ids
 from nmt.translation.request import Translation
@@ -32,10 +33,22 @@ Membership = NDArray[np.bool_]
 
 
 def check_layer(translator: Translator, layer: int) -> None:
-    """Raise a `UserError` unless all models have this decoder layer."""
-    num_layers = min(len(model.decoder.layers) for model in translator.models)
+    """Raise a `UserError` unless all models have attention, and this layer of it."""
+    for model in translator.models:
+        if not isinstance(model, AttendingModel):
+            raise UserError(
+                f"The model must attend to the source to tell alignments, but a {type(model).__name__} has no "
+                "attention to tell them from. Leave out `print-alignment` and `plot-attention`."
+            )
+    num_layers = min(model.num_attention_layers for model in _attending(translator))
     if not -num_layers <= layer < num_layers:
         raise UserError(f"`alignment-layer` must be from {-num_layers} to {num_layers - 1}, but is {layer}.")
+
+
+def _attending(translator: Translator) -> list[AttendingModel]:
+    models: list[AttendingModel] = [model for model in translator.models if isinstance(model, AttendingModel)]
+    assert len(models) == len(translator.models), "see check_layer"
+    return models
 
 
 def align(translator: Translator, translations: Sequence[Translation], *, layer: int) -> list[list[Links]]:
@@ -95,13 +108,14 @@ def attention(
         for source, target in zip(split_ids(sources), split_ids(targets), strict=True)  # type: ignore[arg-type]
     ]
     found: dict[int, Weights] = {}
+    models = _attending(translator)
 
+    @torch.inference_mode()
     def run(batch: list[int], _: bool) -> list[Weights]:
         collated = collate_pairs([parts[i][1:] for i in batch]).to(translator.device)
         mean = sum(
-            cross_attention_weights(model, collated.source, collated.target_input, layer=layer)
-            for model in translator.models
-        ) / len(translator.models)
+            model.attention_weights(collated.source, collated.target_input, layer=layer) for model in models
+        ) / len(models)
         assert not isinstance(mean, float)
         rows = mean.cpu().numpy()
         # Position t predicts token t; the last one predicts eos.

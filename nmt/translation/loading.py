@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from nmt.checkpoints.model_folder import load_model
 from nmt.errors import UserError, shown
 from nmt.generation.generator import ROWS_AT_ONCE
-from nmt.models.inference import InferenceTransformer
 from nmt.models.inference_int8 import check_int8
-from nmt.models.transformer import Transformer
+from nmt.models.protocols import SearchModel, TranslationModel
+from nmt.models.search_form import bytes_of_a_row
 from nmt.translation.task import TranslationTask
 
 Precision = Literal["fp32", "bf16", "int8"]
@@ -26,7 +25,7 @@ _ROWS_OF_A_STEP = 1024  # tokens that are encoded at once, or hypotheses
 
 def load_models(
     paths: Sequence[Path | str], device: torch.device | str
-) -> tuple[list[Transformer], TranslationTask]:
+) -> tuple[list[TranslationModel], TranslationTask]:
     """Load models that may vote together, and the task of the first.
 
     Raises:
@@ -73,10 +72,10 @@ def check_precision(precision: str, device: torch.device | str) -> None:
         check_int8(torch.device(device))
 
 
-def _load(path: Path, device: torch.device | str) -> tuple[Transformer, TranslationTask]:
-    loaded: tuple[object, object] = load_model(path, device)
+def _load(path: Path, device: torch.device | str) -> tuple[TranslationModel, TranslationTask]:
+    loaded: tuple[Any, object] = load_model(path, device)
     model, task = loaded
-    if not isinstance(model, Transformer) or not isinstance(task, TranslationTask):
+    if not isinstance(task, TranslationTask):
         kind = type(model).__name__
         raise UserError(
             f"`{path}` must hold a translation model, but holds a {kind} of another task. Name another."
@@ -84,24 +83,13 @@ def _load(path: Path, device: torch.device | str) -> tuple[Transformer, Translat
     return model, task
 
 
-def largest_of_a_step(models: Sequence[InferenceTransformer | Transformer]) -> int:
+def largest_of_a_step(forms: Sequence[SearchModel], models: Sequence[TranslationModel]) -> int:
     """Return how many bytes the largest tensor has that each step makes anew, with batches of usual size."""
     sizes = []
-    for model in models:
-        if isinstance(model, InferenceTransformer):
-            plain, itemsize, product_itemsize = (
-                model.plain,
-                model.dtype.itemsize,
-                model.product_dtype.itemsize,
-            )
-        else:
-            plain = model
-            itemsize = product_itemsize = model.output_weight.dtype.itemsize
-        num_logits = ROWS_AT_ONCE["cpu"] * plain.output_weight.size(0)
-        # Those of several models are stacked.
-        sizes.append(num_logits * (itemsize if len(models) == 1 else 4 * len(models)))
-        widest = max(x.out_features for x in plain.modules() if isinstance(x, nn.Linear))
-        memory = 2 * len(plain.decoder.layers) * plain.output_weight.size(1)
-        sizes.append(_ROWS_OF_A_STEP * max(widest, memory) * product_itemsize)
+    for form, model in zip(forms, models, strict=True):
+        of_logits, of_others = bytes_of_a_row(form, model)
+        if len(models) > 1:  # logits of several are stacked, in float32
+            of_logits = 4 * len(models) * model.output_weight.size(0)
+        sizes += [ROWS_AT_ONCE["cpu"] * of_logits, _ROWS_OF_A_STEP * of_others]
     # PyTorch asks for 2 MB more where tensors begin at huge pages, and glibc for a little more.
     return max(sizes) + 2**21 + 2**16

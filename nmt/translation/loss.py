@@ -1,4 +1,4 @@
-"""The loss of a Transformer on a batch of translations, and what a loss of one's own is made from.
+"""The loss of a model on a batch of translations, and what a loss of one's own is made from.
 
 Shapes: B sentences, S source length, T target length, N target tokens without padding, D model, V vocabulary.
 """
@@ -11,15 +11,15 @@ from nmt.data.packing import PackedTranslationBatch
 from nmt.data.parallel_dataset import TranslationBatch
 from nmt.data.vocabulary import PAD_ID
 from nmt.models.packed import PackedTokens
+from nmt.models.protocols import PackedModel, TrainedModel
 from nmt.models.training_ops import linear_cross_entropy
-from nmt.models.transformer import Transformer
 from nmt.task import LossOutput
 
-TranslationLoss = Callable[[Transformer, TranslationBatch], LossOutput]
+TranslationLoss = Callable[[TrainedModel, TranslationBatch], LossOutput]
 """Sums over the target tokens of a batch; under "nll" the negative log-likelihood in nats."""
 
 
-def translation_loss(model: Transformer, batch: TranslationBatch, *, label_smoothing: float) -> LossOutput:
+def translation_loss(model: TrainedModel, batch: TranslationBatch, *, label_smoothing: float) -> LossOutput:
     """Return the label-smoothed cross-entropy, summed over the target tokens of a batch, in nats.
 
     Args:
@@ -36,7 +36,7 @@ def translation_loss(model: Transformer, batch: TranslationBatch, *, label_smoot
 
 
 def packed_translation_loss(
-    model: Transformer, batch: PackedTranslationBatch, *, label_smoothing: float
+    model: PackedModel, batch: PackedTranslationBatch, *, label_smoothing: float
 ) -> LossOutput:
     """Return what `translation_loss` does, of the same pairs in a packed batch.
 
@@ -49,7 +49,7 @@ def packed_translation_loss(
     return LossOutput(loss, {"nll": nll.detach()})
 
 
-def packed_features(model: Transformer, batch: PackedTranslationBatch) -> Tensor:
+def packed_features(model: PackedModel, batch: PackedTranslationBatch) -> Tensor:
     """Run the model on a packed batch, and return the decoder's last hidden states (L, D)."""
     longest = batch.shape.longest
     source = PackedTokens(
@@ -73,17 +73,20 @@ def packed_features(model: Transformer, batch: PackedTranslationBatch) -> Tensor
     return model.packed_features(source, target_input)
 
 
-def target_features(model: Transformer, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
+def target_features(model: TrainedModel, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
     """Run the model, and return what it predicts each target token from.
 
     Returns:
         The decoder's last hidden states (N, D), whose product with `model.output_weight` (V, D) are the logits;
         and the target tokens (N,) int64. Padding is left out before that product, the largest of the model.
     """
-    features = model.features(batch.target_input, model.encode(batch.source))  # (B, T, D)
+    features = model(batch.source, batch.target_input)  # (B, T, D)
     is_token = (batch.target != PAD_ID).flatten()
     if is_token.is_cuda:  # the host knows their number, and need not wait for the device to count them
         tokens = is_token.nonzero_static(size=batch.num_targets).squeeze(1)
     else:
         tokens = is_token.nonzero().squeeze(1)
-    return features.flatten(0, 1).index_select(0, tokens), batch.target.flatten().index_select(0, tokens)
+    # What a model returns in an update of low precision is float32 (`nmt/update/precision.py`). The product, the
+    # largest of all, is of the weights' type; what it takes is as it was, to the bit.
+    of_tokens = features.flatten(0, 1).index_select(0, tokens).to(model.output_weight.dtype)
+    return of_tokens, batch.target.flatten().index_select(0, tokens)

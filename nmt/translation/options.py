@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nmt.config.mapping import Positional
 from nmt.config.ranges import check_ranges
 from nmt.errors import UserError
 from nmt.generation.options import MOST_HYPOTHESES
-from nmt.models.options import TransformerOptions
+from nmt.models.options import ModelOptions, TransformerOptions
 
 if TYPE_CHECKING:
     from nmt.translation.loss import TranslationLoss
     from nmt.translation.task import TranslationTask
 
 
+ModelOptionsT = TypeVar("ModelOptionsT", bound=ModelOptions)
+
+
 @dataclass(frozen=True)
-class TranslationOptions:
-    """Translation: a Transformer from one language to another."""
+class TranslationOptions(Generic[ModelOptionsT]):
+    """Translation from one language to another.
+
+    Filled in, as in `TranslationOptions[OtherOptions]`, it is a task with another model than the Transformer.
+    """
 
     data: Positional[Path]
     """The data directory that nmt-preprocess made."""
-    model: TransformerOptions = field(default_factory=TransformerOptions)
+    model: ModelOptionsT = field(default_factory=TransformerOptions)  # type: ignore[assignment]
     label_smoothing: float = 0.1
     """Probability that is spread over the other classes of the vocabulary."""
     r_drop: float = 0.0
@@ -44,8 +51,7 @@ class TranslationOptions:
             )
         if not 0.0 <= self.r_drop < math.inf:
             raise UserError(f"`r-drop` must be finite and not negative, but is {self.r_drop}.")
-        model = self.model
-        if self.r_drop and not (model.dropout or model.attention_dropout or model.activation_dropout):
+        if self.r_drop and not _has_dropout(self.model):
             raise UserError("`r-drop` must have some dropout, but there is none. Raise `dropout`.")
         if not 0.0 <= self.word_dropout < 1.0:
             raise UserError(f"`word-dropout` must be at least 0 and below 1, but is {self.word_dropout}.")
@@ -78,3 +84,8 @@ class TranslationOptions:
         if assets is None:
             return TranslationTask(self, TranslationAssets.of_data(DataDirectory(self.data)), loss=loss)
         return TranslationTask(self, TranslationAssets.of_model(assets), loss=loss)
+
+
+def _has_dropout(model: Any) -> bool:
+    """Return whether any of the model's kinds of dropout is on."""
+    return any(getattr(model, own.name) for own in dataclasses.fields(model) if own.name.endswith("dropout"))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nmt.data.parallel_dataset import TranslationBatch
-from nmt.models.transformer import Transformer
+from nmt.models.protocols import TrainedModel
 from nmt.task import LossOutput
 from nmt.translation.loss import target_features, translation_loss
 
@@ -19,7 +19,7 @@ _LOGITS_AT_ONCE_ELSEWHERE = 32_000_000
 
 
 def r_drop_loss(
-    model: Transformer, batch: TranslationBatch, *, label_smoothing: float, alpha: float
+    model: TrainedModel, batch: TranslationBatch, *, label_smoothing: float, alpha: float
 ) -> LossOutput:
     """Return the cross-entropies of two passes with different dropout, and what keeps the two alike.
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from torch import nn
@@ -20,11 +20,10 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
-from nmt.generation.static_search import StaticSearch
-from nmt.models.inference import InferenceTransformer
-from nmt.models.known_parts import find_stranger
+from nmt.generation.static_search import static_search
+from nmt.models.known_parts import why_padded
+from nmt.models.protocols import PackedModel, SearchModel, TranslationModel
 from nmt.models.search_form import search_form
-from nmt.models.transformer import Transformer
 from nmt.task import Illustrations, LossOutput
 from nmt.task_extras import Words
 from nmt.translation.assets import TranslationAssets, is_same_file
@@ -48,7 +47,11 @@ class TranslationTask:
     words = Words(target="target token", examples="pairs")
 
     def __init__(
-        self, options: TranslationOptions, assets: TranslationAssets, *, loss: TranslationLoss | None = None
+        self,
+        options: TranslationOptions[Any],
+        assets: TranslationAssets,
+        *,
+        loss: TranslationLoss | None = None,
     ) -> None:
         """Open the vocabularies; the loss is that of the options unless another one is given."""
         self.options = options
@@ -68,20 +71,21 @@ class TranslationTask:
         self.target_segmenter = assets.make_segmenter(self.target_vocabulary)
 
     def build_model(self) -> nn.Module:
-        """Return a freshly initialised Transformer."""
+        """Return a freshly initialised model, of the kind that the options are for."""
         options = self.options.model
-        if options.share_all_embeddings and self.source_vocabulary != self.target_vocabulary:
+        is_shared = getattr(options, "share_all_embeddings", False)
+        if is_shared and self.source_vocabulary != self.target_vocabulary:
             raise UserError(
                 "`share-all-embeddings` must have one vocabulary for both languages, but "
                 f"dict.{self.source_lang}.txt and dict.{self.target_lang}.txt in `{self.assets.folder}` differ. "
                 "Leave it out, or preprocess both with one dictionary."
             )
-        return Transformer(
-            options,
+        model: nn.Module = options.build(
             source_vocabulary_size=len(self.source_vocabulary),
             target_vocabulary_size=len(self.target_vocabulary),
             pad_id=PAD_ID,
         )
+        return model
 
     def open_split(self, split: str) -> ParallelDataset:
         """Open "train", "valid" or "test" of the data directory.
@@ -158,10 +162,7 @@ class TranslationTask:
             return "`r-drop` is computed on padded batches alone"
         if self.packed_loss is None or type(self).compute_loss is not TranslationTask.compute_loss:
             return "the loss is not that of this package"
-        if not isinstance(model, Transformer):
-            return f"the model ({type(model).__name__}) is not the Transformer of this package"
-        stranger = find_stranger(model, within_encoder=True)
-        return None if stranger is None else f"{stranger} may know padded batches alone"
+        return why_padded(model)
 
     def pack(self, examples: ParallelDataset, *, max_tokens: int, max_sentences: int) -> PackedDataset:
         """Return training examples to be packed."""
@@ -171,13 +172,12 @@ class TranslationTask:
 
     def compute_loss(self, model: nn.Module, batch: TranslationBatch | PackedTranslationBatch) -> LossOutput:
         """Return the loss, summed over target tokens."""
-        assert isinstance(model, Transformer)
         if model.training and self.options.word_dropout:
             batch = drop_words(batch, self.options.word_dropout)
         if isinstance(batch, PackedTranslationBatch):
             assert self.packed_loss is not None
-            return self.packed_loss(model, batch)
-        return self.loss(model, batch)
+            return self.packed_loss(cast(PackedModel, model), batch)
+        return self.loss(cast(TranslationModel, model), batch)
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return loss, negative log-likelihood and R-Drop's divergence a target token (nats); the perplexity."""
@@ -189,7 +189,6 @@ class TranslationTask:
         """Translate the examples and return their BLEU and chrF2, or nothing if `eval_bleu` is off."""
         if not self.options.eval_bleu:
             return {}
-        assert isinstance(model, Transformer)
         by_length = np.argsort(examples.sizes[:][:, 0], kind="stable").tolist()
         translations = self._translate(model, examples, by_length[world.rank :: world.size], world)
         everywhere = {index: text for part in world.gather(translations) for index, text in part.items()}
@@ -200,7 +199,6 @@ class TranslationTask:
         """Show some sentences, evenly spread over the split, as the model reads and translates them."""
         if not world.is_main or len(examples) == 0:
             return Illustrations()
-        assert isinstance(model, Transformer)
         shown = _spread(len(examples), _NUM_SHOWN)
         translations = self._translate(model, examples, shown, world)
         sources, references = self._texts(examples, shown)
@@ -213,7 +211,6 @@ class TranslationTask:
         """Show some translations, the same sentences each time; say so where BLEU is too low to mean anything."""
         if not world.is_main or len(examples) == 0 or not self.options.eval_bleu:
             return []
-        assert isinstance(model, Transformer)
         shown = _spread(len(examples), _NUM_SAMPLES)
         translations = self._translate(model, examples, shown, world)
         lines = sample_lines(*self._texts(examples, shown), translations, shown)
@@ -235,37 +232,32 @@ class TranslationTask:
         self.assets.save(folder)
 
     def _translate(
-        self, model: Transformer, examples: ParallelDataset, indices: Iterable[int], world: World
+        self, model: nn.Module, examples: ParallelDataset, indices: Iterable[int], world: World
     ) -> dict[int, str]:
         """Return the best translation of each of some examples, by its index."""
         decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
         fast = self._search_form(model, world)  # made each time: it holds the weights as they are now
         # Training goes on in the memory of what is recorded: that is made anew too.
-        static_search = None
-        if world.device.type == "cuda" and isinstance(fast, InferenceTransformer):
-            static_search = StaticSearch([fast])
+        in_place = static_search([fast]) if world.device.type == "cuda" else None
         return translate_held_out(
-            Generator(
-                [fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, static_search=static_search
-            ),
+            Generator([fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, static_search=in_place),
             examples,
             indices,
             source=self.source_segmenter,
             target=self.target_segmenter,
             source_text=self._source_text(examples),
             language=self.target_lang,
-            positions=model.max_source_positions,
+            positions=self.options.model.max_source_positions,
             device=world.device,
         )
 
     def check_model(self, model: nn.Module, world: World) -> None:
         """Say so on rank 0 if validations cannot search by the fast form of the model."""
-        assert isinstance(model, Transformer)
         if self.options.eval_bleu:
             self._search_form(model, world)
 
-    def _search_form(self, model: Transformer, world: World) -> InferenceTransformer | Transformer:
-        form, remark = search_form(model)
+    def _search_form(self, model: nn.Module, world: World) -> SearchModel:
+        form, remark = search_form(cast(TranslationModel, model))
         if remark is not None and remark != self._said:
             self._said = remark  # once, and not at each validation
             if world.is_main:
@@ -315,7 +307,7 @@ class TranslationTask:
         return DataDirectory(self.options.data)
 
 
-def _loss_of(options: TranslationOptions) -> TranslationLoss:
+def _loss_of(options: TranslationOptions[Any]) -> TranslationLoss:
     if options.r_drop:
         return partial(r_drop_loss, label_smoothing=options.label_smoothing, alpha=options.r_drop)
     return partial(translation_loss, label_smoothing=options.label_smoothing)

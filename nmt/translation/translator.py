@@ -19,12 +19,12 @@ from nmt.data.segmenter import PieceSegmenter
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from nmt.errors import UserError, shown
 from nmt.generation.beam_search import Hypothesis
-from nmt.generation.generator import Generator, TranslationModel
+from nmt.generation.generator import Generator
+from nmt.generation.given import score_given
 from nmt.generation.options import DecodingKeywords, DecodingOptions
-from nmt.generation.static_search import StaticSearch
-from nmt.models.inference import InferenceTransformer
+from nmt.generation.static_search import static_search
+from nmt.models.protocols import TranslationModel
 from nmt.models.search_form import search_form
-from nmt.models.transformer import Transformer
 from nmt.system.allocator import give_back_tensors
 from nmt.system.core_threads import num_cores
 from nmt.system.cudnn_attention import leave_out_cudnn_attention
@@ -63,7 +63,7 @@ class Translator:
 
     def __init__(
         self,
-        models: Sequence[Transformer],
+        models: Sequence[TranslationModel],
         task: TranslationTask,
         *,
         device: torch.device | str,
@@ -96,15 +96,13 @@ class Translator:
         if torch.device(device).type == "cuda":
             leave_out_cudnn_attention()
         if torch.device(device).type == "cpu":
-            give_back_tensors(above=largest_of_a_step(self.fast_models))
+            give_back_tensors(above=largest_of_a_step(self.fast_models, models))
         self.task = task
         self.device = torch.device(device)
         self.input_is_pieces = input_is_pieces
         if in_place is None:
             in_place = self.device.type == "cuda"
-        fast = [model for model in self.fast_models if isinstance(model, InferenceTransformer)]
-        can_be_in_place = len(fast) == len(models)  # none is run as it is
-        self.static_search = StaticSearch(fast) if in_place and can_be_in_place else None
+        self.static_search = static_search(self.fast_models) if in_place else None
         # On a CPU each core takes a batch of its own: the steps of a search are too small to be divided among
         # cores without most of them waiting. PyTorch lets go of Python's lock while it computes.
         is_for_cores = self.device.type == "cpu" and self.static_search is None
@@ -306,9 +304,7 @@ class Translator:
     def score_ids(self, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[list[Hypothesis]]:
         """Score translations of one batch as ids, eos at the end of each side; one hypothesis for each."""
         batch = collate_pairs(list(zip(sources, targets, strict=True))).to(self.device)
-        return self._generator(DecodingOptions(), self.models).score(
-            batch.source, batch.target_input, batch.target
-        )
+        return score_given(self.models, batch.source, batch.target_input, batch.target, pad_id=PAD_ID)
 
     def encode_reference(self, line: str, *, number: int) -> Ids:
         """Return the ids of target text, eos at the end; `number` serves to name the line of an error.
@@ -343,7 +339,7 @@ class Translator:
     def _search_queue(self, options: DecodingOptions, batching: Batching) -> BatchQueue:
         search = make_search(
             options,
-            partial(self._generator, models=self.fast_models),
+            self._generator,
             self.device,
             decode=self.task.target_segmenter.decode,
             target_lang=self.task.target_lang,
@@ -377,12 +373,12 @@ class Translator:
                 on_progress(len(ready))
         return [job.future.result() for job in jobs]
 
-    def _generator(self, options: DecodingOptions, models: Sequence[TranslationModel]) -> Generator:
+    def _generator(self, options: DecodingOptions) -> Generator:
         return Generator(
-            models,
+            self.fast_models,
             options,
             pad_id=PAD_ID,
             eos_id=EOS_ID,
             unk_id=UNK_ID,
-            static_search=self.static_search if models is self.fast_models else None,
+            static_search=self.static_search,
         )

@@ -1,8 +1,7 @@
 """Models that are compiled for their updates (`--compile`): torch.compile around what their layers compute.
 
-Compiled is the model's forward; of a model that has none, such as the Transformer, the forward of each of its
-parts (encoder, decoder). All around stays as it is: the loss, precision, DDP, the names of the weights. So does
-all that is no update: validation and decoding.
+Compiled is the model's forward. All around stays as it is: the loss, precision, DDP, the names of the weights. So
+does all that is no update: validation and decoding.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,13 +31,11 @@ def compile_model(model: nn.Module, *, has_one_shape: bool) -> None:
     # DDP stands around the model and waits for the gradients of a whole program. To cut the program at DDP's
     # buckets would let some be sent earlier, but torch cannot do so with shapes that vary.
     torch._dynamo.config.optimize_ddp = False
-    parts = [model] if _has_forward(model) else [part for part in model.children() if _has_forward(part)]
-    for part in parts:
-        plain = part.forward
-        compiled = _compiled(plain, dynamic=not has_one_shape)
-        # In the instance: a module that is wrapped, or whose call is compiled, would have other names or its hooks
-        # within the program.
-        part.forward = _in_updates(part, compiled, plain)
+    plain = model.forward
+    compiled = _compiled(plain, dynamic=not has_one_shape)
+    # In the instance: a module that is wrapped, or whose call is compiled, would have other names or its hooks
+    # within the program.
+    model.forward = _in_updates(model, compiled, plain)
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -97,10 +94,6 @@ def compile_failures(is_compiled: bool) -> Iterator[None]:
             "`compile` must be off where torch cannot compile the model, but it says: "
             f"{_first_sentence(deepest)}. {_REMEDY}"
         ) from error
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
 
 
 def _in_updates(

@@ -47,8 +47,8 @@ class Precision:
 
         Args:
             objective: a module that holds `model`.
-            model: where it has a `forward`, its inputs are turned to the type and its outputs to float32, so that
-                a task computes its loss in float32.
+            model: its inputs are turned to the type and its outputs to float32, so that a task computes its loss
+                in float32.
             casts_weights: whether the parameters are not turned to the type by someone else.
         """
         if self.dtype == torch.float32:

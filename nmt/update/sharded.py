@@ -49,8 +49,13 @@ class Sharded:
         """Deal out the weights of a model, which is on the world's device.
 
         Raises:
-            UserError: The model has weights that cannot be dealt out.
+            UserError: The model has weights that cannot be dealt out, or leaves out layers.
         """
+        if not getattr(model, "is_whole", True):
+            raise UserError(
+                "`shard-weights` must go without LayerDrop, by which each rank would gather other layers than the "
+                f"others. {_REMEDY}"
+            )
         for tensor in weights(model).values():
             world.copy_from_main_(tensor)
         plain = _without_content(model)

@@ -269,7 +269,7 @@ def product_rate(job: dict[str, Any]) -> float:
     """Return the FLOP/s at which the products of a decoder step are made."""
     import torch
 
-    from nmt.models.inference import linear_map
+    from nmt.models.inference_parts import linear_map
     from nmt.translation.translator import Translator
 
     torch.set_num_threads(job["threads"])
