@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, smallest_dtype
@@ -191,6 +191,7 @@ def test_a_negative_id_is_named(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=20))
+@settings(deadline=None)
 def test_special_symbols_within_sequences_are_counted(
     tmp_path_factory: pytest.TempPathFactory, sequences: list[list[int]]
 ) -> None:

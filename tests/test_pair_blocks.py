@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmt.data.pair_blocks import read_blocks
@@ -22,6 +22,7 @@ _bytes = st.lists(
     last_newlines=st.tuples(st.booleans(), st.booleans()),
     block_bytes=st.integers(2, 300),
 )
+@settings(deadline=None)
 def test_blocks_are_whole_pairs_in_order(
     tmp_path_factory: pytest.TempPathFactory,
     pairs: list[tuple[bytes, bytes]],
