@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,6 +149,30 @@ def test_scores_that_differ_are_a_difference(model: Path, tmp_path: Path) -> Non
     )
     assert agreement.num_equal == 4
     assert not agreement.is_exact()
+
+
+@pytest.mark.parametrize(("length", "num_cut"), [(23, 4), (22, 0)])
+def test_translations_that_do_not_end_there_are_compared_by_our_scores(
+    model: Path, length: int, num_cut: int
+) -> None:
+    translator = Translator.load(model)
+    ours = own(translator)
+    assert ours.longest == 23
+    token = translator.task.target_vocabulary.tokens[10]
+    scores = {x.text: x.hypotheses[0].score for x in ours.translations}
+
+    class Endless:
+        """Scores as ours does, and goes on with one token."""
+
+        def translate_batch(self, sources: list[Any], **_: Any) -> list[Any]:
+            return [SimpleNamespace(hypotheses=[[token] * length], scores=[0.0]) for _ in sources]
+
+        def score_batch(self, sources: list[Any], targets: list[Any], **_: Any) -> list[Any]:
+            return [SimpleNamespace(log_probs=[score]) for score in scores.values()]
+
+    agreement = agreement_module.compare(translator, Endless(), ours)
+    assert (agreement.num_cut, len(agreement.faults)) == (num_cut, 4 - num_cut)
+    assert agreement.is_exact() == (num_cut == 4)
 
 
 @pytest.mark.parametrize(

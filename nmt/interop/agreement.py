@@ -34,7 +34,9 @@ class Agreement:
     largest_difference: float  # of the scores that the two give to the same translation
     mean_difference: float
     faults: list[str]  # sentences that differ beyond a tie
-    num_cut: int = 0  # translations of ours that were cut off at the limit: their scores alone are compared
+    num_cut: int = (
+        0  # translations of either that were cut off at the limit: the scores of ours are compared alone
+    )
     num_left_out: int = 0  # lines, because translations do not end
 
     def is_exact(self) -> bool:
@@ -137,14 +139,18 @@ def compare(translator: Translator, other: Any, own: OwnTranslations) -> Agreeme
         abs(_score(translator, x, x.hypotheses[0].tokens) - float(np.mean(score.log_probs)))
         for x, score in zip(ours, scored, strict=True)
     ]
-    faults, num_ties = [], 0
-    for place, result in enumerate(theirs):  # at the limit the two count the end differently
+    faults, num_ties, num_cut = [], 0, 0
+    for place, result in enumerate(theirs):
         x, best = ours[place], ours[place].hypotheses[0]
         found = [ids[token] for token in result.hypotheses[0]]
         if found == best.tokens:
             differences[place] = max(differences[place], abs(best.score - result.scores[0]))
         elif abs(_score(translator, x, found) - best.score) <= _TOLERANCE:
             num_ties += 1
+        elif (
+            len(found) >= own.longest
+        ):  # theirs has not ended: at the limit the two count the end differently
+            num_cut += 1
         else:
             other_text = translator.task.target_segmenter.decode([found])[0]
             faults.append(
@@ -152,13 +158,13 @@ def compare(translator: Translator, other: Any, own: OwnTranslations) -> Agreeme
                 f"({result.scores[0]:.4f})"
             )
     return Agreement(
-        num_sentences=num_ended,
-        num_equal=num_ended - num_ties - len(faults),
+        num_sentences=num_ended - num_cut,
+        num_equal=num_ended - num_cut - num_ties - len(faults),
         num_ties=num_ties,
         largest_difference=max(differences),
         mean_difference=float(np.mean(differences)),
         faults=faults,
-        num_cut=len(ours) - num_ended,
+        num_cut=len(ours) - num_ended + num_cut,
         num_left_out=own.num_left_out,
     )
 
