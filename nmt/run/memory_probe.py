@@ -194,11 +194,6 @@ def with_max_tokens(
     batching = config.batching
     if batching.max_tokens != "auto":
         return config, []
-    if config.optimization.shard_weights and world.size > 1:
-        raise UserError(
-            "`max-tokens` must be a number with `shard-weights`, but is auto. Give one, such as 4096, and look at "
-            "the memory that the log tells."
-        )
     lines: list[str] = []
     saved = world.broadcast(checkpoints.updates())
     if saved:
