@@ -16,9 +16,10 @@ from toy_task import PointExamples, PointTask
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, single
 from nmt.options import OptimizationOptions
+from nmt.run.opening import open_run
 from nmt.run.waiting import WaitForData
 from nmt.system.signals import StopRequest
-from nmt.train_loop import Run, train
+from nmt.train_loop import train, train_run
 from nmt.trainer import Trainer
 
 
@@ -71,8 +72,8 @@ def test_a_gpu_that_is_busy_does_not_wait() -> None:
 
 def _train_sharded(world: World, folder: str) -> None:
     settings = config(Path(folder, "sharded"), optimization={"max_update": 10, "shard_weights": True})
-    with closing(Run(settings, world, StopRequest())) as run:
-        run.train()
+    with closing(open_run(settings, world, StopRequest())) as run:
+        train_run(run)
 
 
 def _train_two(world: World, folder: str) -> None:
@@ -85,8 +86,8 @@ def _train_two(world: World, folder: str) -> None:
 
         Trainer.train_step = make_update_late  # type: ignore[method-assign]
     settings = config(Path(folder, "run"), optimization={"max_update": 10})
-    with closing(Run(settings, world, StopRequest())) as run:
-        run.train()
+    with closing(open_run(settings, world, StopRequest())) as run:
+        train_run(run)
 
 
 def _train_with_a_slow_rank(world: World, folder: str) -> None:
