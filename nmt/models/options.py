@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from nmt.config.ranges import check_limits, limits
 from nmt.errors import UserError
 from nmt.models.architectures import ARCHITECTURES
 
@@ -51,21 +52,21 @@ class TransformerOptions:
 
     arch: str = field(default="transformer", metadata={"presets": ARCHITECTURES})
     """Named sizes that the options below start from."""
-    encoder_layers: int = field(default=6, metadata=FIXED)
+    encoder_layers: int = field(default=6, metadata=limits(least=1, fixed=True))
     """Number of encoder layers."""
-    decoder_layers: int = field(default=6, metadata=FIXED)
+    decoder_layers: int = field(default=6, metadata=limits(least=1, fixed=True))
     """Number of decoder layers."""
-    encoder_embed_dim: int = field(default=512, metadata=FIXED)
+    encoder_embed_dim: int = field(default=512, metadata=limits(least=1, fixed=True))
     """Width of the encoder."""
-    decoder_embed_dim: int = field(default=512, metadata=FIXED)
+    decoder_embed_dim: int = field(default=512, metadata=limits(least=1, fixed=True))
     """Width of the decoder."""
-    encoder_ffn_embed_dim: int = field(default=2048, metadata=FIXED)
+    encoder_ffn_embed_dim: int = field(default=2048, metadata=limits(least=1, fixed=True))
     """Inner width of the encoder's feed-forward blocks."""
-    decoder_ffn_embed_dim: int = field(default=2048, metadata=FIXED)
+    decoder_ffn_embed_dim: int = field(default=2048, metadata=limits(least=1, fixed=True))
     """Inner width of the decoder's feed-forward blocks."""
-    encoder_attention_heads: int = field(default=8, metadata=FIXED)
+    encoder_attention_heads: int = field(default=8, metadata=limits(least=1, fixed=True))
     """Number of attention heads in the encoder."""
-    decoder_attention_heads: int = field(default=8, metadata=FIXED)
+    decoder_attention_heads: int = field(default=8, metadata=limits(least=1, fixed=True))
     """Number of attention heads in the decoder."""
     encoder_normalize_before: bool = field(default=False, metadata=FIXED)
     """Normalise before each encoder block (pre-norm) instead of after it (post-norm)."""
@@ -87,22 +88,22 @@ class TransformerOptions:
     """Activation of the feed-forward blocks; swiglu has a gate besides, and half as many weights again."""
     norm_fn: Literal["layer", "rms"] = field(default="layer", metadata=FIXED)
     """Normalisation of all blocks: by mean and deviation (layer), or by the root of the mean square (rms)."""
-    dropout: float = 0.1
+    dropout: float = field(default=0.1, metadata=limits(least=0, below=1))
     """Dropout on embeddings and on the output of each block."""
-    attention_dropout: float = 0.0
+    attention_dropout: float = field(default=0.0, metadata=limits(least=0, below=1))
     """Dropout on attention weights."""
-    activation_dropout: float = 0.0
+    activation_dropout: float = field(default=0.0, metadata=limits(least=0, below=1))
     """Dropout after the activation of the feed-forward blocks."""
-    encoder_layerdrop: float = 0.0
+    encoder_layerdrop: float = field(default=0.0, metadata=limits(least=0, below=1))
     """LayerDrop: probability with which an encoder layer is left out of a pass in training."""
-    decoder_layerdrop: float = 0.0
+    decoder_layerdrop: float = field(default=0.0, metadata=limits(least=0, below=1))
     """The same of a decoder layer."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the layers in training and compute the rest anew in the backward pass: less memory,
     but up to a third more to compute."""
-    max_source_positions: int = field(default=1024, metadata=FIXED)
+    max_source_positions: int = field(default=1024, metadata=limits(least=2, fixed=True))
     """Longest source in tokens, end of sentence included."""
-    max_target_positions: int = field(default=1024, metadata=FIXED)
+    max_target_positions: int = field(default=1024, metadata=limits(least=2, fixed=True))
     """Longest target in tokens, end of sentence included."""
 
     def build(self, *, source_vocabulary_size: int, target_vocabulary_size: int, pad_id: int) -> Transformer:
@@ -118,13 +119,12 @@ class TransformerOptions:
 
     def check(self) -> None:
         """Raise `UserError` where the sizes do not fit together."""
+        check_limits(self)
         for side in ("encoder", "decoder"):
             dim = getattr(self, f"{side}_embed_dim")
             heads = getattr(self, f"{side}_attention_heads")
             for name in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads"):
                 value = getattr(self, f"{side}_{name}")
-                if value < 1:
-                    raise UserError(f"`{side}-{name.replace('_', '-')}` must be at least 1, but is {value}.")
                 if value > LARGEST[name]:
                     raise UserError(
                         f"`{side}-{name.replace('_', '-')}` must be at most {LARGEST[name]:,}, but is {value:,}."
@@ -139,21 +139,11 @@ class TransformerOptions:
                     f"`{side}-embed-dim` must be even for sinusoidal positions, but is {dim}. "
                     f"Change it or set `{side}-learned-pos`."
                 )
-        for name in (
-            *("dropout", "attention_dropout", "activation_dropout"),
-            *("encoder_layerdrop", "decoder_layerdrop"),
-        ):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(
-                    f"`{name.replace('_', '-')}` must be at least 0 and below 1, but is {getattr(self, name)}."
-                )
         for name, dim in (
             ("max_source_positions", self.encoder_embed_dim),
             ("max_target_positions", self.decoder_embed_dim),
         ):
             value, flag = getattr(self, name), name.replace("_", "-")
-            if value < 2:
-                raise UserError(f"`{flag}` must be at least 2, but is {value}.")
             largest = min(LARGEST["positions"], _LARGEST_TABLE // dim)
             if value > largest:
                 raise UserError(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nmt.config.mapping import Positional
-from nmt.config.ranges import check_ranges
+from nmt.config.ranges import check_limits, check_ranges, limits
 from nmt.errors import UserError
 from nmt.generation.options import MOST_HYPOTHESES
 from nmt.models.options import ModelOptions, TransformerOptions
@@ -32,11 +31,11 @@ class TranslationOptions(Generic[ModelOptionsT]):
     data: Positional[Path]
     """The data directory that nmt-preprocess made."""
     model: ModelOptionsT = field(default_factory=TransformerOptions)  # type: ignore[assignment]
-    label_smoothing: float = 0.1
+    label_smoothing: float = field(default=0.1, metadata=limits(least=0, below=1))
     """Probability that is spread over the other classes of the vocabulary."""
-    r_drop: float = 0.0
+    r_drop: float = field(default=0.0, metadata=limits(least=0.0))
     """R-Drop: weight of the divergence between two passes with different dropout; 0 for one pass."""
-    word_dropout: float = 0.0
+    word_dropout: float = field(default=0.0, metadata=limits(least=0, below=1))
     """Probability with which training replaces a token that encoder or decoder reads by the unknown one."""
     eval_bleu: bool = True
     """Translate the validation set at each validation and score it with sacreBLEU."""
@@ -45,16 +44,9 @@ class TranslationOptions(Generic[ModelOptionsT]):
 
     def check(self) -> None:
         """Raise `UserError` for values that make no sense."""
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise UserError(
-                f"`label-smoothing` must be at least 0 and below 1, but is {self.label_smoothing}."
-            )
-        if not 0.0 <= self.r_drop < math.inf:
-            raise UserError(f"`r-drop` must be finite and not negative, but is {self.r_drop}.")
+        check_limits(self)
         if self.r_drop and not _has_dropout(self.model):
             raise UserError("`r-drop` must have some dropout, but there is none. Raise `dropout`.")
-        if not 0.0 <= self.word_dropout < 1.0:
-            raise UserError(f"`word-dropout` must be at least 0 and below 1, but is {self.word_dropout}.")
         if self.eval_beam is not None:
             if not self.eval_bleu:
                 raise UserError(
