@@ -36,22 +36,22 @@ from nmt.update.validation import validate
 from nmt.update.weight_average import AveragedWeights
 
 _RESTORE = "Restore the checkpoint, or begin a new run."
-_TRAINED = "trained"  # key of the weights in training, where those of the checkpoint are their mean
+_TRAINED = "trained"  # key of the weights in training, if the checkpoint's model is their running mean
 
 
 class Stepped(NamedTuple):
     """What came of the step of an update: scalars on the device."""
 
     norm: Tensor
-    """Of the gradient, before it is clipped."""
+    """Norm of the gradient before it is clipped."""
     is_cancelled: Tensor
-    """bool: it was not finite, and nothing was changed."""
+    """bool: the gradient was not finite, and nothing was changed."""
     can_lower_scale: Tensor
-    """bool: that may be so only because of the loss scale."""
+    """bool: the loss scale alone may be the reason."""
 
 
 class Trainer:
-    """A model, its optimizer and its metrics; knows no task but through the protocol."""
+    """A model, its optimizer and its metrics. It knows a task only through the protocol."""
 
     def __init__(
         self,
@@ -71,8 +71,8 @@ class Trainer:
             model: With the weights to begin with.
             options: Of the optimizer and its schedule.
             world: The ranks; the model is moved to its device.
-            seed: Of all that is random in updates.
-            updates_per_epoch: For what the schedule counts in epochs.
+            seed: Of everything random in updates.
+            updates_per_epoch: Turns epochs of the schedule into updates.
             has_one_shape: Whether all batches have one shape (`StaticBatch`): updates on a GPU are then recorded.
         """
         self.task = task
@@ -112,15 +112,22 @@ class Trainer:
     def train_step(
         self, micro_batches: Sequence[MicroBatch], *, epoch: int = 1, wants_stop: bool = False
     ) -> None:
-        """Make one update from this rank's share of it; the open scopes of `metrics` see what it sums.
+        """Make one update from this rank's share of it. Its sums go to the open scopes of `metrics`.
 
-        Afterwards `num_wanting_stop` is the number of ranks that wanted to stop when it began; on a GPU when the
-        update before began. It is the same on every rank. (A single rank knows by itself.)
+        Afterwards `num_wanting_stop` is the number of ranks that wanted to stop when this update began. It is the
+        same on every rank. On a GPU it is read one update late, so that the host does not wait for the device:
+
+            update                     1    2    3    4
+            sum of the ranks' votes    v1   v2   v3   v4     exchanged with the number of targets
+            num_wanting_stop, CPU      v1   v2   v3   v4
+            num_wanting_stop, GPU      0    v1   v2   v3
+
+        With a single rank it stays 0, since that rank knows its own wish.
 
         Args:
-            micro_batches: As many on every rank, each with its weight: 1, or 0 for a filler, which is run
-                so that the ranks stay in step but counts for nothing.
-            epoch: What the learning rate depends on if it changes from epoch to epoch.
+            micro_batches: The same number on every rank, each with its weight: 1, or 0 for a filler. A filler is
+                run so that the ranks stay in step, but counts for nothing.
+            epoch: The epoch of this update, for a learning rate that changes by epochs.
             wants_stop: Whether this rank wants the run to stop.
         """
         self.model.train()
@@ -141,7 +148,7 @@ class Trainer:
             self.averaged.update(self.update, is_cancelled=is_cancelled)
         for output, (batch, weight, _) in zip(outputs, micro_batches, strict=True):
             sums = batch_sums(output, batch)
-            # What was cancelled is not counted, or one loss that is not a number would spoil the whole epoch's.
+            # A cancelled update is not counted: one loss that is NaN would make the sum of the epoch NaN.
             self.metrics.add({key: torch.where(is_cancelled, 0.0, weight * sums[key]) for key in sums})
         self.cancellations.note(
             self.update, is_cancelled, outputs, micro_batches, can_lower_scale=can_lower_scale
@@ -150,7 +157,7 @@ class Trainer:
     def probe(self, batch: Batch) -> None:
         """Run a batch forward and backward, as an update would, and change nothing.
 
-        The memory that an update needs besides is reserved meanwhile: the optimizer's state, copies of gradients.
+        Meanwhile the rest of an update's memory is reserved: the optimizer's state and copies of gradients.
         """
         num_copies = self.replicas.num_copies + (0 if self.optimizer.state else NEW_STATE)
         try:
@@ -159,9 +166,9 @@ class Trainer:
             self.replicas.clear()
 
     def close(self) -> None:
-        """Let go of what keeps the ranks' connections open; no update can follow."""
+        """Drop what keeps the ranks' connections open; no update can follow."""
         self.replicas.close()
-        self.model = nn.Identity()  # what is hooked into it may keep them, too
+        self.model = nn.Identity()  # the model's hooks may keep connections open, too
 
     def validate(self, examples: Examples[Any], batches: Iterable[Batch]) -> dict[str, float]:
         """Return the task's metrics of a split, the same on every rank.
@@ -191,9 +198,9 @@ class Trainer:
 
     @contextmanager
     def evaluated_model(self) -> Iterator[nn.Module]:
-        """Return a model with these weights in evaluation mode, for the block; every rank must call this."""
+        """Return the model to validate, in evaluation mode, for the block. Every rank must call this."""
         with self.evaluated_weights():
-            for tensor in self.statistics:  # what is measured is what is saved: rank 0's
+            for tensor in self.statistics:  # rank 0's are saved, so these are measured
                 self.world.copy_from_main_(tensor)
             with self.weights.in_one_model() as model:
                 yield model.eval()
@@ -284,13 +291,13 @@ class Trainer:
         self._check_metrics(states)
         if len(states) == self.world.size:
             self.metrics.load_state_dict(states[self.world.rank])
-        elif self.world.is_main:  # another number of ranks: the sums of all go on in one place
+        elif self.world.is_main:  # another number of ranks: rank 0 goes on with the sums of all
             self.metrics.load_state_dict(merge_states(states))
 
     def _check_fit(
         self, by_parameter: Mapping[str, Mapping[str, Tensor]], trained: Mapping[str, Tensor]
     ) -> None:
-        """Raise `DamagedError` unless each tensor is of its parameter, since the optimizer does not look."""
+        """Raise `DamagedError` unless each tensor fits its parameter, since the optimizer does not check."""
         sizes = self.weights.sizes()
         for name in self.weights.trained:
             if not fits(self.optimizer, sizes[name], by_parameter[name]):
@@ -302,7 +309,7 @@ class Trainer:
             raise DamagedError(f"The weights in training must be of this model, but are not. {_RESTORE}")
 
     def _check_metrics(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Raise `DamagedError` unless the task can make ratios of the sums: only it knows what it needs."""
+        """Raise `DamagedError` unless the task can form its ratios: only the task knows which sums it needs."""
         for scope in (scope for state in states for scope in state.values()):
             sums = scope["sums"]
             try:
@@ -315,7 +322,7 @@ class Trainer:
                 ) from error
 
     def _apply_gradient(self, epoch: int) -> Stepped:
-        """Make the step; a gradient that is not finite cancels it on the device, unread by the host.
+        """Make the step. A gradient that is not finite cancels it on the device, and the host does not wait.
 
         Returns:
             What came of it, the same on every rank.
@@ -328,14 +335,14 @@ class Trainer:
             group["lr"] = self._lr if self._is_recorded else self.lr
         self._step()
         norm, is_cancelled, _ = stepped = self._stepped
-        # Every rank has the same gradient here; divided so that the sum over ranks counts it once.
+        # Every rank has the same flag. It is divided so that the sum over ranks counts the update once.
         self.metrics.add({"num_cancelled": is_cancelled / self.world.size})
         self.metrics.gauge("lr", self.lr)
         self.metrics.gauge("grad", norm)
         return stepped
 
     def _forget_recording(self) -> None:
-        """Record the step anew: what it reads may lie elsewhere now."""
+        """Record the step anew, because the tensors that it reads may have been replaced."""
         device = self.world.device if self._is_recorded else torch.device("cpu")
         self._step = Recording(self._clip_and_step, device)
 
@@ -346,7 +353,7 @@ class Trainer:
         self.precision.unscale_(gradients)
         norm = self.replicas.norm(gradients)
         if self.options.clip_norm:
-            # As torch.nn.utils.clip_grads_with_norm_, which takes parameters.
+            # Like torch.nn.utils.clip_grads_with_norm_, but that function takes parameters, not gradients.
             share = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, share)
         is_cancelled = ~torch.isfinite(norm)
@@ -358,7 +365,7 @@ class Trainer:
     def _count(self, micro_batches: Sequence[MicroBatch], wants_stop: bool) -> Tensor:
         """Return (number of targets, whether to stop), to be summed over ranks at once: (2,)."""
         counts = torch.empty(2, dtype=self.world.sum_dtype, device=self.world.device)
-        # Fills, unlike copies, do not let the host wait for the device.
+        # A fill, unlike a copy, does not make the host wait for the device.
         counts[0].fill_(sum(weight * batch.num_targets for batch, weight, _ in micro_batches))
         counts[1].fill_(float(wants_stop))
         return counts
@@ -367,10 +374,10 @@ class Trainer:
         """Return whole tensors on rank 0, and nothing on the others, which must call this too.
 
         Args:
-            kept: The name of each, that of the weight that it belongs to, and what this rank keeps of it.
+            kept: For each tensor its name, the name of its weight, and what this rank keeps of it.
         """
         found = {}
-        for key, name, tensor in kept:  # one after another, since there may not be memory for all of them
+        for key, name, tensor in kept:  # one at a time, since a GPU may not have memory for all of them
             whole = self.weights.whole(name, tensor)
             if self.world.is_main:
                 found[key] = whole.cpu()

@@ -1,6 +1,9 @@
 """Which updates were cancelled because their gradient was not finite, and by which examples.
 
-The trainer learns of it one update later, when the device has got there anyway, so that it never waits.
+The flags of an update are read one update late, when the device has computed them, so that the host need not wait:
+
+    host      queue update 1 | queue update 2, read the flags of 1 | queue update 3, read the flags of 2 | ...
+    device         compute update 1        |     compute update 2            |     compute update 3
 """
 
 from collections.abc import Sequence
@@ -21,9 +24,9 @@ class Cancelled:
 
     update: int
     examples: list[int]
-    """Training examples of the batches whose loss was not finite; of all of the update's if every loss was."""
+    """Training examples of the batches whose loss was not finite; of all batches if every loss was finite."""
     is_overflow: bool = False
-    """The losses were finite, and the loss scale of float16 was too high: it has been lowered, and all is well."""
+    """The losses were finite, but float16's loss scale was too high. It has been lowered, and nothing is wrong."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,13 @@ class Cancellations:
         *,
         can_lower_scale: Tensor,
     ) -> None:
-        """Take in an update; what is known of the one before is read now. Every rank must call this.
+        """Take in an update, and read the flags of the one before. Every rank must call this.
 
         Args:
             update: Its number.
             is_cancelled: Scalar bool on the device, the same on every rank.
             outputs: The losses of this rank's micro-batches.
-            micro_batches: What they are of.
+            micro_batches: This rank's micro-batches.
             can_lower_scale: Scalar bool on the device: the gradient may have been finite at a lower loss scale.
         """
         self._read()
@@ -68,15 +71,16 @@ class Cancellations:
         self._unread = _Unread(update, Late(flags), batches)
 
     def num_in_a_row(self) -> int:
-        """Return how many updates up to the last one were bad, waiting for the device.
+        """Return how many updates in a row, up to the last one, were bad. It waits for the device.
 
-        Bad is what was cancelled for another reason than an overflow; an overflow neither counts nor ends the row.
+        An update is bad if it was cancelled for another reason than an overflow. An overflow neither counts nor
+        ends the row.
         """
         self._read()
         return self._num_in_a_row
 
     def known_in_a_row(self) -> int:
-        """Return the same of the updates up to the last but one."""
+        """Return the same number up to the last update but one, without waiting."""
         return self._num_in_a_row
 
     def take(self) -> list[Cancelled]:
@@ -92,7 +96,7 @@ class Cancellations:
         if not is_cancelled:
             self._num_in_a_row = 0
             return
-        # Every rank has the same gradient, so all of them are here.
+        # Every rank has the same flag, so all ranks come here and can exchange.
         mine = [(is_bad, list(batch)) for is_bad, batch in zip(bad, unread.batches, strict=True)]
         everywhere = [pair for rank in self._world.gather(mine) for pair in rank]
         blamed = [batch for is_bad, batch in everywhere if is_bad]

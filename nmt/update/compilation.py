@@ -1,7 +1,7 @@
 """Models that are compiled for their updates (`--compile`): torch.compile around what their layers compute.
 
-Compiled is the model's forward. All around stays as it is: the loss, precision, DDP, the names of the weights. So
-does all that is no update: validation and decoding.
+Only the model's forward is compiled. The loss, precision, DDP and the names of the weights stay as they are. So do
+validation and decoding.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,23 +18,23 @@ _REMEDY = "Leave it out."
 
 
 def compile_model(model: nn.Module, *, has_one_shape: bool) -> None:
-    """Let torch compile, in place, what a model computes in updates; it does so when that is first called.
+    """Let torch compile, in place, what a model computes in updates. torch does so at the first call.
 
     Args:
         model: Its weights keep their names.
-        has_one_shape: Examples are all of one shape, so that a program for each number of them is worth its while.
+        has_one_shape: All examples have one shape, so that a program for each batch size is worth compiling.
             Otherwise there is one program for all shapes.
 
     Raises:
         UserError: torch compiles nothing under this Python.
     """
-    # DDP stands around the model and waits for the gradients of a whole program. To cut the program at DDP's
-    # buckets would let some be sent earlier, but torch cannot do so with shapes that vary.
+    # DDP wraps the model and waits for the gradients of the whole program. Cutting the program at DDP's buckets
+    # would send some gradients earlier, but torch cannot do so with shapes that vary.
     torch._dynamo.config.optimize_ddp = False
     plain = model.forward
     compiled = _compiled(plain, dynamic=not has_one_shape)
-    # In the instance: a module that is wrapped, or whose call is compiled, would have other names or its hooks
-    # within the program.
+    # `forward` is replaced in the instance. Wrapping the module would change the names of its weights, and
+    # compiling its call would draw its hooks into the program.
     model.forward = _in_updates(model, compiled, plain)
 
 
@@ -44,7 +44,7 @@ def compile_layers(model: nn.Module) -> None:
     The layers of a stack share one program, so that compiling takes a fraction of what the whole would.
 
     Args:
-        model: What stands in its lists of modules is taken for layers.
+        model: Every module in its lists of modules counts as a layer.
 
     Raises:
         UserError: torch compiles nothing under this Python.
@@ -63,14 +63,14 @@ def _compiled(function: Callable[..., Any], *, dynamic: bool) -> Callable[..., A
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Let compiled models compute as if they were not: what is to be observed must be called."""
+    """Let compiled models run uncompiled within the block, so that hooks and counters see every call."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 @contextmanager
 def compile_failures(is_compiled: bool) -> Iterator[None]:
-    """Turn what torch says when it cannot compile into a line.
+    """Turn torch's errors of compilation into one line.
 
     Raises:
         UserError: There is no compiler, or the model cannot be compiled.
@@ -99,7 +99,7 @@ def compile_failures(is_compiled: bool) -> Iterator[None]:
 def _in_updates(
     module: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any]
 ) -> Callable[..., Any]:
-    @wraps(plain)  # which tells that it computes the same
+    @wraps(plain)  # says that it computes the same
     def forward(*args: Any, **kwargs: Any) -> Any:
         is_update = module.training and torch.is_grad_enabled()
         return (compiled if is_update else plain)(*args, **kwargs)

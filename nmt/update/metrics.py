@@ -63,7 +63,7 @@ class Metrics:
                 scope.sums[name] = kept if total is None else total + kept
 
     def gauge(self, name: str, value: Tensor | float) -> None:
-        """Set a value of which the last one counts, such as the learning rate, in every open scope."""
+        """Set a value in every open scope; only the last one counts, such as the learning rate."""
         kept = _keep(value)
         for scope in self._listening():
             scope.gauges[name] = kept
@@ -91,7 +91,7 @@ class Metrics:
         return {key: float(value) for key, value in scope.gauges.items()}
 
     def reset(self, name: str) -> None:
-        """Forget what a scope has seen; it stays open if it is."""
+        """Forget what a scope has seen; an open scope stays open."""
         if name in self._scopes:
             self._scopes[name] = _Scope()
 
@@ -139,7 +139,7 @@ def _keep(value: Tensor | float) -> Tensor | float:
     if not isinstance(value, Tensor):
         return float(value)
     assert value.numel() == 1, f"a metric must be one number, but has the shape {tuple(value.shape)}"
-    # A copy, since the caller may go on with its tensor in place.
+    # A copy, since the caller may change its tensor in place.
     return value.detach().reshape(()).to(sum_dtype(value.device), copy=True)
 
 

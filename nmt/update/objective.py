@@ -8,9 +8,9 @@ from nmt.task import Batch, LossOutput, Task
 
 
 class Objective(nn.Module):
-    """What is called with a batch and returns its loss. It is what DDP and FSDP wrap.
+    """Returns the loss of a batch. DDP and FSDP wrap it, not the model.
 
-    So a task may use the model in any way: encode alone, features without logits, twice.
+    So a task may use the model in any way: only the encoder, features without logits, two passes.
     """
 
     def __init__(self, task: Task[Any], model: nn.Module) -> None:

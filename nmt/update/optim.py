@@ -13,10 +13,11 @@ _Kind = TypeVar("_Kind", bound=type[torch.optim.Optimizer])
 
 
 def _keep_compiler_out() -> None:
-    """Let torch's optimizers not import the compiler: 65 MB and a second.
+    """Keep torch's optimizers from importing the compiler: 65 MB and a second.
 
-    torch imports it to keep it out of these methods. Where one is found under this name, that is taken for the
-    form which the compiler leaves alone. It holds for the whole process, in which no optimizer is compiled.
+    torch imports the compiler to exclude these methods from it. If a method has the attribute `__dynamo_disable`,
+    torch takes its value as the excluded form and imports nothing. This holds for the whole process, which
+    compiles no optimizer.
     """
     for method in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
         original = inspect.unwrap(getattr(torch.optim.Optimizer, method))
@@ -24,7 +25,7 @@ def _keep_compiler_out() -> None:
 
 
 def _uncompiled(kind: _Kind) -> _Kind:
-    """Return a kind of optimizer whose `step` does not import the compiler: torch's without the wrapper for it."""
+    """Return a kind of optimizer whose `step` lacks torch's wrapper, which would import the compiler."""
     step_alone = torch.no_grad()(inspect.unwrap(kind.step))
     return cast(_Kind, type(kind.__name__, (kind,), {"step": step_alone}))
 
@@ -59,7 +60,7 @@ def build_optimizer(
             groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=True
         )
         if options.momentum:
-            # Zeros are what the first update begins from. torch would leave the buffers unset if it is skipped.
+            # The first update begins from zeros. torch would leave the buffers unset if that update is skipped.
             for parameter in trained:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
@@ -75,12 +76,12 @@ def build_optimizer(
 
 
 def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a step can be recorded (`nmt/system/cuda_graphs.py`): with a rate that is a tensor."""
+    """Return whether a step can be recorded (`nmt/system/cuda_graphs.py`): its learning rate may be a tensor."""
     return all(group.get("capturable", False) for group in optimizer.param_groups)
 
 
 def fits(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
-    """Whether an optimizer of this kind can go on with a state of a parameter; torch does not look itself."""
+    """Return whether an optimizer of this kind can go on with a parameter's state; torch does not check."""
     if not all(tensor.is_floating_point() for tensor in state.values()):
         return False
     if isinstance(optimizer, torch.optim.Adafactor):
@@ -110,7 +111,7 @@ def step(optimizer: torch.optim.Optimizer, *, is_cancelled: Tensor) -> None:
 
     Args:
         optimizer: From `build_optimizer`.
-        is_cancelled: Scalar bool on the device. The host does not wait for it but with Adafactor.
+        is_cancelled: Scalar bool on the device. The host waits for it only with Adafactor.
     """
     if isinstance(optimizer, torch.optim.Adafactor):
         if not is_cancelled.item():

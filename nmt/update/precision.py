@@ -23,7 +23,7 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # As torch.amp.GradScaler: begin high, halve on an overflow, double after this many updates without one.
 _FIRST_SCALE = 2.0**16
-# A mean gradient that overflows as it is must not be made smaller, but looked at.
+# If the mean gradient overflows without any scale, a lower scale would hide the fault instead of showing it.
 _LOWEST_SCALE = 1.0
 _GROWTH_INTERVAL = 2000
 
@@ -49,14 +49,14 @@ class Precision:
             objective: a module that holds `model`.
             model: its inputs are turned to the type and its outputs to float32, so that a task computes its loss
                 in float32.
-            casts_weights: whether the parameters are not turned to the type by someone else.
+            casts_weights: False if somebody else turns the parameters to the type, as FSDP does.
         """
         if self.dtype == torch.float32:
             return objective
         return _InLowPrecision(objective, model, self.dtype, casts_weights=casts_weights)
 
     def copy_of(self, model: nn.Module) -> nn.Module:
-        """Return a copy of a model in this type, or the model itself where it need not be changed."""
+        """Return a copy of a model in this type; in fp32 the model itself."""
         return model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
 
     def scale(self, factor: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Precision:
             torch._foreach_mul_(list(gradients), self._scale.reciprocal())
 
     def can_lower_scale(self) -> Tensor:
-        """Return whether a gradient that is not finite may be so only because of the scale: scalar bool."""
+        """Return whether the scale alone may be the reason for a gradient that is not finite: scalar bool."""
         return self._is_never if self._scale is None else self._scale > _LOWEST_SCALE
 
     def adapt_(self, is_cancelled: Tensor) -> None:
@@ -92,7 +92,7 @@ class Precision:
         return {"scale": self._scale.item(), "num_good": int(self._num_good.item())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a scale up; a run that had none begins with the first one."""
+        """Restore a scale; a run that had none begins with the initial scale."""
         if self._scale is not None and state:
             self._scale.fill_(state["scale"])
             self._num_good.fill_(state["num_good"])
@@ -113,7 +113,7 @@ class _InLowPrecision(nn.Module):
         self.objective = objective
         self.dtype = dtype
         self._model = [model]  # in a list, so that it is not registered a second time
-        # Batch norm keeps its parameters beside its statistics in float32, and takes inputs of other types so.
+        # Batch norm keeps its parameters in float32, like its statistics. So it takes inputs of other types.
         kept = {id(p) for m in model.modules() if isinstance(m, _NormBase) for p in m.parameters()}
         self._names = {
             name

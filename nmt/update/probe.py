@@ -7,7 +7,7 @@ from nmt.checkpoints.weights import weights
 from nmt.task import Batch, LossOutput
 
 NEW_STATE = 2
-"""How many tensors as large as all parameters the first update makes for the optimizer, at most (Adam's)."""
+"""At most this many tensors as large as all parameters are made for the optimizer at the first update (Adam)."""
 
 
 def probe(objective: nn.Module, batch: Batch, *, device: torch.device, num_copies: int) -> None:
@@ -17,8 +17,8 @@ def probe(objective: nn.Module, batch: Batch, *, device: torch.device, num_copie
         objective: Returns the `LossOutput` of a batch on the device, in the type that updates compute in.
         batch: Wherever it is.
         device: Where the objective computes.
-        num_copies: How many tensors as large as all parameters an update needs besides, for the optimizer's state
-            and copies of gradients. That much is reserved meanwhile.
+        num_copies: How many more tensors as large as all parameters an update needs, for the optimizer's state and
+            copies of gradients. Their memory is reserved meanwhile.
     """
     objective.train()
     parameters = dict(objective.named_parameters())

@@ -18,8 +18,15 @@ class Recorded:
     """The gradients of batches of one shape, side by side in one tensor.
 
     A micro-batch is one recording (`nmt/system/cuda_graphs.py`): the same kernels on the same memory each time.
-    The weights are turned to the precision's type once an update, into a model that is a copy of the one in
-    training. Ranks add up their tensors after the last micro-batch.
+
+        model (float32) --start--> copy (bf16) --+
+                                                 +--> forward and backward --> added to _flat --> sum of all ranks
+        batch -----------add-----> _batch -------+    (recorded, then replayed)                  (after the last
+                                                                                                  micro-batch)
+        _flat                  [ gradient of weight 1 | of weight 2 | of weight 3 | ... ]
+        parameter.grad           a view                 a view        a view
+
+    The copy is made once an update. In float32 there is none: the model itself computes.
     """
 
     can_run_alone = True
@@ -67,16 +74,16 @@ class Recorded:
         self._factor = torch.zeros((), dtype=world.sum_dtype, device=world.device)
         self._batch: Any = None  # made by the first micro-batch
         self._sum_names: list[str] = []
-        self._sums = self._factor  # likewise
-        # What is computed again in the backward pass draws its random numbers again: the host turns the generator
-        # back, which a recording may forbid.
+        self._sums = self._factor  # until the first micro-batch makes its own
+        # Activation checkpointing computes layers again in the backward pass, with the same random numbers. For
+        # that the host sets the generator back, which a recording may forbid.
         is_recorded = not any(getattr(x, "activation_checkpointing", False) for x in model.modules())
         self._recording = Recording(self._compute, world.device if is_recorded else torch.device("cpu"))
         self.clear()
 
     @torch.no_grad()
     def start(self) -> None:
-        """Turn the weights to the type that is computed in, those that are not trained too: they may be loaded."""
+        """Copy the weights into the computing model, untrained ones too, since they may just have been loaded."""
         self._computing.train()
         if self._copies:
             torch._foreach_copy_(self._copies, self._originals)
@@ -103,7 +110,7 @@ class Recorded:
 
     @torch.no_grad()
     def clear(self) -> None:
-        """Fill with zeros; the parameters' gradients are views of the tensor, if they have been anything else."""
+        """Fill the tensor with zeros, and make each parameter's gradient a view of it again if it is not."""
         self._flat.zero_()
         parts = self._flat.split([parameter.numel() for parameter in self._parameters])
         for parameter, part in zip(self._parameters, parts, strict=True):
@@ -113,7 +120,7 @@ class Recorded:
     def give_back(self) -> None:
         """Forget a recording that holds more than half of the GPU's memory."""
         if self._recording.num_bytes > _most_recorded_bytes(self._world.device):
-            self._sums = self._factor  # they lie in that memory
+            self._sums = self._factor  # the sums lie in the recording's memory
             self._recording.forget()
             torch.cuda.empty_cache()
 
@@ -121,7 +128,7 @@ class Recorded:
         """Nothing is open."""
 
     def _compute(self) -> None:
-        """Add a micro-batch's gradient; what is recorded."""
+        """Add a micro-batch's gradient. This is what is recorded."""
         output = self._task.compute_loss(self._computing, self._batch)
         scaled = output.loss * self._precision.scale(self._factor)
         gradients = torch.autograd.grad(scaled, self._computed, materialize_grads=True)

@@ -2,7 +2,7 @@
 
 `Alone` is one rank, `Ddp` keeps a whole copy on each of several. `Sharded` (`nmt/update/sharded.py`) keeps a part
 on each. `Recorded` (`nmt/update/recorded.py`) is for batches of one shape, on any number of ranks. The trainer
-knows the protocol alone.
+knows only the protocol.
 """
 
 import warnings
@@ -29,11 +29,11 @@ class Replicas(Protocol):
     objective: nn.Module
     """Called with a batch on the device it returns the `LossOutput`, in the precision's type."""
     can_run_alone: bool
-    """Whether it does so without the other ranks, so that one rank can fail where another one does not."""
+    """Whether the objective runs without the other ranks, so that it may fail on one rank alone."""
     loss_factor: float
-    """What undoes, in the factor of each loss, that a mean is taken over ranks: their number, or 1."""
+    """Factor of each loss that turns a mean over ranks into a sum: the number of ranks; 1 if it is a sum already."""
     num_copies: int
-    """How many tensors as large as all parameters there are besides, at most, while a gradient is summed."""
+    """At most this many more tensors as large as all parameters exist while a gradient is summed."""
 
     @property
     def weights(self) -> KeptWeights:
@@ -48,7 +48,7 @@ class Replicas(Protocol):
         Args:
             batch: The micro-batch.
             factor: Scalar on the device.
-            is_last: Whether it is the last one of this rank; by then the sum over ranks is formed too.
+            is_last: Whether it is this rank's last one. Once that is added, the sum over ranks is formed too.
 
         Returns:
             The loss without the factor.
@@ -64,7 +64,7 @@ class Replicas(Protocol):
         """Begin anew."""
 
     def give_back(self) -> None:
-        """Give memory back that nothing else can use, if it is much, before work of another kind."""
+        """Before other work, free memory that only updates can use, if it is much."""
 
     def close(self) -> None:
         """Let go of what keeps the ranks' connections open."""
@@ -154,8 +154,8 @@ class Ddp:
         self.weights = WholeWeights(model)
         self._precision = precision
         self._world = world
-        # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update, by which
-        # a resumed run would sum in another order than one that was never stopped. A task may have some, too.
+        # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update. Otherwise a
+        # resumed run would sum in another order than one that was never stopped. Some tasks have such parameters.
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # from torch 2.13 on
         self._ddp: DistributedDataParallel | None = DistributedDataParallel(

@@ -64,13 +64,13 @@ class Sharded:
         _shard(root, model, self._mesh, dtype=precision.dtype)
         self.weights = WeightParts(model, plain, world)
         self.objective = precision.wrap(_AsLossOutput(root), model, casts_weights=False)
-        # FSDP puts gradients into its own parameters, which are parts of the optimizer's.
+        # FSDP puts gradients into these parameters of its own. `gradients` hands their parts to the optimizer's.
         self._sharded = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._precision = precision
         self._world = world
 
     def start(self) -> None:
-        """Take rank 0's statistics, as DDP does: those of the others are of no use."""
+        """Take rank 0's statistics, as DDP does; those of the other ranks are not used."""
         for tensor in self.weights.statistics:
             self._world.copy_from_main_(tensor)
 
@@ -108,12 +108,12 @@ class Sharded:
         """Let go of FSDP, which keeps the process group."""
         self.objective = nn.Identity()
         self._sharded = {}
-        # PyTorch remembers how it has dealt with sharded tensors as long as the process lives, and so their mesh.
+        # PyTorch caches how it handles sharded tensors as long as the process lives. That keeps their mesh, too.
         getattr(self._mesh, "_pg_registry", {}).clear()
 
 
 class WeightParts:
-    """Each rank keeps as many rows of every parameter as the others, but for what does not come out even."""
+    """Each rank keeps the same number of rows of every parameter; the last ranks may keep fewer."""
 
     def __init__(self, sharded: nn.Module, plain: nn.Module, world: World) -> None:
         """Take the parts of a model that FSDP has dealt out.
@@ -161,7 +161,7 @@ class WeightParts:
 
     @contextmanager
     def in_one_model(self) -> Iterator[nn.Module]:
-        """Return the plain model with the weights of all ranks, for which there must be room within the block."""
+        """Return the plain model with the weights of all ranks. There must be memory for them within the block."""
         with torch.no_grad():
             wholes = {
                 name: nn.Parameter(self.whole(name, part.detach()), requires_grad=False)
@@ -238,19 +238,19 @@ def _shard(root: nn.Module, model: nn.Module, mesh: "DeviceMesh", *, dtype: torc
         fully_shard(part, mesh=mesh, mp_policy=as_it_is if keeps_type else policy)
         for entrance in getattr(part, "entrances", ()):
             register_fsdp_forward_method(part, entrance)
-        # The loss has been divided already; what is left is a plain sum.
+        # The loss has been divided already, so FSDP must only sum.
         cast(FSDPModule, part).set_gradient_divide_factor(1.0)
         cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
 
 
 def parts(model: nn.Module, *, with_batch_norm: bool) -> list[nn.Module]:
-    """Return the parts of a model whose weights are gathered and freed together, each before what it is a part of.
+    """Return the parts of a model whose weights are gathered and freed together, inner parts first.
 
-    They are the layers of its stacks, and what has more entrances than `forward`. A part that shares a parameter
-    with another one is left to the rest.
+    They are the layers of its stacks, and modules with more entrances than `forward`. A module that shares a
+    parameter with another one is no part of its own: it belongs to the rest.
 
     Args:
-        model: What stands in a list or a sequence of modules is taken for a layer.
+        model: Every module in a list or sequence of modules counts as a layer.
         with_batch_norm: Batch norms are parts too.
     """
     num_places = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
@@ -273,7 +273,7 @@ def parts(model: nn.Module, *, with_batch_norm: bool) -> list[nn.Module]:
 
 
 def _without_content(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose parameters have sizes alone, and whose buffers are those of the model."""
+    """Return a copy of a model. Its parameters have sizes but no content; its buffers are the model's own."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()
@@ -282,14 +282,14 @@ def _without_content(model: nn.Module) -> nn.Module:
 
 
 def _replace_parameters(model: nn.Module, by_old: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Put other parameters into the places of a model's, each tied one into all of its places."""
+    """Replace a model's parameters by others; a tied one in all of its places."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             setattr(module, name, by_old[parameter])
 
 
 def _is_dealt_out(tensor: Tensor) -> bool:
-    """Return whether a tensor is FSDP's, of which each rank has a part."""
+    """Return whether a tensor is one of FSDP's, of which each rank has a part."""
     return hasattr(tensor, "to_local")
 
 

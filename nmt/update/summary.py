@@ -1,4 +1,4 @@
-"""What a task makes of its sums, and the means of those that it makes nothing of."""
+"""The metrics that a task forms of its sums, and plain means of the sums that it does not use."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,11 +30,11 @@ class _Watched(Mapping[str, float]):
 
 
 def summarize(task: Task[Any], sums: Mapping[str, float]) -> dict[str, float]:
-    """Return the ratios that a task forms, and per target each sum of its loss that it has not looked at.
+    """Return the ratios that a task forms, and the mean per target of each sum that it has not looked at.
 
     Args:
         task: Forms ratios.
-        sums: Over many batches and all ranks, the number of targets among them.
+        sums: Over many batches and all ranks; the number of targets is one of them.
     """
     watched = _Watched(sums)
     results = task.summarize(watched)

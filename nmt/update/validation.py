@@ -1,4 +1,4 @@
-"""One pass over a split: what a task measures of a model, every example counted once over all ranks."""
+"""One pass over a split: a task measures a model, and every example counts once over all ranks."""
 
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -26,7 +26,7 @@ def validate(
     """Return the task's metrics of a split, the same on every rank; the model is put into evaluation mode.
 
     Raises:
-        UnreadableExamplesError: A rank cannot read some examples; on every rank.
+        UnreadableExamplesError: A rank cannot read some examples. It is raised on every rank.
 
     Args:
         task: Computes the loss and what else is measured.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class AveragedWeights:
-    """The running mean of weights (Polyak averaging with a decay): of a model's, or of what a rank keeps of them.
+    """The running mean of weights (Polyak averaging with a decay): of whole weights, or of a rank's part of them.
 
     After update n the mean moves towards the weights by 1 - min(decay, (1 + n) / (10 + n)): the weights of the
     first updates are forgotten sooner, as in TensorFlow's ExponentialMovingAverage. Integers, such as batch
@@ -52,7 +52,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def restart(self, trained: Mapping[str, Tensor]) -> None:
-        """Take the model's present weights for the mean, and give the model those that were being trained."""
+        """Take the model's weights as the mean, and give the model the weights in training."""
         for name, tensor in self._weights.items():
             self._mean[name].copy_(tensor)
             tensor.copy_(trained[name])
