@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from nmt.system.prepared_shapes import keep_prepared_shapes
 
 keep_prepared_shapes(16)
-# Tensors of 2 MB and more begin at huge pages: what one batch frees fits the next one better.
+# Tensors of 2 MB and more begin at huge pages, so that memory freed by one batch fits the next one better.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# What PyTorch's C++ warns of, each rank for itself, is about calls in here, such as an option of DDP.
+# PyTorch's C++ warnings, which every rank prints, are about calls in this package, such as an option of DDP.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __version__ = "0.1.0"

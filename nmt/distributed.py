@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Default arguments in there name the group that exists when it is imported, and keep it: this must come first.
+# Import this before any group exists: default arguments in this module keep the group of the time of import.
 import torch.distributed.nn.functional
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -49,7 +49,7 @@ class World:
     size: int
     device: torch.device
     store: Store | None = field(default=None, repr=False, compare=False)
-    """What the ranks have met through; torchrun keeps it when it starts the ranks again."""
+    """The store through which the ranks have met. torchrun keeps it when it starts the ranks again."""
 
     @property
     def is_main(self) -> bool:
@@ -67,18 +67,18 @@ class World:
         return DeviceTime(self.device)
 
     def sum_in_update_(self, tensor: Tensor) -> Tensor:
-        """Do as `sum_`, and count the time as waiting."""
+        """Sum like `sum_`, and count the time as waiting."""
         if self.size == 1:
             return tensor
         with self.waited.counted():
             return self.sum_(tensor)
 
     def backward(self, loss: Tensor) -> None:
-        """Run a backward pass that sums over ranks; what it takes after this rank's own part is waiting."""
+        """Run a backward pass that sums over ranks. The time after this rank's own part counts as waiting."""
         ends: list[Moment] = []
 
         def note_end(_: Tensor) -> None:
-            # Called back before what DDP queues later in the pass, which waits for the sums.
+            # This callback runs before the one that DDP queues later in the pass, which waits for the sums.
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(lambda: ends.append(self.waited.now()))
 
@@ -121,12 +121,12 @@ class World:
         return DeviceMesh.from_group(dist.group.WORLD, self.device.type)
 
     def own_rows(self, num_rows: int) -> slice:
-        """Return which rows of a tensor this rank has where they are dealt out: the last ranks have fewer."""
+        """Return which rows this rank keeps of a tensor that is dealt out. The last ranks may have fewer."""
         share = -(-num_rows // self.size)
         return slice(min(share * self.rank, num_rows), min(share * (self.rank + 1), num_rows))
 
     def join_rows(self, own: Tensor, num_rows: int) -> Tensor:
-        """Return a tensor of `num_rows` rows on every rank, of each rank's own; the opposite of `own_rows`."""
+        """Join the rows of all ranks to a tensor of `num_rows` rows, on every rank: the opposite of `own_rows`."""
         share = -(-num_rows // self.size)
         padded = own.new_zeros(share, *own.shape[1:])
         padded[: own.size(0)] = own
@@ -135,7 +135,7 @@ class World:
         return joined[:num_rows]
 
     def note_stop(self) -> None:
-        """Leave word that the run was asked to stop, for ranks that torchrun starts again all the same."""
+        """Note in the store that the run was asked to stop, for ranks that torchrun starts again anyway."""
         if self.store is not None:
             self.store.set(_STOPPED, "")
 
@@ -161,11 +161,11 @@ def single(device: torch.device) -> World:
 
 @contextmanager
 def join_world(device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[World]:
-    """Join the ranks that torchrun started, or be the only one, and leave them at the end.
+    """Join the ranks that torchrun started, or be the only rank; leave them at the end.
 
     Args:
         device: "auto" (CUDA if there is one, else the CPU), "cpu", "cuda" or "mps" (an Apple GPU, for a single
-            process; not chosen by itself, since nothing has been measured on one). With CUDA, rank r of a
+            process; "auto" does not choose it, since nothing has been measured on one). With CUDA, rank r of a
             machine takes the r-th GPU.
         timeout: How long a rank waits for another one.
 
@@ -217,7 +217,7 @@ def _join_group(
     signs = SignsOfLife(part, rank=rank, size=size, timeout=timeout.total_seconds())
     given: dict[str, Any] = {"store": part, "rank": rank, "world_size": size}
     if device.type == "cuda":
-        # NCCL ends the process with pages of its own when it has waited too long; `signs` is to be before it.
+        # NCCL's own timeout ends the process with pages of output. The timeout of `signs` must come first.
         dist.init_process_group("nccl", **given, timeout=timeout + timedelta(minutes=1), device_id=device)
     else:
         dist.init_process_group("gloo", **given, timeout=timeout)
@@ -225,11 +225,11 @@ def _join_group(
 
 
 def meet(store: Store, *, rank: int, size: int, timeout: timedelta = TIMEOUT) -> PrefixStore:
-    """Wait for the other ranks; return a part of the store that only those share which are here now.
+    """Wait for the other ranks. Return a part of the store that only the ranks of this start share.
 
-    torchrun starts ranks again with the store of those that were lost, and what these have left there, such as the
-    addresses where they listened, must not be taken for true. So rank 0 proposes a list of the ranks that it sees,
-    and the list is good when each rank on it has found its own name, which no earlier process had.
+    When torchrun starts ranks again, the store still holds what the lost ranks wrote, such as the addresses where
+    they listened. That must not be used. So rank 0 proposes a list of the ranks that it sees. The list is good
+    when each rank has found its own name on it, because no earlier process had that name.
 
     Raises:
         LostRankError: Some rank has not come in time.
@@ -263,7 +263,7 @@ def _unreached_line(size: int, failure: RuntimeError) -> str:
 
 
 def _is_of_connection(error: BaseException) -> bool:
-    """Say whether an exception means that ranks could not exchange something. Gloo has no type of its own."""
+    """Return whether an exchange between ranks failed. Gloo has no exception type of its own."""
     is_named = isinstance(error, RuntimeError) and any(
         word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset by peer")
     )
@@ -273,16 +273,15 @@ def _is_of_connection(error: BaseException) -> bool:
 def _leave(*, with_error: bool) -> None:
     """Leave the process group, and let its threads end.
 
-    A thread of Gloo that still waits for Python's lock when the interpreter ends would abort the process. The
-    threads end with the group, which lives as long as something names it: DDP, for one, but the caller has let
-    that go.
+    If a Gloo thread still waits for Python's lock when the interpreter ends, it aborts the process. The threads
+    end with the group, and the group lives as long as something refers to it. DDP does, but the caller has
+    dropped DDP.
     """
     gc.collect()
     dist.destroy_process_group()
     if with_error:
-        time.sleep(
-            0.1
-        )  # the exception's frames may name it; while this thread sleeps, the others get the lock
+        # The exception's frames may refer to the group. While this thread sleeps, Gloo's threads get the lock.
+        time.sleep(0.1)
 
 
 def _choose_device(name: str, *, size: int, local_rank: int) -> torch.device:

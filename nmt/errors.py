@@ -6,24 +6,24 @@ _LONGEST_VALUE = 80
 _LONGEST_WORD = 300  # longer than most paths, which are left whole
 _LONGEST_LINE = 2000
 _MOST_ITEMS = 6
-_DEEPEST = 2  # containers within containers of a value that is shown
+_DEEPEST = 2  # levels of nested containers that are shown of a value
 _LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD},}}")
 
 EXIT_RESUMABLE = 75
-"""What nmt-train ends with where the same command goes on: EX_TEMPFAIL of sysexits.h, what may succeed when it is
-tried again. No shell, no signal and no Python ends with it by itself."""
+"""nmt-train's exit code if the same command goes on: EX_TEMPFAIL of sysexits.h, which means "try again". No shell,
+signal or Python uses it by itself."""
 
 
 class UserError(ValueError):
     """Something that a user can cause and put right.
 
     The commands show it as one line, without a traceback, and exit with code 2. Its text says what is
-    wrong, where, and what to do: "`name` must be <rule>, but is <value>. <What to do>." Whatever text it is made
-    of, it is one line of printable characters and no longer than some lines of a terminal.
+    wrong, where, and what to do: "`name` must be <rule>, but is <value>. <What to do>." The text is always one
+    line of printable characters, and not longer than a few lines of a terminal.
     """
 
     def __init__(self, text: str) -> None:
-        """Take the text; see `one_line` for what becomes of it."""
+        """Take the text, and change it as `one_line` does."""
         super().__init__(one_line(text))
 
 
@@ -36,7 +36,7 @@ class UnreadableExamplesError(UserError):
 
 
 class LostRankError(UserError):
-    """Another rank of the run has ended or does not answer; starting the run again takes it up.
+    """Another rank of the run has ended or does not answer. Starting the run again resumes it.
 
     The commands end with `exit_code` at once, without waiting for the other ranks.
     """
@@ -47,8 +47,8 @@ class LostRankError(UserError):
 def one_line(text: str) -> str:
     """Return text as one line for a terminal: no control characters, and not too long.
 
-    It may hold anything that was found in a file: an escape sequence is shown as `\\x1b...`, a word of hundreds of
-    characters is cut, and so is the middle of what is longer than any message.
+    The text may hold anything that was found in a file. An escape sequence is shown as `\\x1b...`, a word of
+    hundreds of characters is cut, and a text that is too long loses its middle.
     """
     line = printable(" ".join(text.split("\n")))
     line = _LONG_WORD.sub(lambda match: _cut(match[0], _LONGEST_VALUE), line)
@@ -63,9 +63,9 @@ def printable(text: str) -> str:
 
 
 def shown(value: object, *, depth: int = 0) -> str:
-    """Return a value as it is shown in an error text: as `repr` has it, but of some 80 characters at most.
+    """Return a value for an error text: its `repr`, of about 80 characters at most.
 
-    No value is too large or too deep for it.
+    The value may be of any size and depth.
     """
     if isinstance(value, (str, bytes)):
         return _cut(printable(repr(value[: 2 * _LONGEST_VALUE])), _LONGEST_VALUE)
@@ -86,7 +86,7 @@ def shown(value: object, *, depth: int = 0) -> str:
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """Return a number with what it counts; of several things `many`, or `one` with an s, is the word.
+    """Return a number with its noun: `one` for a single thing, else `many`, or `one` with an s.
 
     >>> counted(1, "pair"), counted(2000, "pair"), counted(0, "query", "queries")
     ('1 pair', '2,000 pairs', '0 queries')

@@ -15,7 +15,7 @@ from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
 from nmt.task import load_task
 
-_LEAST = 1e-30  # above nothing, in float32
+_LEAST = 1e-30  # still above 0 in float32
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class OptimizationOptions:
     def check(self) -> None:
         """Raise `UserError` for values that make no sense alone or together."""
         check_limits(self)
-        # Less is nothing in float32, and 0 / 0 is left where a gradient has always been 0, as of a word unseen.
+        # A smaller number is 0 in float32. A gradient that was always 0, as of an unseen word, then gives 0 / 0.
         check_ranges(self, {"adam_eps": (_LEAST, 1e30), "lr": (_LEAST, 1e30)})
-        if self.clip_norm:  # which is off at 0
+        if self.clip_norm:  # 0 turns clipping off
             check_ranges(self, {"clip_norm": (_LEAST, 1e30)})
         if self.end_learning_rate > self.lr:
             raise UserError(
@@ -146,7 +146,7 @@ class OptimizationOptions:
                     )
 
 
-# Options that only some values of another option make use of.
+# Options that are used only with some values of another option.
 _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "optimizer": {
         "momentum": ("sgd",),
@@ -206,7 +206,7 @@ TaskOptionsT = TypeVar("TaskOptionsT")
 
 OptionScalar: TypeAlias = str | int | float | bool | Path | None
 OptionValue: TypeAlias = OptionScalar | Sequence[OptionScalar]
-"""What an option may be given as, whatever the task."""
+"""The types in which an option may be given, for any task."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ ENTRY_POINT_GROUP = "nmt.tasks"
 
 
 class Batch(Protocol):
-    """What a collater makes, on the CPU, and a task computes its loss from."""
+    """What a collater makes on the CPU, and what a task computes its loss from."""
 
     @property
     def num_examples(self) -> int:
@@ -44,15 +44,15 @@ class Batch(Protocol):
 class StaticBatch(Batch, Protocol):
     """A batch whose tensors have the same shapes in all batches of a run, such as a packed one.
 
-    Its updates are recorded and replayed on a GPU. What the loss does must then follow from the tensors: numbers
-    of the host, such as `num_targets`, are those of the batch that was recorded.
+    Its updates are recorded and replayed on a GPU. So the loss may depend on the tensors alone: numbers on the
+    host, such as `num_targets`, stay those of the batch that was recorded.
     """
 
     def clone(self) -> Self:
         """Return a copy on its device."""
 
     def copy_(self, other: Self, /) -> None:
-        """Take over the tensors of another batch, from pinned memory without waiting."""
+        """Copy the tensors of another batch into this one; from pinned memory without waiting."""
 
 
 B = TypeVar("B", bound=Batch)
@@ -60,10 +60,10 @@ B_co = TypeVar("B_co", bound=Batch, covariant=True)
 
 
 class AllSizes(Protocol):
-    """The lengths of all examples of a split, (N, C): an array, or what reads them where they are asked for.
+    """The lengths of all examples of a split, (N, C): an array, or an object that reads them when asked.
 
-    Nothing reads the lengths of a training split all at once: `sizes[places]` are those of a window, or of a
-    block. So a corpus may have more of them than a process should hold.
+    The lengths of a training split are never read all at once: `sizes[places]` are those of a window or a block.
+    So a corpus may have more lengths than a process should hold in memory.
     """
 
     @property
@@ -91,8 +91,8 @@ class Examples(Protocol[B_co]):
         """Return one example, in the form that `collate` takes.
 
         What is random here or in `collate`, such as augmentation, may be drawn from the global
-        generators of torch, NumPy and Python. They are seeded for each batch of an epoch, so that it does not
-        depend on worker processes or on where a run was resumed.
+        generators of torch, NumPy and Python. They are seeded for each batch of an epoch, so that the numbers do
+        not depend on worker processes or on where a run was resumed.
         """
 
     def collate(self, items: list[Any], /) -> B_co:
@@ -146,7 +146,7 @@ class Task(Protocol[B]):
         """Form ratios, such as loss per target, of sums over many batches and all ranks."""
 
     def evaluate(self, model: nn.Module, examples: Examples[B], world: World, /) -> dict[str, float]:
-        """Compute metrics that are no ratio of sums, such as BLEU; the same on every rank; may be empty."""
+        """Compute metrics that are not ratios of sums, such as BLEU: the same on every rank; may be empty."""
 
     def illustrate(self, model: nn.Module, examples: Examples[B], world: World, /) -> Illustrations:
         """Show what the model makes of some examples, the same ones each time.
@@ -181,7 +181,7 @@ class PackingTask(Protocol):
 
 @runtime_checkable
 class LooksOver(Protocol):
-    """What a task may have besides: a look at its data before a run begins or goes on."""
+    """An optional part of a task: a look at its data before a run begins or goes on."""
 
     def look_over(self, train: Examples[Any], valid: Examples[Any], world: World, /) -> list[str]:
         """Return lines for the log: what is left out, and what else a user should know of the data.
@@ -207,10 +207,9 @@ class TaskOptions(Protocol):
     A class variable `train_defaults: ClassVar[Mapping[str, Any]]` may give options of training (`nmt.options`)
     the defaults that suit the task, by field name: `{"batch_size": 64, "lr_scheduler": "cosine"}`.
 
-    Model folders are published, so they tell no place of the machine: in their configuration a field of type
-    `Path`, and text that is an absolute path of the machine, hold a remark instead (`config/untold.py`). Declare
-    paths as `Path`. `build` reads none of them when there are assets: `save_assets` writes what the model needs of
-    them.
+    Model folders are published, so they name no path of the machine. In their configuration a field of type
+    `Path`, and text that is an absolute path, hold a remark instead (`config/untold.py`). Declare paths as `Path`.
+    If there are assets, `build` reads no such path: `save_assets` writes what the model needs from there.
     """
 
     def build(self, assets: Path | None) -> Task[Any]:
@@ -224,7 +223,7 @@ class TaskOptions(Protocol):
 
 @runtime_checkable
 class NamesItsData(Protocol):
-    """Options of a task not all of whose paths are read when a finished model is measured."""
+    """Options of a task that say which of their paths are read to measure a finished model."""
 
     def data_options(self, split: str, /) -> Collection[str]:
         """Return the fields that name what is read to measure a model on a split."""
@@ -252,7 +251,7 @@ def load_task(name: str) -> type[TaskOptions]:
     place = found[name].value
     try:
         options = found[name].load()
-    except Exception as error:  # whatever the module of a stranger raises while it is imported
+    except Exception as error:  # the import of another package's module may raise anything
         raise UserError(
             f"The task `{name}` must be importable from `{place}`, but is not: {type(error).__name__}: {error}. "
             "Mend its package, or install it again."

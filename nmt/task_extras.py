@@ -1,6 +1,6 @@
-"""What a task may say besides what the trainer must know, and what is done where it says nothing.
+"""What a task may offer beyond what the trainer needs, and the default where it offers nothing.
 
-A task offers one of these by having the attribute or the method; nobody asks for its type.
+A task offers one of these by having the attribute or the method. Its class does not matter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Words:
-    """What a task counts, for the lines that people read; records have the same names for all tasks."""
+    """The task's words for what it counts, in lines for people. Records have the same names for all tasks."""
 
     target: str = "target"
-    """One of what the loss is a mean over."""
+    """One of the things that the loss is a mean over."""
     examples: str = "examples"
 
     @property
@@ -33,12 +33,12 @@ class Words:
 
     @property
     def targets(self) -> str:
-        """Several of what the loss is a mean over."""
+        """Several of the things that the loss is a mean over."""
         return f"{self.target}s"
 
     @property
     def a_target(self) -> str:
-        """One of them, as in "work a target"."""
+        """One target with its article, as in "work a target"."""
         return f"{'an' if self.target[0] in 'aeiou' else 'a'} {self.target}"
 
 
@@ -77,7 +77,7 @@ class ComparesAssets(Protocol):
 
 @runtime_checkable
 class HasFingerprint(Protocol):
-    """Examples that are told from others by what they hold."""
+    """Examples that can be told from others by their content."""
 
     def fingerprint(self) -> str:
         """Return a text that is the same for the same examples in the same order, and for no others."""
@@ -93,10 +93,10 @@ class HasNotes(Protocol):
 
 @runtime_checkable
 class TakesWholeFolders(Protocol):
-    """Examples that are whatever lies in some folders: what is written there is taken for data the next time."""
+    """Examples that are all files of some folders: a file that is written there is data the next time."""
 
     def folders(self) -> Sequence[Path]:
-        """Return the folders, whatever is in them included."""
+        """Return the folders; all that is in them counts as data."""
 
 
 def words_of(task: Task[Any]) -> Words:
@@ -124,7 +124,7 @@ def is_same_asset(task: Task[Any], before: Path, now: Path) -> bool:
 
 
 def fingerprint_of(examples: Examples[Any]) -> str:
-    """Return what tells examples from others: if they say nothing, their number and lengths."""
+    """Return what tells examples from others: their fingerprint, or else their number and lengths."""
     if isinstance(examples, HasFingerprint):
         return examples.fingerprint()
     digest = blake2b(str(examples.sizes.shape).encode(), digest_size=16)
@@ -144,7 +144,7 @@ def folders_of(examples: Examples[Any]) -> Sequence[Path]:
 
 
 def check_model(task: Task[Any], model: nn.Module, world: World) -> None:
-    """Let a task look at a model, which stays as it is."""
+    """Let a task look at a model, and leave the model as it was."""
     if isinstance(task, CheckingTask):
         was_training = model.training
         model.eval()

@@ -74,7 +74,7 @@ def train(config: TrainConfig[Any], *, stop: StopRequest | None = None) -> Train
         deterministic_algorithms(config.deterministic),
         join_world(config.device, timeout=timeout) as world,
     ):
-        if world.was_stopped():  # torchrun takes a stopped rank for a failed one, and starts all again
+        if world.was_stopped():  # torchrun takes a stopped rank for a failed one, and starts all ranks again
             if world.is_main:
                 print("stopped before torchrun started the ranks again: no update is made", file=sys.stderr)
             return TrainingResult(config.save_dir / "checkpoints" / "last", [], "an earlier request", False)
@@ -93,7 +93,7 @@ def _train_or_preview(config: TrainConfig[Any], world: World, stop: StopRequest)
 
 
 def train_run(run: Run) -> TrainingResult:
-    """Go from where a run stands to its end."""
+    """Train from where a run stands to its end."""
     run.log.open()
     _resume_or_start(run)
     try:
@@ -125,7 +125,7 @@ def preview(run: Run) -> Iterator[str]:
 
 
 def look_ahead(run: Run) -> Iterator[str]:
-    """Yield what a run is going to be, as it becomes known; find out what fits into memory, and split the rest."""
+    """Yield lines on what a run will be, as they become known. Split the batches that do not fit into memory."""
     yield from describe(run)
     slower: list[str] = []
     with telling_what_is_slower(slower):  # the first batches try kernels out
@@ -152,13 +152,13 @@ def describe(run: Run) -> Iterator[str]:
 
 
 def _resume_or_start(run: Run) -> None:
-    """Take the newest checkpoint up, or note the configuration of a new run."""
+    """Resume from the newest checkpoint if there is one; say what the run will be, and write its configuration."""
     saved = run.world.broadcast(run.checkpoints.updates())
     if saved:
         check_seen_by_all(run.checkpoints.at(saved[-1]), run.world)
         resume(run, saved[-1])
-        run.look_at_clock()  # the time may be up already, or be longer now
-        if run.due().validate:  # the run was stopped right before it
+        run.look_at_clock()  # the time may be up already, or its limit may have been raised
+        if run.due().validate:  # the run was stopped right before a validation
             _validate_and_save(run)
     else:
         run.log.cut_records(0, update=0)
@@ -193,7 +193,7 @@ def _train_epoch(run: Run) -> None:
             _report(run, "train")
         _validate_or_save(run, run.due())
         if run.due().is_last:
-            return  # at the end of an epoch too: it is reported if the run is resumed with a later end
+            return  # even at an epoch's end: the epoch is reported if the run is resumed with a later limit
         clock.start_training()
     _report(run, "epoch")
     _validate_or_save(run, run.due())
@@ -239,7 +239,7 @@ def _save(run: Run) -> None:
     with run.trainer.evaluated_weights():
         weights = run.trainer.whole_weights()
         optimizer, trainer_state = run.trainer.state_dict()
-        run.reports.cancelled()  # what has just been learned belongs to the updates before this checkpoint
+        run.reports.cancelled()  # `state_dict` has read the last flags: name these updates before the checkpoint
         if run.world.is_main:
             run.checkpoints.save(
                 run.trainer.update,
@@ -251,7 +251,7 @@ def _save(run: Run) -> None:
                 state=run.state(trainer_state).to_json(),
             )
             run.link_best_and_prune()
-    run.votes.agree()  # which is a barrier, too
+    run.votes.agree()  # also a barrier: the others wait until rank 0 has saved
 
 
 def _end_early(run: Run) -> TrainingResult:
@@ -280,5 +280,5 @@ def _result(run: Run, reason: str, *, is_finished: bool) -> TrainingResult:
 
 def _best_path(run: Run) -> Path:
     path = run.checkpoints.path
-    # A run that was ended before its first validation has no best one.
+    # A run that ended before its first validation has no best checkpoint.
     return run.checkpoints.linked("best" if (path / "best").exists() else "last")
