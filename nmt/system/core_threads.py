@@ -1,7 +1,11 @@
-"""Threads that compute on one core each, side by side, and the process as it was once the last of them is done.
+"""Threads that compute side by side, on one core each. The last one restores the settings of the process.
 
 How many cores an operator takes, and for how long a thread may have Python's lock, are settings of the process.
-Whoever sets and restores them for itself alone restores what another has set. So they are counted here, for all.
+If each thread saved and restored them by itself, one would restore what another had set. So users are counted
+here, for all:
+
+    thread 1      enters: saves and sets ------- leaves
+    thread 2               enters ------------------------- leaves: restores
 """
 
 import sys
@@ -17,7 +21,7 @@ _SWITCH_INTERVAL = 1e-5
 
 
 class _Process:
-    """What was found, and how many threads have changed it."""
+    """The settings as they were found, and how many threads are inside `one_core`."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -31,7 +35,7 @@ _PROCESS = _Process()
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Let operators of this thread, which does nothing else before or after, take one core."""
+    """Let the operators of this thread take one core. The thread must do nothing else before or after."""
     process = _PROCESS
     with process.lock:
         if process.num_inside == 0:
@@ -52,5 +56,5 @@ def one_core() -> Iterator[None]:
 def num_cores() -> int:
     """Return how many cores an operator of this thread takes when no thread is inside `one_core`."""
     with _PROCESS.lock:
-        # A thread that has not asked PyTorch before would begin with 1 now, and keep it.
+        # If this thread has never asked PyTorch, asking now would give it 1 core, for good.
         return _PROCESS.num_threads if _PROCESS.num_inside else torch.get_num_threads()

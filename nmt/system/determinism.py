@@ -11,9 +11,9 @@ from nmt.errors import UserError
 
 @contextmanager
 def deterministic_algorithms(is_wanted: bool) -> Iterator[None]:
-    """Let every operation of torch inside give the same bits for the same numbers, or fail.
+    """Let every operation of torch in the block give the same bits for the same numbers, or fail.
 
-    cuBLAS takes its setting from the environment when it is first used, so this must come before.
+    Enter the block before cuBLAS is first used, because cuBLAS reads its setting from the environment then.
 
     Raises:
         UserError: An operation has no deterministic form on this device.

@@ -19,7 +19,7 @@ class Moment:
 class DeviceTime:
     """Adds up stretches of time.
 
-    On a GPU a moment is when the device has done all that it was given so far; on a CPU it is now.
+    On a GPU, a moment is when the device has finished all work that it has been given so far. On a CPU it is now.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class DeviceTime:
         self.add_since(start)
 
     def take_seconds(self) -> float:
-        """Return the seconds since the last call, waiting for a GPU to get there."""
+        """Return the seconds that were added since the last call; a GPU is waited for."""
         for start, end in self._stretches:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000  # from milliseconds

@@ -16,15 +16,15 @@ from nmt.errors import UserError
 def new_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
     """Give a temporary sibling folder to write into; rename it to `path` when the block ends well.
 
-    On an exception the temporary folder is removed. That of a killed process stays, and goes with the next attempt
-    (or `remove_leftovers`).
+    On an exception the temporary folder is removed. A killed process leaves its temporary folder; the next attempt
+    (or `remove_leftovers`) deletes it.
 
     Args:
         path: The final name. Its parents are made.
-        replaces: Whether what is at `path` when the block ends is replaced: look first whether it may be.
+        replaces: Whether to replace what is at `path` when the block ends. The caller checks that it may be.
 
     Raises:
-        UserError: Another process is writing the same folder; or something is at `path` that is not replaced.
+        UserError: Another process is writing the same folder, or something at `path` may not be replaced.
     """
     path = path.resolve()  # through symbolic links, so that the sibling is on the same file system
     temporary = path.with_name(f".{path.name}.tmp")
@@ -49,21 +49,21 @@ def new_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder; if the process is killed meanwhile, a part of it stays, but not under its name."""
+    """Remove a folder. If the process is killed meanwhile, a part stays, but under another name."""
     doomed = path.with_name(f".{path.name}.old")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, *, of: str) -> None:
-    """Remove what killed processes have left of new and removed folders whose name matches the pattern `of`."""
+    """Remove what killed processes have left of new or removed folders whose names match the pattern `of`."""
     for ending in (".tmp", ".old"):
         for leftover in folder.glob(f".{of}{ending}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Make sure that a file, or the list of names of a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

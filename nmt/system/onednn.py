@@ -1,6 +1,6 @@
-"""oneDNN's products on a CPU, by operators of PyTorch that have no public name: whatever is renamed, changes here.
+"""oneDNN's products on a CPU, by private operators of PyTorch. If PyTorch renames one, only this file changes.
 
-PyTorch's own products in float32 are MKL's, which on processors that are not Intel's reach half of their rate.
+PyTorch's own products in float32 are MKL's, which reach half of this rate on processors other than Intel's.
 
 Shapes: M rows, K inputs, O outputs.
 """
@@ -16,7 +16,7 @@ _PACKED_FOR = 128  # rows; products of other numbers of rows use the same packin
 
 
 def has_products() -> bool:
-    """Return whether this build of PyTorch has oneDNN's products, under the name that is used here."""
+    """Return whether this build of PyTorch has oneDNN's products under the name used here."""
     return (
         torch.backends.mkldnn.is_available()
         and hasattr(torch.ops, "mkldnn")
@@ -25,7 +25,7 @@ def has_products() -> bool:
 
 
 def has_products_in(dtype: torch.dtype) -> bool:
-    """Return whether there are products of this type that are worth their while: of float32 or bfloat16."""
+    """Return whether there are products of this type, float32 or bfloat16, that are worth using."""
     if dtype == torch.bfloat16:
         return has_products() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32 and has_products()
@@ -33,12 +33,12 @@ def has_products_in(dtype: torch.dtype) -> bool:
 
 @cache
 def has_fast_float32() -> bool:
-    """Return whether products of float32 are those for AVX-512, which are at least as fast as MKL's."""
+    """Return whether products of float32 use AVX-512. Those are at least as fast as MKL's."""
     return has_products() and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def has_integers() -> bool:
-    """Return whether there are products of 8-bit integers, and of bfloat16 for what is left."""
+    """Return whether there are products of 8-bit integers, and of bfloat16 for the other maps."""
     return has_products_in(torch.bfloat16) and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
@@ -48,7 +48,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def operator_of_products() -> Any:
-    """Return the operator itself, for what counts operators; None if there is none."""
+    """Return the operator itself, for code that counts operators; None if there is none."""
     return torch.ops.mkldnn._linear_pointwise if has_products() else None
 
 
@@ -58,7 +58,7 @@ def packed_map(
     """Return the map x -> activation(x W^T + b) with weights (O, K) that are packed once.
 
     Args:
-        weight: Of a type that there are products of.
+        weight: Of a type for which there are products.
         bias: (O,).
         activation: "none" or "relu".
     """
@@ -78,10 +78,10 @@ def packed_integers(
     output_step: float,
     activation: str,
 ) -> Callable[[Tensor], Tensor]:
-    """Return the product of uint8 inputs (M, K), counted in steps from zero, and int8 weights (O, K).
+    """Return the map of uint8 inputs (M, K), counted in `step`s from `zero`, to their product with weights (O, K).
 
     Args:
-        weight: Counted in `scales`.
+        weight: int8, counted in `scales`; it is packed once.
         bias: (O,) float32.
         step: Of inputs.
         zero: What stands for 0 in inputs.

@@ -1,6 +1,6 @@
 """Whether an error says that there is no memory, on any kind of device. Imports no torch."""
 
-# PyTorch's allocators have but their texts in common: for the CPU (on Linux, on Windows), for CUDA and for MPS.
+# PyTorch's allocators share no type of error, so their texts tell: CPU (Linux, Windows), CUDA and MPS.
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 _TYPE = "OutOfMemoryError"  # torch's, which some allocators raise
 

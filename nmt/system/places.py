@@ -1,4 +1,4 @@
-"""Where a command may write, so that nothing of the user's is replaced, or removed with something else later."""
+"""Where a command may write: nothing of the user's may be replaced, or removed later with a folder around it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from nmt.errors import UserError
 
 _CHECKPOINT = re.compile(r"update-\d+")
-# What a model folder or a data directory is made of.
+# The files of a model folder or a data directory.
 _OWN_ENDINGS = (".safetensors", ".yaml", ".json", ".model", ".bin", ".idx")
 _RECORD_OF_DATA, _MODEL = "preprocess.json", "model.safetensors"
 _FILES_OF_RUN = ("config.yaml", "metrics.jsonl", "train.log")
@@ -18,11 +18,11 @@ _OPTIONS_OF_EACH_RUN = ("save-dir", "seed", "task")
 
 
 def check_new_folder(path: Path, *, name: str) -> None:
-    """Raise `UserError` unless a folder can be made at `path`, and stays.
+    """Raise `UserError` unless a folder can be made at `path`, and is not removed later with another one.
 
     Args:
         path: The folder to write.
-        name: The option that says it.
+        name: The option that names it.
     """
     if path.exists() or path.is_symlink():
         raise UserError(
@@ -43,7 +43,7 @@ def check_new_folder(path: Path, *, name: str) -> None:
 
 
 def check_output_file(path: Path, *, name: str = "output") -> None:
-    """Raise `UserError` unless a file of results can be written at `path`, and replaces nothing else."""
+    """Raise `UserError` unless a file of results can be written at `path` without replacing anything else."""
     if path.is_dir():
         raise UserError(f"`{name}` must be a file, but `{path}` is a folder. Name a file in it.")
     if path.exists() and not path.is_file():  # a pipe or a device
@@ -60,7 +60,7 @@ def check_output_file(path: Path, *, name: str = "output") -> None:
 
 
 def check_save_dir(path: Path) -> None:
-    """Raise `UserError` if a run that begins in this folder would replace what is not of a run, or be removed."""
+    """Raise `UserError` if a run in this folder would replace files that are not a run's, or be removed later."""
     folder = path.resolve()
     _check_not_in_checkpoint(path, "save-dir")
     if _is_checkpoint(folder) or (folder.is_dir() and any(map(_is_checkpoint, folder.iterdir()))):
@@ -84,12 +84,12 @@ def check_save_dir(path: Path) -> None:
 
 
 def check_outside_of_data(path: Path, folders: Iterable[Path], *, name: str) -> None:
-    """Raise `UserError` if what is written at `path` would be taken for data.
+    """Raise `UserError` if a file written at `path` would be taken for data.
 
     Args:
         path: What is going to be written.
-        folders: All that is in them is data.
-        name: The option that says `path`.
+        folders: Everything in them is data.
+        name: The option that names `path`.
     """
     place = path.resolve()
     for folder in folders:
@@ -103,7 +103,7 @@ def check_outside_of_data(path: Path, folders: Iterable[Path], *, name: str) -> 
 
 
 def _is_of_run(config: Path) -> bool:
-    """Return whether a file of options is one that a run has written: with all options, and no comments."""
+    """Return whether a run has written this file of options: it has all options, and no comments."""
     try:
         lines = config.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -113,7 +113,7 @@ def _is_of_run(config: Path) -> bool:
 
 
 def _are_of_run(records: Path) -> bool:
-    """Return whether a file of records is one that a run has written, by its first line."""
+    """Return whether a run has written this file of records; its first line tells."""
     try:
         with records.open("rb") as file:
             return file.readline(_LONGEST_KIND).startswith(b'{"kind": ')
@@ -131,7 +131,7 @@ def _check_not_in_checkpoint(path: Path, name: str) -> None:
 
 
 def _belongs_to_folder(file: Path) -> bool:
-    """Return whether a file is of a run, a model folder or a data directory, and no text that lies in it."""
+    """Return whether a file is part of a run, a model folder or a data directory, not a text that lies there."""
     if file.name in _FILES_OF_RUN and (file.parent / "checkpoints").is_dir():
         return True
     record = file.parent / _RECORD_OF_DATA

@@ -1,4 +1,4 @@
-"""Signals that end a run early: noted at once, obeyed when the update in hand is made and saved.
+"""Signals that end a run early: noted at once, obeyed when the current update is made and saved.
 
 Imports no torch.
 """
@@ -16,20 +16,22 @@ from typing import Self
 
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# Under torchrun Ctrl-C may come twice, from the terminal and from torchrun, which hands on what it gets.
+# Under torchrun Ctrl-C may come twice: from the terminal, and from torchrun, which passes on its own signal.
 _SAME_REQUEST_SECONDS = 2.0
 
 
 class StopRequest:
-    """A wish that the run end after the update in hand, from a signal or from anywhere in the program.
+    """A request to end the run after the current update, from a signal or from anywhere in the program.
 
-    As a context manager it listens to SIGTERM and SIGINT (in the main thread alone, as Python has it). The first
-    one is a request; a second one ends the process at once, with 128 + its number, even while the main thread
-    waits for another rank or for the device and runs no Python: the system's handler tells a thread of its own.
+    As a context manager it listens to SIGTERM and SIGINT (in the main thread only, as Python requires). The first
+    signal is a request. A second one ends the process at once, with 128 + its number, even while the main thread
+    waits for another rank or for the device and runs no Python:
+
+        signal --> the system's handler writes a byte to a pipe --> a thread reads it --> request, or end at once
     """
 
     def __init__(self, prog: str = "nmt") -> None:
-        """Wish nothing yet; `prog` begins the lines on stderr."""
+        """Request nothing yet; `prog` begins the lines on stderr."""
         self.reason: str | None = None
         self._prog = prog
         self._handlers: dict[signal.Signals, object] = {}
@@ -37,7 +39,7 @@ class StopRequest:
         self._previous_pipe = -1
 
     def request(self, reason: str) -> None:
-        """Ask for the end; the first reason stays."""
+        """Ask for the end of the run; the first reason stays."""
         self.reason = self.reason or reason
 
     def __enter__(self) -> Self:
@@ -47,7 +49,7 @@ class StopRequest:
         self._pipe = reader, writer
         self._previous_pipe = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in ENDING_SIGNALS:
-            # It does nothing, but without one the signal would do what it does by default.
+            # The handler does nothing, but without a handler the signal would do what it does by default.
             self._handlers[number] = signal.signal(number, lambda *_: None)
         Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         return self
@@ -60,7 +62,7 @@ class StopRequest:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._previous_pipe)
-        os.close(self._pipe[1])  # which ends the thread
+        os.close(self._pipe[1])  # this ends the thread
 
     def _listen(self, reader: int) -> None:
         first = 0.0
@@ -81,24 +83,24 @@ class StopRequest:
         os.close(reader)
 
     def _say(self, line: str) -> None:
-        # Not by print: the main thread may hold the lock of stderr, and never let it go.
+        # Not by print: the main thread may hold the lock of stderr and never release it.
         os.write(2, f"{self._prog}: {line}\n".encode())
 
 
 @contextmanager
 def shielded_from_signals() -> Iterator[None]:
-    """Let processes that are started inside never see the signals that end a run.
+    """Hide the signals that end a run from processes that are started in the block.
 
-    A terminal sends Ctrl-C, and torchrun and cluster schedulers send SIGTERM, to all processes of a job. One that
-    reads data for the main process must live until that one lets it go.
+    A terminal sends Ctrl-C, and torchrun and cluster schedulers send SIGTERM, to all processes of a job. A process
+    that reads data for the main process must live until the main process ends it.
     """
     if sys.platform == "win32":
         yield
         return
-    # multiprocessing starts its tracker with the first child, and leaves SIGINT and SIGTERM unblocked then.
+    # multiprocessing starts its tracker with the first child, and unblocks SIGINT and SIGTERM when it does.
     resource_tracker.ensure_running()
     blocked: Iterable[int] = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
-        yield  # children inherit what is blocked
+        yield  # children inherit which signals are blocked
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

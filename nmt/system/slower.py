@@ -1,4 +1,4 @@
-"""What works, but slower than it could, because something does not work here: a warning, and in a run a line."""
+"""Warnings that something works, but slower than it could, because a library does not work here."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def warn_slower(what: str, error: Exception) -> None:
 
 @contextmanager
 def telling_what_is_slower(lines: list[str]) -> Iterator[None]:
-    """Add a line for each `SlowerWarning` of the block to `lines`; other warnings are as ever."""
+    """Add a line for each `SlowerWarning` of the block to `lines`; other warnings are shown as usual."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SlowerWarning)
         yield
