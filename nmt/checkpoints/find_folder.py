@@ -1,4 +1,4 @@
-"""Which model folder a user means who names a run, and where the data of a run lie that was moved."""
+"""Which model folder a user means by naming a run, and where the data are if a run was moved."""
 
 import errno
 import filecmp
@@ -13,20 +13,20 @@ from nmt.system.new_folder import remove_folder
 MODEL_NAME = "model.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
 _LONGEST_NAME = 100
-# What a disk says on which a file would fare no better than a symbolic link.
+# Errors of a disk on which writing a file would fail like making a symbolic link.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model folder, and what to tell of how it was found."""
+    """A model folder, and a note on how it was found."""
 
     folder: Path
     note: str | None  # None if the folder itself was named
 
 
 def find_model(path: Path) -> FoundModel:
-    """Return the model folder that is named: itself, or the best checkpoint of a run or its `checkpoints` folder.
+    """Return the model folder at a path, or the best checkpoint if the path is a run or its `checkpoints` folder.
 
     Raises:
         UserError: There is no model.
@@ -52,10 +52,10 @@ def find_model(path: Path) -> FoundModel:
 
 
 def find_models(models: str) -> list[FoundModel]:
-    """Return the model folder that is named, or those of an ensemble A:B.
+    """Return the model folder that is named, or the folders of an ensemble A:B.
 
     Raises:
-        UserError: One of them is none.
+        UserError: One of them is not a model.
     """
     try:
         return [find_model(path) for path in split_models(models)]
@@ -65,9 +65,9 @@ def find_models(models: str) -> list[FoundModel]:
 
 
 def follow_link(path: Path) -> Path:
-    """Return the folder that `best` or `last` stands for where the file system has no symbolic links.
+    """Return the folder that `best` or `last` stands for if the file system has no symbolic links.
 
-    It is a file there, with the name of the folder beside it (`write_link`). Any other path is returned as it is.
+    There it is a file with the name of a folder beside it (`write_link`). Any other path is returned as it is.
     """
     if path.is_file() and path.stat().st_size < _LONGEST_NAME:
         name = path.read_bytes().decode("utf-8", "replace").strip()
@@ -80,14 +80,14 @@ def write_link(path: Path, name: str) -> None:
     """Let `path` stand for the folder `name` beside it, atomically: a symbolic link, or a file with that name.
 
     Raises:
-        UserError: There is a folder at `path` that is no copy of one beside it.
+        UserError: There is a folder at `path` that is not a copy of one beside it.
     """
     temporary = path.with_name(f".{path.name}.link")
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(name)
     except (OSError, NotImplementedError) as error:
-        # There is no telling what a file system without symbolic links says, or whether it gives a number.
+        # File systems without symbolic links give different errors, some without a number.
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise
         temporary.write_text(f"{name}\n", encoding="utf-8")
@@ -97,7 +97,7 @@ def write_link(path: Path, name: str) -> None:
 
 
 def _remove_copy(path: Path) -> None:
-    """Remove what has become of a link in a run that was copied by a program which follows links."""
+    """Remove the folder that stands for a link if a program that follows links has copied the run."""
     model = path / MODEL_NAME
     beside = [folder / MODEL_NAME for folder in path.parent.glob("update-*")]
     if not model.is_file() or not any(
@@ -111,7 +111,7 @@ def _remove_copy(path: Path) -> None:
 
 
 def find_checkpoints(path: Path) -> Path | None:
-    """Return the `checkpoints` folder of a run, which may be named by itself; None if `path` is neither."""
+    """Return the `checkpoints` folder of a run, or `path` if it is that folder; None if it is neither."""
     for folder in (path / CHECKPOINTS_NAME, path):
         if folder.is_dir() and (folder.name == CHECKPOINTS_NAME or any(folder.glob("update-*"))):
             return folder
@@ -119,7 +119,7 @@ def find_checkpoints(path: Path) -> Path | None:
 
 
 def split_models(models: str) -> list[Path]:
-    """Return the folders of an ensemble A:B; a colon in the name of one that exists does not part them."""
+    """Return the folders of an ensemble A:B. A colon within the name of an existing folder does not split it."""
     parts = models.split(":")
     for end in range(len(parts), 0, -1):
         first = Path(":".join(parts[:end]))
@@ -133,12 +133,12 @@ def split_models(models: str) -> list[Path]:
 
 
 def moved_path(path: Path, *, old_run: Path, model_folder: Path) -> Path | None:
-    """Return where a path of a run's configuration lies now, if the run was moved together with what it names.
+    """Return where a path of a run's configuration is now, if the run and that path were moved together.
 
     Args:
-        path: As the configuration says it, relative to where the run was started or absolute.
-        old_run: The folder of the run, said likewise.
-        model_folder: A checkpoint of the run, where it is now.
+        path: As the configuration has it: absolute, or relative to where the run was started.
+        old_run: The folder of the run, in the same form.
+        model_folder: Where a checkpoint of the run is now.
     """
     run = model_folder.resolve().parent.parent
     if path.is_absolute() != old_run.is_absolute() or model_folder.resolve().parent.name != CHECKPOINTS_NAME:

@@ -1,7 +1,7 @@
 """The configuration in a model folder: what the model is and how it was trained, without paths of the machine.
 
-Model folders are published, so they name no place: where a run has its data is written in the run's own folder,
-and taken from there as long as the model lies in it. Imports no torch.
+Model folders are published, so they name no place. Where the data are is written in the run's own folder, and read
+from there as long as the model lies in the run. Imports no torch.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def write_model_config(config: TrainConfig[Any], folder: Path) -> None:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a model as text by key, with the task; paths too, if it lies in its run.
+    """Return the configuration of a model as text by key, with the task; with paths if the model lies in its run.
 
     Raises:
         UserError: A file is missing or damaged.
@@ -49,7 +49,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def load_model_config(folder: Path) -> TrainConfig[Any]:
-    """Return the configuration of a model; a path that is told nowhere is one that says so.
+    """Return the configuration of a model. A path that is written nowhere becomes a remark that says so.
 
     Raises:
         UserError: A file is missing or damaged.
@@ -59,7 +59,7 @@ def load_model_config(folder: Path) -> TrainConfig[Any]:
 
 
 def with_untold_paths(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a model with `UNTOLD` for the paths that it must have and lacks."""
+    """Return the configuration of a model with `UNTOLD` for each required path that is missing."""
     paths = path_options(_config_type(mapping["task"]))
     return {**{option.key: UNTOLD for option in paths if option.is_required}, **mapping}
 

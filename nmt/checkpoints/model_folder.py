@@ -2,7 +2,7 @@
 
     model.safetensors, config.yaml, the task's assets
 
-A checkpoint of a run is one, with what resuming needs besides (`nmt.checkpoints.run_folder`).
+A checkpoint of a run is a model folder, too, with more files for resuming (`nmt.checkpoints.run_folder`).
 """
 
 import threading
@@ -27,7 +27,7 @@ from nmt.task import Task
 
 _KINDS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # safetensors' names
 
-_MOST_NAMES_A_WEIGHT = 4  # a model may be made of parts that share parameters, or are thrown away
+_MOST_NAMES_A_WEIGHT = 4  # while a model is made, it may make parameters that it shares or throws away
 
 
 def load_model(folder: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, Task[Any]]:
@@ -47,7 +47,7 @@ def load_config(folder: Path) -> TrainConfig[Any]:
     Raises:
         UserError: The folder lacks a file or has another format version.
     """
-    read_header(folder / MODEL_NAME)  # first: a newer release's options may not be known here
+    read_header(folder / MODEL_NAME)  # first: options of a newer release may be unknown here
     return load_model_config(folder)
 
 
@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy the weights of a model folder into a model, which must have the same names and shapes.
 
     Raises:
-        UserError: It has not, or the file is missing or damaged. The model is as it was then.
+        UserError: It has others, or the file is missing or damaged. The model then stays as it was.
     """
     expected = weights(model)
     loaded = read_weights(expected, folder)
@@ -67,11 +67,11 @@ def read_weights(expected: Mapping[str, Tensor], folder: Path) -> dict[str, Tens
     """Return the weights of a model folder.
 
     Args:
-        expected: Of the names, shapes and types that they must have; the content does not matter.
+        expected: Tensors of the names, shapes and types that the weights must have; their content does not matter.
         folder: The model folder.
 
     Raises:
-        UserError: They are others, or the file is missing or damaged.
+        UserError: The weights are others, or the file is missing or damaged.
     """
     path = folder / MODEL_NAME
     _check_shapes(expected, path)
@@ -82,8 +82,8 @@ def build_model(task: Task[Any], folder: Path) -> nn.Module:
     """Make the model of a task with the weights of a model folder.
 
     Raises:
-        UserError: They do not fit together. It is found out before memory is taken for the model, since a damaged
-            configuration can ask for one of any size.
+        UserError: They do not fit together. This is checked before memory is taken for the model, since a damaged
+            configuration can ask for a model of any size.
     """
     num_weights = len(read_header(folder / MODEL_NAME))
     try:
@@ -94,7 +94,7 @@ def build_model(task: Task[Any], folder: Path) -> nn.Module:
             f"`{folder / MODEL_NAME}` must hold the weights of the model that {folder / CONFIG_NAME} describes, "
             f"but holds {num_weights:,} and the model has more."
         ) from None
-    except Exception:  # some models compute while they are made, which tensors without content cannot
+    except Exception:  # some models compute while they are made, which needs tensors with content
         pass
     else:
         _check_shapes(sizes, folder / MODEL_NAME)
@@ -127,7 +127,7 @@ def average_models(folders: Sequence[Path], output: Path) -> None:
 def write_model_folder(
     folder: Path, tensors: Mapping[str, Tensor], *, config: TrainConfig[Any], task: Task[Any]
 ) -> None:
-    """Write a model folder without anything to resume from.
+    """Write a model folder without the files for resuming.
 
     Raises:
         UserError: The folder exists.
@@ -140,14 +140,14 @@ def write_model_folder(
 def write_model(
     folder: Path, tensors: Mapping[str, Tensor], *, config: TrainConfig[Any], task: Task[Any]
 ) -> None:
-    """Write a model into a folder that is there."""
+    """Write a model into an existing folder."""
     task.save_assets(folder)
     write_model_config(config, folder)
     save_tensors(tensors, folder / MODEL_NAME)
 
 
 class _LargerModelError(Exception):
-    """A model has more parameters than it can have."""
+    """A model has more parameters than the number of weights in the file allows."""
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def _at_most(num_parameters: int) -> Iterator[None]:
 
 
 def _check_shapes(expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raise `UserError` unless a file holds just these weights, by its header alone."""
+    """Raise `UserError` unless a file holds exactly these weights; only its header is read."""
     found = read_header(path)
     for name, tensor in expected.items():
         if name not in found:

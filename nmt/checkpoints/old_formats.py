@@ -1,18 +1,18 @@
 """Checkpoints of earlier format versions, brought up to date when they are read.
 
-Version 2 keeps more about a run than version 1: the time it has taken, averaged weights, cancelled updates, what
-a plateau has done to the learning rate. What version 1 did not have is as in a run that never used it.
+Version 2 keeps more about a run than version 1: the time it has taken, averaged weights, cancelled updates, the
+effect of a plateau on the learning rate. A state of version 1 gets the values of a run that never used these.
 """
 
 from typing import Any
 
 
 def upgrade_state(state: dict[str, Any], *, num_optimizer_tensors: int) -> dict[str, Any]:
-    """Return what `state.json` of an older version would be in the present one; a present one as it is.
+    """Return the content of an older `state.json` as the present version has it; a present one is returned as is.
 
     Args:
         state: As read.
-        num_optimizer_tensors: In the file beside it.
+        num_optimizer_tensors: Number of tensors in the optimizer's file.
     """
     if state.get("version", 1) > 1:
         return state

@@ -32,7 +32,7 @@ from nmt.task import Task
 _TAKE_ANOTHER = "Restore it, or take another checkpoint."
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 MEASURED = "validation.json"
-"""What has been measured of a folder's model on the validation set: a copy of it knows how good it is."""
+"""The file of what was measured of a folder's model on the validation set, so that a copy tells how good it is."""
 
 
 class CheckpointFolder:
@@ -68,12 +68,12 @@ class CheckpointFolder:
             weights: Of the model.
             task: Has the assets.
             config: Of the run.
-            measured: What has been measured of the model, if it was validated. One that is kept gets this too.
-            optimizer: Its tensors, whole as the weights are, however the ranks keep them.
+            measured: What was measured of the model, if it was validated. A checkpoint that exists gets it, too.
+            optimizer: The optimizer's tensors; whole, like the weights, even if each rank keeps a part.
             state: Of the run.
 
         Raises:
-            UserError: It could not be written; those that are there stay as they are.
+            UserError: It could not be written. The other checkpoints stay as they are.
         """
         final = self.at(update)
         try:
@@ -103,7 +103,7 @@ class CheckpointFolder:
         sync(self.path)
 
     def linked(self, name: str) -> Path:
-        """Return where `best` or `last` is, for whoever is to open it."""
+        """Return the folder that `best` or `last` points at."""
         return follow_link(self.path / name)
 
     def prune(self, keep: Iterable[int]) -> None:
@@ -118,7 +118,7 @@ class CheckpointFolder:
         """Return the optimizer's tensors and the state of the run.
 
         Raises:
-            DamagedError: They are not as they were written.
+            DamagedError: They are damaged.
         """
         folder = self.at(update)
         optimizer = load_tensors(folder / _OPTIMIZER)
@@ -131,10 +131,10 @@ class CheckpointFolder:
 
     @contextmanager
     def offering_an_earlier(self, update: int) -> Iterator[None]:
-        """If the checkpoint of an update proves damaged within the block, name the one before it that is whole.
+        """If the checkpoint of an update turns out damaged in the block, name the last earlier one that is whole.
 
         Raises:
-            DamagedError: It has.
+            DamagedError: The checkpoint is damaged.
         """
         try:
             yield
@@ -161,7 +161,7 @@ class CheckpointFolder:
 
 
 def _write_measured(folder: Path, update: int, measured: Mapping[str, float] | None) -> None:
-    """Write all that a validation has measured, under its name at once."""
+    """Write what a validation has measured; the file gets its name when it is complete."""
     if measured is None:
         return
     numbers = {name: value if math.isfinite(value) else None for name, value in measured.items()}

@@ -1,10 +1,10 @@
-"""What `state.json` of a checkpoint holds: the schema that it is read by."""
+"""The schema of a checkpoint's `state.json`."""
 
 from nmt.config.records import Either, Flag, ListOf, MapOf, Maybe, Number, Pair, Record, Text, Whole
 
 _UPDATE = Text(longest=16, is_right=lambda text: text.isascii() and text.isdecimal(), rule="an update")
 _WINDOWS = Whole(0, 2**24)
-_WINDOW_SIZE = Whole(1, 2**38)  # so that places in an epoch are numbers of 64 bits
+_WINDOW_SIZE = Whole(1, 2**38)  # windows * size: places in an epoch stay within 64 bits
 
 _METRICS = MapOf(Record({"sums": MapOf(Number(is_finite=False)), "gauges": MapOf(Number(is_finite=False))}))
 _LIMITS = Record(
@@ -37,7 +37,7 @@ _TRAINER = Record(
     }
 )
 
-# Of version 1, as much as it takes to bring a state up to date (`nmt.checkpoints.old_formats`).
+# The part of version 1 that is needed to bring a state up to date (`nmt.checkpoints.old_formats`).
 FIRST_VERSION = Record(
     {
         "trainer": Record({"metrics": ListOf(_METRICS, shortest=1)}),

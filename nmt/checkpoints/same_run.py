@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that is to go on from it."""
+"""Whether a checkpoint belongs to the run that is to go on from it."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ from nmt.task_extras import is_same_asset
 
 
 def refuse_other_run(task: Task[Any], config: TrainConfig[Any], folder: Path) -> None:
-    """Raise `UserError` if a checkpoint is of another model, task or vocabulary than the configuration."""
+    """Raise `UserError` if a checkpoint has another model, task or vocabulary than the configuration."""
     for name, before, now in changed_fixed_options(load_config(folder), config):
         raise UserError(
             f"`{name}` may not change when a run is resumed: it was {before} in `{folder}`, but is {now}. "

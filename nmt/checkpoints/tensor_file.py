@@ -17,7 +17,7 @@ _READABLE_VERSIONS = ("1", FORMAT_VERSION)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors, from whatever device, into a file.
+    """Write tensors, from any device, into a file.
 
     Raises:
         OSError: It could not be written.
@@ -25,8 +25,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, path, metadata={"format": f"nmt {FORMAT_VERSION}"})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # it lets nobody else read, whatever the umask
-    except SafetensorError as error:  # it gives the number of the system's error in its text alone
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private, against the umask
+    except SafetensorError as error:  # the number of the system's error is only in its text
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.EIO
         raise OSError(number, os.strerror(number) if found else str(error), str(path)) from error
@@ -55,7 +55,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is not a mapping
             header = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise _damaged(path, error) from error
@@ -64,7 +64,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def existing(path: Path) -> Path:
-    """Return a path.
+    """Return a path, which must be a file.
 
     Raises:
         DamagedError: There is no file.
@@ -81,9 +81,9 @@ def _damaged(path: Path, error: Exception) -> DamagedError:
 
 
 def _check_version(metadata: Mapping[str, str], path: Path) -> None:
-    """Raise `UserError` if a file has another format version than this release reads, and say what to do."""
+    """Raise `UserError` if this release cannot read a file's format version, and say what to do."""
     name, _, version = metadata.get("format", "").partition(" ")
-    # One entry, since safetensors writes several in an order that changes from run to run. There have been two.
+    # Name and version share one entry, because safetensors writes several in varying order. Old files have two.
     version = version or metadata.get("format_version", "")
     if name != "nmt":
         raise UserError(
