@@ -31,7 +31,7 @@ class Replicas(Protocol):
     can_run_alone: bool
     """Whether the objective runs without the other ranks, so that it may fail on one rank alone."""
     loss_factor: float
-    """Factor of each loss that turns a mean over ranks into a sum: the number of ranks; 1 if it is a sum already."""
+    """Factor of each loss that makes a mean over ranks a sum: the number of ranks; 1 where sums are formed."""
     num_copies: int
     """At most this many more tensors as large as all parameters exist while a gradient is summed."""
 
