@@ -1,1 +1,1 @@
-"""Options: a typed dataclass <-> a YAML file <-> a command line; and records in files, read by a schema."""
+"""Options: a typed dataclass <-> a YAML file <-> a command line. Also records in files, which a schema checks."""

@@ -1,4 +1,4 @@
-"""The arguments of a command -> values by field name. What is wrong is told in one line that names the option."""
+"""The arguments of a command -> values by field name. Each error is one line that names the option."""
 
 import typing
 from collections import deque
@@ -15,15 +15,15 @@ _TRUE_WORDS, _FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "
 
 
 def read_arguments(options: Sequence[Option], argv: Sequence[str], *, prog: str) -> dict[str, Any]:
-    """Return what the arguments say, by field name; of an option that is there twice the last one counts.
+    """Return the values of the arguments by field name. If an option is given twice, the last one counts.
 
-    `--flag value`, `--flag=value`, `--flag` and its opposite for what is true or false, several values for a
-    tuple; `--` ends the flags. Underscores count as hyphens.
+    An option is `--flag value` or `--flag=value`; for true or false, `--flag` or its opposite; for a tuple, a flag
+    and several values. `--` ends the flags. Underscores count as hyphens.
 
     Raises:
-        UserError: for an unknown option, a value of another type, and one too many or too few.
+        UserError: for an unknown option, a value of another type, and a value too many or too few.
     """
-    _refuse_unknown_flags(options, argv, prog)  # first: what follows one would be taken for something else
+    _refuse_unknown_flags(options, argv, prog)  # first, or the value after one would be taken for something else
     by_flag = {option.flag: option for option in options if not option.is_positional}
     by_opposite = {option.opposite: option for option in options if option.opposite}
     values: dict[str, Any] = {}
@@ -58,19 +58,19 @@ def read_arguments(options: Sequence[Option], argv: Sequence[str], *, prog: str)
 
 
 def missing_options(options: Sequence[Option], prog: str) -> UserError:
-    """Say that these must be given."""
+    """Say that these options must be given."""
     named = " and ".join(f"`{option.label}`" for option in options)
     be = "is" if len(options) == 1 else "are"
     return UserError(f"{named} must be given, but {be} missing. {see_help(prog)}")
 
 
 def see_help(prog: str) -> str:
-    """Tell where all options are explained."""
+    """Say where all options are explained."""
     return f"See `{prog} --help`."
 
 
 def is_flag(argument: str) -> bool:
-    """Return whether an argument names an option: it begins with a hyphen, and is no number such as -1."""
+    """Return whether an argument names an option: it begins with a hyphen, and is not a number such as -1."""
     if not argument.startswith("-") or argument == "-":
         return False
     try:
@@ -86,7 +86,7 @@ def _split(argument: str) -> tuple[str, str, str]:
 
 
 def _take(waiting: deque[str], given: list[str], number: int | None) -> None:
-    """Move values from what is waiting, up to this number; all until the next flag if it is None."""
+    """Move at most `number` of the waiting values; if it is None, all values up to the next flag."""
     while waiting and not is_flag(waiting[0]) and (number is None or len(given) < number):
         given.append(waiting.popleft())
 
@@ -110,7 +110,7 @@ def _check_number_of_values(flag: str, given: Sequence[str], number: int, prog: 
 
 
 def _refuse_boolean_value(option: Option, flag: str, given: Sequence[str], prog: str) -> None:
-    """Say how an option without a value is set: by itself."""
+    """Say that an option of true or false takes no value."""
     if not given:
         return
     is_on = (flag == option.flag) == (given[0].lower() in _TRUE_WORDS)
@@ -127,7 +127,7 @@ def _to_value(option: Option, given: Sequence[str], prog: str) -> Any:
     text: Any = list(given) if is_tuple else given[0]
     if given == ["None"] and type(None) in typing.get_args(option.hint):
         return None
-    if "" in given:  # mostly a variable of the shell that is not set
+    if "" in given:  # usually an unset variable of the shell
         raise UserError(f"`{option.label}` must have a value, but it is empty. {see_help(prog)}")
     try:
         return convert(option.hint, text)

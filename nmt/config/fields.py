@@ -1,4 +1,4 @@
-"""The fields of a nest of options dataclasses, as one flat list, and the nest made of values by field name."""
+"""The fields of nested options dataclasses as one flat list, and the dataclasses made of values by field name."""
 
 import ast
 import dataclasses
@@ -24,17 +24,17 @@ Positional = Annotated[T, _POSITIONAL]
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One field of a nest of options."""
+    """One field of nested options dataclasses."""
 
     name: str
     hint: Any
-    default: Any  # MISSING if it must be given
-    owner: tuple[str, ...]  # the fields that lead to its dataclass
+    default: Any  # MISSING if the option must be given
+    owner: tuple[str, ...]  # the fields that lead to the option's dataclass
     presets: Mapping[str, Mapping[str, Any]] | None
 
     @property
     def key(self) -> str:
-        """The name as in a YAML file; the final underscore of a field such as `from_` is left out."""
+        """The name in a YAML file, without the final underscore of a field such as `from_`."""
         return self.name.rstrip("_").replace("_", "-")
 
     @property
@@ -45,16 +45,16 @@ class Option:
     @property
     def is_path(self) -> bool:
         """Whether it holds a path, or several."""
-        return (typing.get_args(self.hint) or (self.hint,))[0] is Path  # within Annotated[...], too
+        return (typing.get_args(self.hint) or (self.hint,))[0] is Path  # also within Annotated[...]
 
     @property
     def flag(self) -> str:
-        """The name as on the command line."""
+        """The name on the command line."""
         return "--" + self.key
 
     @property
     def opposite(self) -> str | None:
-        """The flag that sets it to false, if it is true or false: `--no-x` for `--x`, and `--x` for `--no-x`."""
+        """The flag that sets an option of true or false to false: `--no-x` for `--x`, and `--x` for `--no-x`."""
         if self.hint is not bool:
             return None
         return "--" + (self.key.removeprefix("no-") if self.key.startswith("no-") else "no-" + self.key)
@@ -71,7 +71,7 @@ class Option:
 
 
 def list_options(type_: Any) -> list[Option]:
-    """List the fields of a nest of options in the order of the dataclasses, and make sure of their names."""
+    """List the fields of nested options in the order of the dataclasses, and check that names are unique."""
     options = list(_walk(type_, default=MISSING, owner=()))
     names = [option.name for option in options]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -87,7 +87,7 @@ def list_options(type_: Any) -> list[Option]:
 
 
 def build_nest(type_: Any, values: Mapping[str, Any]) -> Any:
-    """Make the dataclass and those within it; `values` holds every field by its name."""
+    """Make the dataclass and the ones within it; `values` holds every field by its name."""
     arguments = {
         field.name: build_nest(hint, values) if _is_nested(hint) else values[field.name]
         for field, hint in _resolved_fields(type_)
@@ -104,7 +104,7 @@ def list_groups(type_: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def help_texts(cls: type) -> dict[str, str]:
-    """Return the string literals under the fields of a dataclass, by field; none if its source is not there."""
+    """Return the string literals under the fields of a dataclass, by field; none without its source code."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     except (OSError, TypeError, SyntaxError):
@@ -120,7 +120,7 @@ def help_texts(cls: type) -> dict[str, str]:
 
 
 def _prescribed_defaults(type_: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what the dataclasses of a nest have in `train_defaults`."""
+    """Yield the `train_defaults` of a nest of dataclasses, field by field."""
     for _, hint in _resolved_fields(type_):
         if _is_nested(hint):
             yield from getattr(typing.get_origin(hint) or hint, "train_defaults", {}).items()
@@ -128,19 +128,19 @@ def _prescribed_defaults(type_: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _walk(type_: Any, *, default: Any, owner: tuple[str, ...]) -> Iterator[Option]:
-    """Yield the options of a dataclass; `default` is an instance that its outer dataclass prescribes."""
+    """Yield the options of a dataclass. `default` is an instance, if the outer dataclass prescribes one."""
     for field, hint in _resolved_fields(type_):
         value = _default_of(field) if default is MISSING else getattr(default, field.name)
         if _is_nested(hint):
             if not isinstance(value, typing.get_origin(hint) or hint):
-                value = MISSING  # the default is for another type than the one filled in
+                value = MISSING  # the default belongs to another type than the field has here
             yield from _walk(hint, default=value, owner=(*owner, field.name))
         else:
             yield Option(field.name, hint, value, owner, field.metadata.get("presets"))
 
 
 def _resolved_fields(type_: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """Return the fields of a dataclass with their types, the type variables of an alias filled in."""
+    """Return the fields of a dataclass with their types; an alias fills in the type variables."""
     cls = typing.get_origin(type_) or type_
     assert dataclasses.is_dataclass(cls), f"{cls} must be a dataclass"
     arguments = dict(zip(getattr(cls, "__parameters__", ()), typing.get_args(type_), strict=False))
@@ -149,7 +149,7 @@ def _resolved_fields(type_: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if isinstance(hint, TypeVar):
-            # What is not filled in is of the type that the field has by default.
+            # A type variable that is not filled in is the type of the field's default.
             hint = arguments.get(hint, field.default_factory)
             assert hint is not MISSING, f"{type_}: fill in the type of `{field.name}`, as in Type[...]"
         elif not isinstance(hint, type) and (variables := getattr(hint, "__parameters__", ())):

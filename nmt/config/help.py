@@ -31,11 +31,11 @@ def format_help(
 
     Args:
         type_: the dataclass, or an alias of a generic one.
-        options: its options, as `list_options` gives them.
-        defaults: what they are unless given, by field name.
+        options: its options, from `list_options`.
+        defaults: their defaults, by field name.
         prog: the name of the command.
         description: what it does.
-        common: fields that most people want, which come first; those that `type_` does not have are passed over.
+        common: fields that most people want. They come first; fields that `type_` lacks are skipped.
     """
     width = max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size().columns))
     groups = dict(list_groups(type_))
@@ -90,7 +90,7 @@ def _wrap(text: str, width: int) -> str:
 
 
 def _invocation(option: Option, default: Any) -> str:
-    """Show how an option is written; what is false unless given needs but the one flag."""
+    """Show how an option is written; one that is false by default needs only its flag."""
     if option.is_positional:
         return _metavar_of_positional(option, default)
     if option.hint is bool:
@@ -104,10 +104,10 @@ def _metavar_of_positional(option: Option, default: Any) -> str:
 
 
 def _metavar(hint: Any, presets: Mapping[str, Any] | None = None) -> str:
-    """Name a kind of value: `N` is a whole number, `X` any number, others say themselves."""
+    """Name a kind of value: `N` is a whole number, `X` any number; the others are words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if presets is not None:
-        return "NAME"  # the description lists them
+        return "NAME"  # the description lists the names
     if origin is Annotated:
         return _metavar(arguments[0])
     if origin in (typing.Union, types.UnionType):
@@ -122,7 +122,7 @@ def _metavar(hint: Any, presets: Mapping[str, Any] | None = None) -> str:
 
 
 def _with_default(option: Option, default: Any, text: str) -> str:
-    """Append the default, where it tells something that the text and the flag do not."""
+    """Append the default if it says something that the text and the flag do not."""
     if default is MISSING:
         return f"{text} (required)"
     if default is None or default is False or default == ():

@@ -1,18 +1,18 @@
 """Options: a typed dataclass <-> a YAML file <-> a command line.
 
-An options dataclass is frozen, lives in an `options.py`, and may nest others. The names of its fields are
-unique over the whole nest, so that flags and YAML keys are flat: `--max-tokens 4096` and `max-tokens: 4096`
-set the field `max_tokens`, wherever in the nest it is. A field holds an `int`, `float`, `str`, `bool`,
-`Path`, `Literal[...]`, a tuple of these, or one of these or None; a string literal under it is its help.
+An options dataclass is frozen, lives in an `options.py`, and may nest others (a nest). Field names are unique in
+the whole nest, so that flags and YAML keys are flat: `--max-tokens 4096` and `max-tokens: 4096` set the field
+`max_tokens`, wherever in the nest it is. A field holds an `int`, `float`, `str`, `bool`, `Path`, `Literal[...]`,
+a tuple of these, or one of these or None. The string literal under a field is its help.
 
 A field with `metadata={"presets": {name: {field: value}}}` names a preset: its values become the defaults
 of other fields of the same dataclass. A class variable `train_defaults: ClassVar = {field: value}` of a nested
 dataclass, such as a task's options, gives other fields, anywhere in the nest, the defaults that suit it.
 Precedence: default <- `train_defaults` <- preset <- YAML file <- command line.
 
-Numbers are finite, and whole ones within 32 bits, unless the field has `metadata={"range": (lowest, highest)}`.
-A dataclass may define `check(self) -> None`, which raises `UserError` for values that do not go together;
-it is called when all values are there, for the inner dataclasses first.
+Numbers are finite, and whole numbers within 32 bits, unless the field has `metadata={"range": (lowest, highest)}`.
+A dataclass may define `check(self) -> None`, which raises `UserError` for values that do not go together.
+It is called when all values are there, for inner dataclasses first.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Checked(Protocol):
     """A dataclass whose values can contradict each other."""
 
     def check(self) -> None:
-        """Raise `UserError` if they do."""
+        """Raise `UserError` if the values contradict each other."""
 
 
 def from_mapping(
@@ -62,11 +62,11 @@ def from_mapping(
 
     Args:
         type_: the dataclass, or an alias of a generic one such as `TrainConfig[TranslationOptions]`.
-        mapping: hyphened or underscored keys; values are text, lists of text or None, as `read_yaml` gives
-            them, or of the field's type already.
+        mapping: keys with hyphens or underscores; values are text, lists of text or None, as from `read_yaml`, or
+            have the field's type already.
         where: where the mapping comes from, for error texts: the path of the file.
-        how_to_give: how a `key` that is missing is given there, or a field of this `name`.
-        prog: the command that has these options, whose users may try other toolkits' names.
+        how_to_give: for error texts: how to give a missing `key`, or a field of this `name`, there.
+        prog: the command with these options; its users may try names of other toolkits.
 
     Raises:
         UserError: for an unknown key, a value of another type, or a key that is missing.
@@ -93,8 +93,8 @@ def to_mapping(instance: Any, *, with_paths: bool = True) -> dict[str, Any]:
 
     Args:
         instance: the options.
-        with_paths: False to leave out the paths that must be given, and hide the other places (`untold.py`): they
-            tell about the machine.
+        with_paths: False to leave out required paths and to hide other places (`untold.py`), since they tell
+            about the machine.
     """
     mapping: dict[str, Any] = {}
     for field in dataclasses.fields(instance):
@@ -122,7 +122,7 @@ def path_options(type_: Any) -> list[Option]:
 
 
 def write_yaml(instance: Any, path: Path, *, with_paths: bool = True) -> None:
-    """Write options to a YAML file that `read_yaml` and `from_mapping`, or `--config`, read back exactly."""
+    """Write options to a YAML file. `read_yaml` and `from_mapping`, or `--config`, read it back exactly."""
     write_flat_yaml(to_mapping(instance, with_paths=with_paths), path)
 
 
@@ -137,7 +137,7 @@ def parse_command(
 ) -> T:
     """Make options from a command line, and from the YAML file that `--config` names.
 
-    `--help` and `--version` print to stdout and leave by `SystemExit`.
+    `--help` and `--version` print to stdout and raise `SystemExit`.
 
     Args:
         type_: the dataclass, or an alias of a generic one.
@@ -145,7 +145,7 @@ def parse_command(
         prog: the name of the program.
         description: what it does, for `--help`.
         common: the fields that most people want, which `--help` shows first.
-        known: what stands for the content of a YAML file, and where it is from.
+        known: values to use like those of a YAML file, and where they come from.
 
     Raises:
         UserError: for anything wrong in the arguments or in the file.
@@ -182,17 +182,17 @@ def asks_for(argv: Sequence[str], *flags: str) -> bool:
 
 
 def print_version(prog: str) -> typing.NoReturn:
-    """Print what a report of an error should name, and leave by `SystemExit`."""
+    """Print the versions that a bug report should name, and raise `SystemExit`."""
     versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
     print(f"{prog} {__version__} ({versions})")
     raise SystemExit(0)
 
 
 def check_types(instance: Any) -> None:
-    """Check a nest of options that was made by hand: that each field holds what it is for.
+    """Check that each field of a nest of options, which was made by hand, has a value of its type.
 
     Raises:
-        UserError: One does not.
+        UserError: A field has not.
     """
     hints = typing.get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
@@ -208,7 +208,7 @@ def check_types(instance: Any) -> None:
             continue
         try:
             converted = convert(hint, value)
-        except AssertionError:  # a plugin may hold what no option can be
+        except AssertionError:  # a plugin's field may have a type that no option has
             continue
         except MismatchError as error:
             raise UserError(f"`{name}` must be {error}, but is {shorten(value)}. {_BY_FUNCTION}") from None
@@ -232,13 +232,13 @@ def check_options(instance: Any) -> None:
     check_limits(instance)
     if isinstance(instance, Checked):
         instance.check()
-    check_numbers(instance)  # last, since it knows less of what the numbers mean
+    check_numbers(instance)  # last, since `check` gives better reasons
 
 
 def peek(argv: Sequence[str], flag: str) -> str | None:
-    """Return the value of a flag before the command line is parsed, or None if it is not there.
+    """Return the value of a flag before the command line is parsed, or None if it is not given.
 
-    Both `--task x` and `--task=x` are understood; the last one counts.
+    Both `--task x` and `--task=x` are read; the last one counts.
     """
     value = None
     for index, argument in enumerate(argv):
@@ -255,7 +255,7 @@ def peek(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _defaults(options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults by field name, those of the presets that are named (or default) put in."""
+    """Return the defaults by field name, including those of the presets that are named or default."""
     values = {option.name: option.default for option in options}
     for option in options:
         name = given.get(option.name, option.default)
@@ -325,11 +325,11 @@ def _convert_mapping(
 
 
 def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    """Return (key, before, now) of the options with `metadata={"fixed": True}` that differ; paths may.
+    """Return (key, before, now) of the options with `metadata={"fixed": True}` that differ; paths may differ.
 
     Args:
         before: the options that a run was started with.
-        now: the options that it is to go on with, of the same type.
+        now: the options for going on, of the same type.
     """
     changed: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(before):

@@ -1,4 +1,4 @@
-"""What other toolkits call an option, and what to tell whoever tries that name; the table is `other_names.txt`."""
+"""Names of options in other toolkits, and the answer to a user who tries one. The table is `other_names.txt`."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -9,12 +9,12 @@ _TABLE = Path(__file__).with_suffix(".txt")
 
 
 def answer(prog: str, name: str, known: Collection[str]) -> str:
-    """Return what to tell about a name of another toolkit, after a blank; "" if nothing is known of it.
+    """Return the answer to a name of another toolkit, after a blank; "" if the table does not have the name.
 
     Args:
         prog: the command that it was given to.
         name: the option as written, with or without hyphens before it.
-        known: the flags of the command, which depend on its task: an answer that names others is passed over.
+        known: the flags of the command, which depend on its task. An answer that names other flags is skipped.
     """
     if prog not in read_table():
         return ""
@@ -26,7 +26,7 @@ def answer(prog: str, name: str, known: Collection[str]) -> str:
 
 
 def flags_in(text: str) -> set[str]:
-    """Return the flags in backquotes, which are those of the command itself."""
+    """Return the flags in backquotes. Those are flags of the command itself."""
     return set(re.findall(r"`(--[\w-]+)[^`]*`", text))
 
 

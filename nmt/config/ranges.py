@@ -1,4 +1,4 @@
-"""Ranges of numbers: what every option keeps to, and those of single options, so that no arithmetic runs over."""
+"""Ranges of numbers: one for all options, and narrower ones of single options, so that no arithmetic overflows."""
 
 import dataclasses
 import math
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 from nmt.errors import UserError
 
-_LARGEST_WHOLE = 2**31 - 1  # what libraries take for sizes and counts
+_LARGEST_WHOLE = 2**31 - 1  # the largest size or count that libraries take
 _LARGEST = 1e30  # float32 ends at 3.4e38
 Range = tuple[float, float]
-ANY: Range = (-math.inf, math.inf)  # of a field whose `check` knows better
+ANY: Range = (-math.inf, math.inf)  # for a field whose own `check` has the range
 
 
 class Limits(NamedTuple):
-    """What makes sense for an option. A float must be finite besides."""
+    """The values that make sense for an option. A float must also be finite."""
 
     least: float | None = None
     above: float | None = None
@@ -56,16 +56,16 @@ def limits(
 
     Args:
         least: The smallest number that may be given.
-        above: All that may be given are larger.
-        below: All that may be given are smaller.
+        above: Numbers must be larger than this.
+        below: Numbers must be smaller than this.
         most: The largest number that may be given.
-        fixed: As `metadata={"fixed": True}`: it may not change when a run is resumed.
+        fixed: Like `metadata={"fixed": True}`: the option may not change when a run is resumed.
     """
     return {"limits": Limits(least, above, below, most), **({"fixed": True} if fixed else {})}
 
 
 def check_limits(options: Any) -> None:
-    """Check the fields of one dataclass of options that have limits; None and text are no numbers.
+    """Check the fields of one dataclass of options that have limits; None and text are not numbers.
 
     Raises:
         UserError: The first number that is out of its limits.
@@ -79,7 +79,7 @@ def check_limits(options: Any) -> None:
 
 
 def check_numbers(options: Any) -> None:
-    """Check the numbers of one dataclass of options: finite, and whole ones within 32 bits.
+    """Check the numbers of one dataclass of options: finite, and whole numbers within 32 bits.
 
     A field with `metadata={"range": (lowest, highest)}` has its own range instead.
 
@@ -101,10 +101,10 @@ def check_numbers(options: Any) -> None:
 
 
 def check_ranges(options: Any, ranges: Mapping[str, Range]) -> None:
-    """Check fields of options that must lie from one number to another; None and text are no numbers.
+    """Check fields of options that must lie from one number to another; None and text are not numbers.
 
     Raises:
-        UserError: The first one that does not.
+        UserError: The first number that does not.
     """
     for name, own in ranges.items():
         for number in _numbers(getattr(options, name)):
@@ -121,7 +121,7 @@ def _check(name: str, number: float, own: Range) -> None:
 
 
 def _numbers(value: Any) -> list[float]:
-    """Return the numbers of an option: of none, one or several."""
+    """Return the numbers of an option: none, one or several."""
     several = value if isinstance(value, tuple) else (value,)
     return [x for x in several if isinstance(x, (int, float)) and not isinstance(x, bool)]
 

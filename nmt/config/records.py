@@ -1,8 +1,8 @@
 """Records in files, read by a schema: our JSON, and the settings that other toolkits keep in checkpoints.
 
-Files come from anywhere. Whoever asks for a record says what it must hold, with types and bounds, and gets
-just that or a `UserError` that names the place: no value of another kind goes further than here. What a schema
-does not name is passed on as it is, so that a later release may write more.
+Files come from anywhere. The caller says what a record must hold, with types and bounds. It gets exactly that, or
+a `UserError` that names the place: no value of another kind passes. Names that a schema does not have are passed
+on as they are, so that a later release may write more.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any, NoReturn, Protocol
 
 from nmt.errors import DamagedError, UserError, shown
 
-LARGEST_COUNT = 2**53  # what JSON's numbers hold exactly, in any language
-_LARGEST_FILE = 2**26  # bytes: a state of a hundred thousand validations has a tenth of it
+LARGEST_COUNT = 2**53  # the largest that JSON's numbers hold exactly in any language
+_LARGEST_FILE = 2**26  # bytes: ten times the state of a run with a hundred thousand validations
 
 
 class Schema(Protocol):
-    """What a value must be."""
+    """Says what a value must be, and checks it."""
 
     @property
     def rule(self) -> str:
         """Complete "must be ..."."""
 
     def check(self, value: Any, place: str) -> Any:
-        """Return the value, as the type it stands for; `place` is its name in the record.
+        """Return the value, converted to its type; `place` is its name in the record.
 
         Raises:
-            RecordError: It is another.
+            RecordError: It breaks the rule.
         """
 
 
@@ -65,7 +65,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """A number within bounds, given as a whole one or not; `is_finite` False takes NaN and infinities too."""
+    """A number within bounds, whole or not. With `is_finite` False, NaN and infinities are taken too."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -96,7 +96,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Flag:
-    """True or false; `takes_numbers` also as 1 or 0, and None for false."""
+    """True or false. With `takes_numbers` also 1 or 0, and None for false."""
 
     takes_numbers: bool = False
     rule: str = "true or false"
@@ -175,7 +175,7 @@ class Maybe:
 
 @dataclass(frozen=True)
 class Either:
-    """What one of two schemas takes."""
+    """A value that one of two schemas takes."""
 
     first: Schema
     second: Schema
@@ -230,7 +230,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class MapOf:
-    """Values of one kind by names that are not known beforehand."""
+    """Values of one kind by names that are not known in advance."""
 
     of: Schema
     names: Schema = field(default_factory=Text)
@@ -248,7 +248,7 @@ class MapOf:
 
 @dataclass(frozen=True)
 class Record:
-    """Values by name: all of `fields`, and of `optional` those that are there; others pass unless it is closed."""
+    """Values by name: all of `fields`, any of `optional`; others pass unless the record is closed."""
 
     fields: Mapping[str, Schema]
     optional: Mapping[str, Schema] = field(default_factory=dict)
@@ -284,7 +284,7 @@ def read_record(path: Path, schema: Schema, *, what_to_do: str) -> Any:
         what_to_do: The last sentence of the error.
 
     Raises:
-        DamagedError: It is no JSON, or holds something else.
+        DamagedError: It is not JSON, or breaks the schema.
         OSError: It cannot be read.
     """
     try:
@@ -301,7 +301,7 @@ def check_record(schema: Schema, value: Any, *, where: str, error: type[UserErro
     """Check a value that has been read.
 
     Raises:
-        UserError: It is another: `error`, whose text begins with `where`.
+        UserError: The value breaks the schema. It is of the type `error`, and its text begins with `where`.
     """
     try:
         return schema.check(value, "")
@@ -310,10 +310,10 @@ def check_record(schema: Schema, value: Any, *, where: str, error: type[UserErro
 
 
 def parse_json(data: bytes) -> Any:
-    """Return what JSON in UTF-8 stands for, with a byte order mark before it or without.
+    """Parse JSON in UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: It is none, or is nested deeper than Python can follow.
+        ValueError: It is not JSON, or is nested deeper than Python can follow.
     """
     try:
         return json.loads(data.decode("utf-8-sig"))
@@ -324,10 +324,10 @@ def parse_json(data: bytes) -> Any:
 
 
 def read_limited(path: Path, largest: int = _LARGEST_FILE) -> bytes:
-    """Read a file that is small when it is what it should be.
+    """Read a file that is small unless it is damaged.
 
     Raises:
-        DamagedError: It is larger.
+        DamagedError: It is larger than `largest` bytes.
     """
     with path.open("rb") as file:
         data = file.read(largest + 1)
@@ -337,7 +337,7 @@ def read_limited(path: Path, largest: int = _LARGEST_FILE) -> bytes:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether text can be written as UTF-8: half of a surrogate pair, which JSON and YAML can spell, cannot."""
+    """Return whether text can be written as UTF-8. Half a surrogate pair, which JSON and YAML can hold, cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""One value of an option: text <-> the type of its field, strictly; and the nearest of some names."""
+"""One value of an option: text <-> the type of its field, strictly. Also the known name nearest to a wrong one."""
 
 import difflib
 import numbers
@@ -17,17 +17,17 @@ _NEAR, _NEAR_IF_SHORT, _SHORT = (
     0.8,
     0.75,
     5,
-)  # similarity by difflib: one letter in five may differ, or of four
+)  # similarity by difflib: one letter in five may differ, in short names one in four
 _MOST_SUGGESTIONS = 3
 _LONGEST_SHOWN = 80
-_NUMBERS: dict[Any, type] = {int: numbers.Integral, float: numbers.Real}  # NumPy's are some, too
-_MOST = 10**100  # Python itself does not print numbers of thousands of digits
+_NUMBERS: dict[Any, type] = {int: numbers.Integral, float: numbers.Real}  # include NumPy's numbers
+_MOST = 10**100  # Python does not print numbers of thousands of digits
 _EMPTY_WORDS = ("", "~", "null", "none")
 _BOOLEAN_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class MismatchError(Exception):
-    """A value is not of its field's type; the text completes "must be ..."."""
+    """A value does not have its field's type; the text completes "must be ..."."""
 
     def __init__(self, rule: str, suggestion: str = "") -> None:
         super().__init__(rule)
@@ -38,7 +38,7 @@ def convert(hint: Any, value: Any) -> Any:
     """Convert text, a list of text, or a value that has the type already, to the type of a field.
 
     Raises:
-        MismatchError: if it is not such a value.
+        MismatchError: if the value cannot be of that type.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -47,7 +47,7 @@ def convert(hint: Any, value: Any) -> Any:
         return _convert_union(hint, value)
     if origin is Literal:
         choices = {str(to_text(choice)): choice for choice in arguments}
-        # Of what is neither text nor a number nobody knows what it makes of itself as text.
+        # The text of an object that is neither text nor a number may be anything.
         is_simple = (
             value is None or isinstance(value, str | float) or (isinstance(value, int) and value < 2**63)
         )
@@ -75,9 +75,9 @@ def to_text(value: Any) -> Any:
 
 
 def path_to_text(path: Path) -> str:
-    """Return a path as text of UTF-8, also where the locale knows fewer characters than its name has.
+    """Return a path as text of UTF-8, even if the locale lacks characters of its name.
 
-    A name that is no UTF-8 stays as Python shows it, with halves of characters in it.
+    A name that is not UTF-8 stays as Python has it, with halves of characters in it.
     """
     text = str(path)
     with suppress(UnicodeError):
@@ -86,10 +86,10 @@ def path_to_text(path: Path) -> str:
 
 
 def _to_path(text: str) -> Path:
-    """Return the path that text stands for, which may have characters that the locale does not know.
+    """Return the path that text stands for, even if the locale lacks some of its characters.
 
     Raises:
-        UnicodeError: No path is of this name.
+        UnicodeError: No path can have this name.
     """
     try:
         os.fsencode(text)
@@ -101,7 +101,7 @@ def _to_path(text: str) -> Path:
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return " Perhaps you meant `...`?" with the known name nearest to `name`, or "" if none is near.
 
-    Near is a slip of the pen, or the beginning of a longer name up to a hyphen. A wrong hint is worse than none.
+    Near is a typing error, or the beginning of a longer name up to a hyphen. A wrong hint is worse than none.
     """
     bare = {candidate.lstrip("-"): candidate for candidate in known}
     wanted = name.lstrip("-")
@@ -116,10 +116,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def shorten(value: object, *, quote: bool = True) -> str:
-    """Show a value in an error: on one line, without control characters, and not longer than a line."""
+    """Show a value in an error: without control characters, and not longer than one line."""
     try:
         text = repr(value)
-    except Exception:  # whatever an object of a stranger does then; Python itself refuses thousands of digits
+    except Exception:  # an unknown object may raise anything, and Python refuses thousands of digits
         return shown(value)
     if not quote:
         text = text[1:-1]
@@ -132,7 +132,7 @@ def _convert_union(hint: Any, value: Any) -> Any:
     if len(kinds) < len(typing.get_args(hint)):
         if value is None:
             return None
-        # Any text is a text, so that only a YAML file's unquoted null, which is None by now, is no text.
+        # If the field takes text, only an unquoted null of a YAML file means None, and that is None already.
         if isinstance(value, str) and str not in kinds and value.lower() in _EMPTY_WORDS:
             return None
     mismatches = []
@@ -162,7 +162,7 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
         if hint is bool and value.lower() in _BOOLEAN_WORDS:
             return _BOOLEAN_WORDS[value.lower()]
         if hint in (int, float):
-            with suppress(ValueError):  # also of thousands of digits
+            with suppress(ValueError):  # not a number, or one of thousands of digits
                 return hint(value)
         if hint is str:
             return value

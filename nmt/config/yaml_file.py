@@ -1,7 +1,7 @@
-"""A flat YAML file of text: read with its lines named in errors, written so that it reads back exactly.
+"""A flat YAML file of text. Errors name the line; what is written is read back exactly.
 
-PyYAML's own types are left out of it (for them `5e-4` is text and `no` is false): every value is text, a list
-of text, or None, and the caller knows the types.
+PyYAML's own types are not used, since they take `5e-4` for text and `no` for false. Every value is text, a list of
+text, or None, and the caller knows the types.
 """
 
 import math
@@ -15,10 +15,10 @@ import yaml
 from nmt.config.records import is_unicode, read_limited
 from nmt.errors import UserError, shown
 
-# Unquoted, these are None; `None` because the command line spells it so.
+# Unquoted, these are None. `None` is among them because the command line spells it so.
 _NONE_WORDS = ("", "~", "null", "Null", "NULL", "None")
 
-_LARGEST_FILE = 2**20  # bytes: a file of options has some thousand
+_LARGEST_FILE = 2**20  # bytes: a file of options has a few thousand
 
 _TEXT_TAG = "tag:yaml.org,2002:str"
 _LIST_TAG = "tag:yaml.org,2002:seq"
@@ -31,7 +31,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Keys may be written with underscores. None is an unquoted empty value, `null`, `~` or `None`.
 
     Raises:
-        UserError: if it is no YAML, not flat, or has a key twice, with the line.
+        UserError: if it is not YAML, not flat, or has a key twice; with the line.
         OSError: if it cannot be read.
     """
     root = _parse(path)
@@ -43,7 +43,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key_node, value_node in root.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise _error(path, key_node, "the key must be one word, but is not.")
-        _scalar(path, "a key", key_node)  # of the same characters as a value
+        _scalar(path, "a key", key_node)  # the same characters are allowed as in a value
         key = key_node.value.replace("_", "-")
         if key in mapping:
             raise _error(path, key_node, f"`{key}` must be given once, but is there twice. Delete one.")
@@ -60,7 +60,7 @@ def write_flat_yaml(mapping: Mapping[str, Any], path: Path) -> None:
     The file is written under a temporary name beside it and renamed.
 
     Raises:
-        UserError: Text is none, such as a path whose name is no UTF-8.
+        UserError: Text cannot be written, such as a path whose name is not UTF-8.
         OSError: It could not be written; the error names it.
     """
     for key, value in mapping.items():
@@ -80,7 +80,7 @@ def write_flat_yaml(mapping: Mapping[str, Any], path: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        error.filename = str(path)  # writing to an open file, such as to a full disk, names none
+        error.filename = str(path)  # an error of writing to an open file, such as a full disk, names no file
         raise
 
 
@@ -132,6 +132,6 @@ def _value_node(value: Any) -> yaml.Node:
 
 
 def _text_node(text: str) -> yaml.Node:
-    # PyYAML breaks lines inside other quotes at U+0085 and reads them back as blanks.
+    # Inside other quotes PyYAML breaks lines at U+0085, and reads that back as a blank.
     plain = text.isprintable() and text not in _NONE_WORDS
     return yaml.ScalarNode(_TEXT_TAG, text, style=None if plain else '"')
