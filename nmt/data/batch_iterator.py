@@ -1,6 +1,6 @@
 """Epochs of micro-batches for one rank, with a position that can be saved and restored.
 
-Nothing is pushed: each of these pulls from the one below it, the DataLoader whenever it has room for one more.
+Nothing is pushed: each of these pulls from the one below it. The DataLoader pulls when it has room for one more.
 
     the training loop       an update: its micro-batches, collated
       BatchIterator         takes the note of the update, and as many batches as it says; then moves the position
@@ -10,8 +10,12 @@ Nothing is pushed: each of these pulls from the one below it, the DataLoader whe
               plan_batches  all ranks' batches, each with the position after it
                 plan_window the batches of a window, cut from the order of the epoch    (batching.py, order.py)
 
-So what is below the DataLoader is ahead of what has been handed out. The notes that wait between the two are in
-`planned`; the position (position.py) is that of the last update that was handed out.
+So everything below the DataLoader is ahead of what has been handed out. The notes that wait in between are in
+`planned`. The position (position.py) is that of the last update that was handed out:
+
+    planned           1 2 3 4 5 6 7
+    read and waiting      3 4 5 6         by worker processes
+    handed out        1 2                 the position is here
 """
 
 from collections import deque
@@ -51,27 +55,27 @@ class MicroBatch(NamedTuple):
     """What `Examples.collate` made."""
 
     weight: float
-    """1.0; or 0.0 for a filler, a repeated batch for a rank to which none was left."""
+    """1.0, or 0.0 for a filler: a repeated batch for a rank for which no batch was left."""
 
     indices: Sequence[int] = ()
-    """Of its examples in the split, to name them by."""
+    """The indices of its examples in the split, to name them in messages."""
 
 
 class BatchIterator:
     """Iterates over the updates of an epoch, as the micro-batches of this rank.
 
     Each iteration begins at the current position and ends with the epoch; then the position moves to the
-    next one. The position counts what has been handed out, whatever worker processes have read ahead. The
-    last update of an epoch may be smaller; a rank for which its batches do not suffice gets a filler.
+    next epoch. The position counts what has been handed out, not what worker processes have read ahead. The last
+    update of an epoch may be smaller; a rank for which too few batches are left gets a filler.
 
     The same seed, data and options give the same sequence, bit for bit, interrupted or not, for any number
     of worker processes. If a restored run has other limits (`max_tokens`, `batch_size`,
-    `required_batch_size_multiple`, `is_packed`), what is left of the open window is cut again; with another
-    number of ranks or another `update_freq` the same sequence is dealt in other groups. Either way each example
-    comes once per epoch. A changed `seed` or `window_size` takes effect with the next epoch.
+    `required_batch_size_multiple`, `is_packed`), the rest of the open window is cut again. With another number of
+    ranks or another `update_freq` the same sequence is dealt in other groups. Either way each example comes once
+    per epoch. A changed `seed` or `window_size` takes effect with the next epoch.
 
     Worker processes live until `close()`, or until the iterator is garbage. They are spawned, since forking a
-    process with threads or a CUDA context is unsafe. So `examples` must pickle: as paths rather than content.
+    process with threads or a CUDA context is unsafe. So `examples` must pickle, as paths rather than content.
     """
 
     def __init__(
@@ -115,28 +119,28 @@ class BatchIterator:
         self._num_workers = worker_processes(options) if num_workers is None else num_workers
         self._pin_memory = pin_memory
         self.split_above: int | None = None
-        """Batches of a larger size are run in parts, as micro-batches; the update stays the same. The size is that
-        with padding, or where batches are packed the sum of any column."""
+        """Batches of a larger size are run in parts, as micro-batches; the update stays the same. The size counts
+        padding. For packed batches it is the largest sum of a column."""
         self.refusal: Refusal | None = None
-        """Why a batch of this rank could not be read, where there are other ranks: they are in the update by then,
-        so a filler takes the batch's place, and all end after it."""
+        """Why a batch of this rank could not be read, if there are other ranks. They are already in the update, so
+        a filler takes the batch's place, and all ranks end after the update."""
         self._filler: Any = None  # a batch that could be read
 
     def collate_with(self, examples: "Examples[Any]") -> None:
-        """Let the same examples, of another `collate`, make the batches; before the first iteration."""
+        """Take the same examples with another `collate`; call this before the first iteration."""
         assert self._loader is None and len(examples) == len(self._examples)
         self._examples = examples
 
     @property
     def examples(self) -> "Examples[Any]":
-        """What batches are made of."""
+        """The split that batches are made of."""
         return self._examples
 
     @property
     def epoch(self) -> int:
         """The epoch that the position is in, from 1 on.
 
-        It is still the old one between the last update and the end of the iteration, so that a run that is
+        Between the last update and the end of the iteration it is still the old epoch, so that a run that is
         resumed there ends that epoch like any other.
         """
         return self._position.window.order.epoch
@@ -158,17 +162,17 @@ class BatchIterator:
 
     @property
     def num_too_long(self) -> int:
-        """Number of examples left out since they are beyond `max_tokens`."""
+        """Number of examples left out because they are longer than `max_tokens`."""
         return self.survey.num_too_long
 
     @cached_property
     def survey(self) -> Survey:
-        """What the limits leave of the data, for which the lengths of all examples are read once."""
+        """What remains of the data under the limits. The lengths of all examples are read once for it."""
         return survey(self._examples.sizes, self._limits)
 
     @cached_property
     def updates_per_epoch(self) -> int:
-        """Number of updates of the first epoch; of more than one window, an estimate from the first."""
+        """Number of updates of the first epoch; with several windows, an estimate from the first window."""
         num_batches = round(
             len(self.first_batches) * max(1.0, len(self._examples) / self._options.window_size)
         )
@@ -176,9 +180,9 @@ class BatchIterator:
 
     @cached_property
     def first_batches(self) -> list[Indices]:
-        """The batches of the first window of the first epoch, of all ranks: what batches will be like.
+        """The batches of the first window of the first epoch, of all ranks: a sample of what batches will be like.
 
-        A window of nothing but examples that are left out is passed over; there are none if all windows are so.
+        A window whose examples are all left out is skipped. The list is empty if all windows are like that.
         """
         order, size = self._order(self._seed, epoch=1), self._options.window_size
         for number in range(num_windows(order.num_places, size)):
@@ -190,11 +194,11 @@ class BatchIterator:
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Yield this rank's micro-batches of each update, from the position to the end of the epoch.
 
-        All ranks get lists of the same length. A new iteration ends the validity of an older one.
+        All ranks get lists of the same length. A new iteration makes an older one invalid.
 
         Raises:
             UserError: no example is short enough.
-            UnreadableExamplesError: some cannot be read; the position stays before their update.
+            UnreadableExamplesError: some examples cannot be read; the position stays before their update.
         """
         iteration = self._iterate()
         self._iteration = ref(iteration)
@@ -220,11 +224,11 @@ class BatchIterator:
         self._position = self._epoch_start(self.epoch + 1)
 
     def _with_fillers(self, batches: list[Any], weights: list[float]) -> tuple[list[Any], list[float]]:
-        """Return the batches and their weights, with a filler in the place of one that cannot be read.
+        """Return the batches and their weights, with a filler in place of a batch that cannot be read.
 
         Raises:
-            UnreadableExamplesError: It cannot be read, and no other rank waits.
-            UserError: The same at the first update, for which there is no filler.
+            UnreadableExamplesError: A batch cannot be read, and there is no other rank that would wait.
+            UserError: There are other ranks, but no filler, because this is the first update.
         """
         for place, batch in enumerate(batches):
             if not isinstance(batch, Refusal):
@@ -242,7 +246,7 @@ class BatchIterator:
         """End the worker processes. A later iteration starts new ones."""
         iteration = self._iteration() if self._iteration is not None else None
         if iteration is not None:
-            iteration.close()  # it would keep the loader alive
+            iteration.close()  # an open iteration would keep the loader alive
         self._feed.plan = iter(())
         if self._loader is not None:
             end_workers(self._loader)
@@ -263,7 +267,7 @@ class BatchIterator:
         return self._position.to_state(dataset_size=len(self._examples))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Move to a saved position; it counts from the next iteration on.
+        """Move to a saved position. The next iteration begins there.
 
         Raises:
             UserError: the position is inside an epoch over another number of examples.
@@ -279,7 +283,7 @@ class BatchIterator:
         return Position(window, ((self._limits, 0),), examples_consumed=0)
 
     def _order(self, seed: int, epoch: int) -> Order:
-        """Return the order of an epoch: here alone it is decided what an epoch is."""
+        """Return the order of an epoch. Only this place decides what an epoch is."""
         return Permutation(len(self._examples), seed=seed, epoch=epoch)
 
     def _start_loading(self, plan: Iterator[PlannedBatch]) -> Iterator[Any]:
@@ -288,7 +292,7 @@ class BatchIterator:
             self._loader = make_loader(
                 self._examples, self._feed, num_workers=self._num_workers, pin_memory=self._pin_memory
             )
-        # Workers live on from iteration to iteration, and so must their loader. It asks for the new plan.
+        # Workers live on from iteration to iteration, so their loader must, too. It asks for the new plan.
         self._feed.plan = plan
         return read_batches(self._loader)
 
@@ -305,6 +309,6 @@ class BatchIterator:
             planned.append(update)
             order = update.end.window.order
             for batch in update.batches:
-                # An example comes once in an epoch, so the first one tells the batches apart. The number of the
-                # batch would do for any order, but would seed augmentation otherwise than in runs begun so far.
+                # An example comes once in an epoch, so the first example identifies its batch. The number of the
+                # batch would fit any order, but runs that have begun already would be seeded differently.
                 yield PlannedBatch(batch.tolist(), key=(order.seed, order.epoch, int(batch[0])))

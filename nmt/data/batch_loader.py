@@ -1,7 +1,7 @@
 """Reading planned batches: in this process, or ahead of it by worker processes.
 
-Whatever is random in reading, such as augmentation, is seeded batch by batch, so that the same
-plan gives the same batches for any number of worker processes, interrupted or not.
+Everything random in reading, such as augmentation, is seeded batch by batch. So the same plan gives the same
+batches for any number of worker processes, interrupted or not.
 """
 
 import atexit
@@ -36,15 +36,15 @@ class PlannedBatch(NamedTuple):
     """A batch that is still to be read."""
 
     indices: list[int]
-    """Of its examples, in order."""
+    """The indices of its examples, in order."""
     key: tuple[int, ...]
-    """What its random choices depend on."""
+    """The seed of its random choices."""
 
 
 class Feed:
-    """What a loader takes for its batch sampler: hands on whatever plan is set when an iteration begins.
+    """The batch sampler of a loader. It passes on the plan that is set when an iteration begins.
 
-    The loader draws from it in this process, and only when there is room for one more batch.
+    The loader draws from it in this process, and only when it has room for one more batch.
     """
 
     def __init__(self, plan: Iterator[PlannedBatch] | None = None) -> None:
@@ -74,24 +74,24 @@ def make_loader(
         persistent_workers=num_workers > 0,
         # Forking a process with threads or a CUDA context is unsafe.
         multiprocessing_context="spawn" if num_workers > 0 else None,
-        # Without it each iteration would draw a seed for the workers from this process's global generator.
+        # Without a generator of its own, each iteration would draw a seed from this process's global generator.
         generator=torch.Generator().manual_seed(0),
     )
     if num_workers > 0:
-        # Before multiprocessing's own: it asks workers to end by a signal that they are shielded from, and waits.
+        # Before multiprocessing's own exit: that sends a signal, from which workers are shielded, and waits.
         atexit.register(_end_workers_of, ref(loader))
     return loader
 
 
 def worker_processes(options: BatchingOptions) -> int:
-    """Return how many processes the options ask for; none by themselves, where nobody knows the device."""
+    """Return how many processes the options ask for; 0 for auto, since the device is not known here."""
     return 0 if options.num_workers == "auto" else options.num_workers
 
 
 def end_workers(loader: "DataLoader[Any]") -> None:
     """End the worker processes of a loader, and the thread that pins their batches.
 
-    They would end with the loader's iterator too, but an exception's frames, for one, may keep that alive.
+    They would end with the loader's iterator too, but an exception's frames, for example, may keep that alive.
     """
     iterator, loader._iterator = loader._iterator, None
     if iterator is not None:
@@ -109,25 +109,25 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
 
     When a worker process has ended, refusals follow without end.
     """
-    with shielded_from_signals() if loader.num_workers else nullcontext():  # the first time it starts them
+    with shielded_from_signals() if loader.num_workers else nullcontext():  # the first iteration starts workers
         batches = iter(loader)
     try:
         yield from batches
         return
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # an error within it has its own type and traceback
+        if "DataLoader worker" not in str(error):  # an error within a worker has its own type and traceback
             raise
     while True:
         yield Refusal(_LOST_WORKER)
 
 
 def refuse_import_by_worker() -> None:
-    """Refuse to go on where a worker process imports the script that started it.
+    """Refuse to go on in a worker process that is importing the script that started it.
 
     Raises:
-        UserError: It does: the script would start all over in each worker.
+        UserError: This is such a process: the script would start all over in each worker.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as Python's own check has it
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # like Python's own check
         raise UserError(
             'The script must begin its training under `if __name__ == "__main__":`, but began it when it was '
             "imported by a process that reads batches. Put the call there, or take `num_workers=0`."
@@ -136,7 +136,7 @@ def refuse_import_by_worker() -> None:
 
 @contextmanager
 def seeded(key: Sequence[int]) -> Iterator[None]:
-    """Seed the generators of torch (the CPU's), NumPy and Python from a key; afterwards they are as before."""
+    """Seed the generators of torch (for the CPU), NumPy and Python within the block; then restore them."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     seed = int.from_bytes(blake2b(repr(tuple(key)).encode(), digest_size=8).digest(), "little")
     torch.default_generator.manual_seed(seed)
@@ -166,9 +166,9 @@ class _Reader:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Takes the place of a batch whose examples a user must see to, such as a damaged file.
+    """Takes the place of a batch whose examples the user must correct, such as a damaged file.
 
-    Raised in a worker, the error would arrive with a traceback for its text.
+    An error raised in a worker would arrive with a traceback as its text.
     """
 
     text: str

@@ -1,10 +1,10 @@
 """The order of an epoch: which example stands at which of its places.
 
-An order can be asked about any places, in any sequence, and holds nothing as long as the data set. What plans
+An order can be asked about any places, in any sequence, and holds nothing as long as the data set. The planning of
 batches (`nmt/data/batching.py`) knows nothing else of it: an example may stand at several places, or at none.
 
-Every random choice is a function of (seed, epoch, window) and is taken from raw bits, whose stream NumPy
-promises not to change between versions.
+Every random choice is a function of (seed, epoch, window). It is taken from raw bits, because NumPy promises not
+to change their stream between versions.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 
-# Two Feistel rounds each. With so many, even permutations of five elements are equally frequent over keys.
+# Two Feistel rounds each. With this number, even the permutations of five elements are equally frequent over keys.
 _NUM_ROUND_PAIRS = 8
 
-# First entry of every key, so that the two uses of randomness never share a stream.
+# First entry of a key, so that the two uses of randomness never share a stream.
 _EXAMPLES_KEY, _BATCHES_KEY = 1, 2
 
 
 class Order(Protocol):
-    """The order of one epoch, a value."""
+    """The order of one epoch. It never changes."""
 
     @property
     def seed(self) -> int:
@@ -32,7 +32,7 @@ class Order(Protocol):
 
     @property
     def epoch(self) -> int:
-        """Which epoch, from 1 on."""
+        """The number of the epoch, from 1 on."""
 
     @property
     def num_places(self) -> int:
@@ -56,7 +56,7 @@ class Permutation:
 
 
 def shuffled(count: int, order: Order, *, window: int, cut: int) -> Indices:
-    """Return range(count) in the random order for the batches of a window as it was cut: (count,)."""
+    """Return range(count) in a random order, for the batches of one cut of a window: (count,)."""
     key = (_BATCHES_KEY, order.seed, order.epoch, window, cut)
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count).argsort(kind="stable")
 
@@ -64,9 +64,18 @@ def shuffled(count: int, order: Order, *, window: int, cut: int) -> Indices:
 def keyed_permutation(indices: Indices, *, size: int, key: Sequence[int]) -> Indices:
     """Evaluate a pseudo-random permutation of range(size) at some indices.
 
-    A Feistel network (Luby and Rackoff 1988) with tables of random bits as round functions permutes the
-    smallest power of two that holds `size`; what falls outside the range walks on along its cycle until it
-    is inside (Black and Rogaway 2002), under two passes on average. A table holds about sqrt(size) numbers.
+    A Feistel network (Luby and Rackoff 1988) permutes range(N), N the smallest power of two that holds `size` (but
+    at least 4). The bits of a number are cut into a high and a low half, and each round changes one half by a
+    random table of the other one, which can be undone, so no two numbers ever become the same:
+
+        high --------+------ xor --> high'          two rounds; there are `_NUM_ROUND_PAIRS` such pairs
+                     |        |
+                   table    table
+                     |        |
+        low ------- xor ------+----> low'
+
+    An image outside range(size) is permuted again until it is inside (cycle walking, Black and Rogaway 2002). That
+    takes under two passes on average. A table holds about sqrt(size) numbers.
 
     Args:
         indices: (n,) int64, each in range(size).
@@ -92,7 +101,7 @@ def keyed_permutation(indices: Indices, *, size: int, key: Sequence[int]) -> Ind
 
     images = encipher(indices)
     outside = np.flatnonzero(images >= size)
-    while len(outside):
+    while len(outside):  # walks along the cycle of the number, which leads back into the range
         images[outside] = encipher(images[outside])
         outside = outside[images[outside] >= size]
     return images

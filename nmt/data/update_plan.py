@@ -4,7 +4,7 @@ There is one global sequence of batches per epoch, the same for any number of ra
 next world_size * update_freq batches of it; rank r gets every world_size-th of these, from the r-th on. So a
 position in the sequence means the same to all ranks, and to a later run with another number of them.
 
-With two ranks and two micro-batches each, for an epoch of 10 batches:
+With two ranks and two micro-batches each, for an epoch of 9 batches:
 
     batches   0 1 2 3 | 4 5 6 7 | 8
     rank 0    0   2   | 4   6   | 8
@@ -32,9 +32,9 @@ class Dealing:
     rank: int
     world_size: int
     update_freq: int
-    """Number of batches a rank and update."""
+    """Number of batches per rank and update."""
     split_above: int | None
-    """Batches of a larger size are run in parts, see `BatchIterator`."""
+    """Larger batches are run in parts, see `BatchIterator.split_above`."""
 
 
 class PlannedUpdate(NamedTuple):
@@ -50,7 +50,7 @@ class PlannedUpdate(NamedTuple):
 def plan_updates(sizes: AllSizes, position: Position, dealing: Dealing) -> Iterator[PlannedUpdate]:
     """Yield this rank's part of every update from a position to the end of the epoch.
 
-    Parts of all ranks in an update have the same number of batches. The last update may be smaller.
+    In an update, the parts of all ranks have the same number of batches. The last update may be smaller.
     """
     group_size = dealing.world_size * dealing.update_freq
     group: list[Indices] = []
@@ -69,7 +69,7 @@ def plan_batches(
 ) -> Iterator[tuple[Indices, Position]]:
     """Yield all ranks' batches from a position to the epoch's end, each with the position after it.
 
-    If the open window was cut with other limits, what is left of it is cut again with these.
+    If the open window was cut with other limits, the rest of it is cut again with these.
     """
     window, cuts, examples_consumed = position.window, position.cuts, position.examples_consumed
     if cuts[-1][0] != limits:
@@ -86,7 +86,7 @@ def plan_batches(
 
 
 def _deal(sizes: AllSizes, group: list[Indices], end: Position, dealing: Dealing) -> PlannedUpdate:
-    """Take this rank's share of the batches of an update, with fillers if other ranks get more."""
+    """Return this rank's share of the batches of an update, with fillers if other ranks get more."""
     shares = [
         [part for batch in group[rank :: dealing.world_size] for part in _split(sizes, batch, dealing)]
         for rank in range(dealing.world_size)
@@ -98,7 +98,7 @@ def _deal(sizes: AllSizes, group: list[Indices], end: Position, dealing: Dealing
 
 
 def _split(sizes: AllSizes, batch: Indices, dealing: Dealing) -> list[Indices]:
-    """Cut a batch into parts that the device has memory for."""
+    """Cut a batch into parts that fit into the device's memory."""
     if dealing.split_above is None:
         return [batch]
     if dealing.limits.is_packed:
