@@ -1,1 +1,1 @@
-"""Text to pieces to memory-mapped token ids, and from there to padded batches."""
+"""Text to pieces to memory-mapped token ids, and from there to batches, padded or packed."""

@@ -1,7 +1,7 @@
 """Blocks of raw pairs -> token ids, in worker processes, appended in the order of the blocks.
 
-What a block gives depends on the block alone, and results are written in order: so the outcome is the same,
-byte for byte, for any number of workers.
+The result of a block depends on the block alone, and results are written in order. So the files are the same, byte
+for byte, for any number of workers.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from nmt.errors import UserError
 class EncodedSide(NamedTuple):
     """One side of the pairs of a block that were kept."""
 
-    ids: NDArray[np.integer]  # all sentences one after the other, each ended by EOS
+    ids: NDArray[np.integer]  # all sentences one after the other, each with EOS at its end
     sizes: NDArray[np.int64]  # tokens per sentence, EOS included
     counts: NDArray[np.int64]  # (V,) how often each id stands in `ids`
-    text: bytes  # the raw lines, or nothing if they were not asked for
+    text: bytes  # the raw lines; empty if they were not asked for
 
 
 class EncodedBlock(NamedTuple):
@@ -52,19 +52,19 @@ class EncodedBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockEncoder:
-    """Turn a block of raw pairs into ids, without those that cannot be used. Pickles to worker processes."""
+    """Turns a block of raw pairs into ids, without the pairs that cannot be used. Pickles to worker processes."""
 
     segmenter: Segmenter
     source_path: Path  # the paths are for error texts only
     target_path: Path
     max_length: int  # tokens of the longer side, EOS included
     keep_text: bool = False
-    keep_long: bool = False  # count what is longer, and keep it
+    keep_long: bool = False  # count longer pairs, but keep them
 
     def __call__(self, block: Block) -> EncodedBlock:
-        """Encode the pairs; drop one that has an empty side, and one whose longer side exceeds `max_length`.
+        """Encode the pairs. Drop those with an empty side, and those whose longer side exceeds `max_length`.
 
-        What is to be measured is kept whatever its length.
+        With `keep_long`, as for validation and test pairs, length is no reason to drop a pair.
 
         A side is empty if it is blank (see `nmt.data.text`), or if normalisation leaves nothing of it.
         """
@@ -164,7 +164,7 @@ def binarize(
 
     Args:
         blocks: The raw pairs.
-        encoder: What each block goes through; it must have `keep_text` if `files` name raw texts.
+        encoder: Encodes each block; it must have `keep_text` if `files` names raw texts.
         files: Where to write.
         num_workers: Number of processes; with 1 everything is done in this one.
         progress: Called after each block with its number of pairs.
@@ -173,7 +173,7 @@ def binarize(
         The counts of the split.
 
     Raises:
-        UserError: A line is no UTF-8, the two files differ in length, or a worker process died.
+        UserError: A line is not UTF-8, the two files differ in length, or a worker process died.
     """
     vocabulary_size = len(encoder.segmenter.vocabulary)
     is_byte = encoder.segmenter.is_byte
@@ -211,7 +211,7 @@ def binarize(
 def _encode_in_order(
     blocks: Iterable[Block], encoder: BlockEncoder, *, num_workers: int
 ) -> Iterator[EncodedBlock]:
-    """Yield what the blocks give, in their order, with at most two blocks per worker under way."""
+    """Yield the encoded blocks in their order, with at most two blocks per worker under way."""
     blocks = iter(blocks)
     first_blocks = list(itertools.islice(blocks, num_workers))
     blocks = itertools.chain(first_blocks, blocks)
@@ -219,7 +219,7 @@ def _encode_in_order(
     if num_workers <= 1:
         yield from map(encoder, blocks)
         return
-    # Spawned, not forked: a fork copies the locks of other threads (a progress bar has one) in any state.
+    # Spawned, not forked: a fork copies the locks of other threads (a progress bar has one), even held ones.
     pool = ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -244,7 +244,7 @@ def _encode_in_order(
 
 
 _worker_encoder: (
-    BlockEncoder  # set once in each worker process, so that the model is not sent with each block
+    BlockEncoder  # set once in each worker process, so that the model need not be sent with each block
 )
 
 
@@ -256,7 +256,7 @@ def _start_worker(encoder: BlockEncoder) -> None:
 
 
 def _end_with_parent() -> None:
-    """Leave when the parent was killed; the pool's workers would wait for its next block for ever."""
+    """End when the parent was killed; otherwise workers would wait for its next block for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""What nmt-preprocess makes, opened and checked; what fairseq-preprocess makes is opened too."""
+"""The data directories of nmt-preprocess, opened and checked. Those of fairseq-preprocess are opened, too."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def dictionary_name(lang: str) -> str:
 
 
 def find_language_pair(path: Path) -> tuple[str, str] | None:
-    """Return source and target language as the names of binarised splits tell them, or None if none is there.
+    """Return source and target language from the names of binarised splits, or None if there is no split.
 
     Raises:
-        UserError: They tell more than one pair.
+        UserError: The names have more than one pair of languages.
     """
     pairs = {
         (match[1], match[2])
@@ -61,8 +61,8 @@ def find_language_pair(path: Path) -> tuple[str, str] | None:
 class DataDirectory:
     """A directory of binarised splits, with the SentencePiece model and the dictionaries they were made with.
 
-    One that fairseq-preprocess made has neither record nor raw text nor SentencePiece model: what it has is
-    told by the names of its files.
+    A directory of fairseq-preprocess has no record, no raw text and no SentencePiece model. The names of its files
+    say what is there.
 
     Attributes:
         path: Where it is.
@@ -77,10 +77,10 @@ class DataDirectory:
         """Read its record, and check that every file is there in full size.
 
         Raises:
-            UserError: It is no data directory or of another version, or a file is missing or cut short.
+            UserError: It is not a data directory, has another version, or a file is missing or cut short.
         """
         self.path = Path(path)
-        # Ours without its record is damaged, and not fairseq's.
+        # A directory of nmt-preprocess without its record is damaged. It is not one of fairseq's.
         is_ours = any((self.path / name).exists() for name in (RECORD_NAME, MODEL_NAME))
         pair = None if is_ours else find_language_pair(self.path)
         self.has_raw_text = pair is None
@@ -101,7 +101,7 @@ class DataDirectory:
         return vocabulary
 
     def has_split(self, split: str) -> bool:
-        """Say whether the split was made: `train`, `valid` or `test`."""
+        """Return whether the split exists: `train`, `valid` or `test`."""
         return split in self.record["splits"]
 
     def num_pairs(self, split: str) -> int:
@@ -115,7 +115,7 @@ class DataDirectory:
         return self.path / split_name(split, self.source_lang, self.target_lang, lang)
 
     def raw_path(self, split: str, lang: str) -> Path:
-        """Return the raw text of `valid` or `test`: line i is pair i. A line ends with a newline only."""
+        """Return the path of the raw text of `valid` or `test`: line i is pair i. Only a newline ends a line."""
         self._check_split(split)
         assert self.has_raw_text, "fairseq-preprocess keeps no raw text"
         assert split != "train", "the raw training text is not kept"
@@ -137,7 +137,7 @@ class DataDirectory:
 
 
 def _fairseq_record(path: Path, source_lang: str, target_lang: str) -> dict[str, Any]:
-    """Return what a record would say of a directory that fairseq-preprocess made.
+    """Return the record that a directory of fairseq-preprocess would have.
 
     Raises:
         UserError: A file of a split is missing.

@@ -24,7 +24,7 @@ _HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the type, number of
 _VERSION = 1
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 _BYTES_PER_SEQUENCE = 4 + 8  # size and offset
-_CHUNK = 2**16  # sequences or ids at a time: what is computed of them stays in the processor's cache
+_CHUNK = 2**16  # sequences or ids at a time, so that results stay in the processor's cache
 
 
 def smallest_dtype(vocabulary_size: int) -> np.dtype[np.integer]:
@@ -45,8 +45,8 @@ def idx_path(path_prefix: Path) -> Path:
 class IndexedDataset:
     """Read-only sequences of ids.
 
-    Files are opened at first use, in each process on its own: pickling carries the path only. What is
-    returned are views of the map that keep it alive, so they stay valid when the dataset is gone.
+    Each process opens the files by itself, at first use: pickling carries only the path. Returned arrays are views
+    of the map. They keep the map alive, so they stay valid when the dataset is gone.
     """
 
     def __init__(self, path_prefix: Path) -> None:
@@ -72,7 +72,7 @@ class IndexedDataset:
         """Read the whole dataset once, at the speed of the disk.
 
         Raises:
-            UserError: An id is none of the first `num_types`, those of a dictionary.
+            UserError: An id is not below `num_types`, the number of types of a dictionary.
         """
         lowest = highest = 0
         for chunk in self._chunks():
@@ -101,7 +101,7 @@ class IndexedDataset:
         return self._open()[2].dtype
 
     def digest(self) -> bytes:
-        """Return a hash of all sequences in their order, whatever integer type they are of; it reads all."""
+        """Return a hash of all sequences in their order; it does not depend on the integer type. It reads all."""
         digest = hashlib.blake2b(self.sizes.data, digest_size=16)
         for chunk in self._chunks():
             digest.update(chunk.astype("<i4").data)
@@ -159,10 +159,10 @@ class IndexedDataset:
 def _check_index(
     sizes: NDArray[np.int32], offsets: NDArray[np.int64], dtype: np.dtype[np.integer], path: Path
 ) -> int:
-    """Check that the sequences lie one behind the other; return the number of bytes that they make.
+    """Check that the sequences follow one another without gaps; return their number of bytes.
 
     Raises:
-        UserError: They do not, as in a damaged index: sizes would be wrong, or read beyond the file.
+        UserError: They do not, as in a damaged index. Sizes would be wrong, or reads would pass the file's end.
     """
     end = 0
     for start in range(0, len(sizes), _CHUNK):
@@ -224,7 +224,7 @@ def _read_header(path: Path) -> tuple[np.dtype[np.integer], int]:
 
 
 class IndexedDatasetWriter:
-    """Write a dataset under temporary names; `finish` gives it its own. Nothing is gathered in memory.
+    """Writes a dataset under temporary names; `finish` gives it its final names. It gathers nothing in memory.
 
     As a context manager it finishes at the end of the block, and leaves nothing behind on an exception.
     """

@@ -1,14 +1,14 @@
-"""Languages behind the codes that name them: `zh`, `zh-TW`, `zho_Hans`, `cmn`, `chi`, `zh_CN` are one.
+"""The languages that codes name: `zh`, `zh-TW`, `zho_Hans`, `cmn`, `chi`, `zh_CN` are one language.
 
-A code's first part names the language by two letters (ISO 639-1) or three (639-2, 639-3); the other parts name
-script, country or variant (BCP 47, NLLB, mBART).
+The first part of a code names the language by two letters (ISO 639-1) or three (639-2, 639-3). The other parts
+name script, country or variant (BCP 47, NLLB, mBART).
 """
 
 import re
 from collections import Counter
 
-# Only languages that are treated in a way of their own. By ISO 639-2 and 639-3, kinds of Chinese among them, which
-# are written in the same characters; `jp` and `cn` are countries, but often taken for their languages.
+# Only languages that need a treatment of their own. The codes are those of ISO 639-2 and 639-3, also of the kinds
+# of Chinese, which share their characters. `jp` and `cn` are countries, but often used for the languages.
 _CODES = {
     "zh": "zho chi cmn yue wuu gan hak nan hsn cjy cpx cdo mnp cnp csp czh czo lzh cn chinese mandarin cantonese",
     "ja": "jpn jp japanese",
@@ -22,7 +22,7 @@ _CODES = {
 }
 _LETTERS_OF = {name: language for language, names in _CODES.items() for name in names.split()}
 _WRITTEN_WITHOUT_BLANKS = ("zh", "ja", "th", "lo", "km", "my", "bo", "dz")
-# Letters by which a language is told.
+# Letters by which a language is recognised.
 _SCRIPTS = (
     ("th", 0x0E01, 0x0E5B),
     ("lo", 0x0E81, 0x0EDF),
@@ -44,31 +44,31 @@ def language_of(code: str) -> str:
 
 
 def has_own_writing(code: str) -> bool:
-    """Return whether a code does not say that its language is written in another script than its own."""
+    """Return whether a code leaves its language in its own script, and names no other one."""
     return not any(part in _OTHER_SCRIPTS for part in _parts(code)[1:])
 
 
 def is_written_without_blanks(code: str) -> bool:
-    """Return whether words of a language stand side by side without blanks."""
+    """Return whether a language is written without blanks between words."""
     return language_of(code) in _WRITTEN_WITHOUT_BLANKS and has_own_writing(code)
 
 
 def _parts(code: str) -> list[str]:
-    """Return the parts of a code in small letters, without what stands around it: `<2zh>`, `__zh__`, ` zh`."""
+    """Return the parts of a code in small letters, without signs around it as in `<2zh>`, `__zh__`, ` zh`."""
     return re.split(r"[-_.@]", code.lower().strip("<>2_ "))
 
 
 def is_named_otherwise(code: str, guess: str) -> bool:
-    """Return whether a code does not say that a language is to be treated as the one that its letters tell."""
+    """Return whether a code asks for another treatment than the language that the letters of a text suggest."""
     if guess in ("zh", "ja", "ko"):
         return language_of(code) != guess
     return not is_written_without_blanks(code)  # others share a script, and are treated alike
 
 
 def guess_language(text: str) -> str | None:
-    """Return the language that most letters of a text belong to, if its words have no blanks or are BLEU's own.
+    """Return the language of most letters of a text, if it has no blanks between words or a BLEU of its own.
 
-    Japanese is told by its own letters, which hardly any of its sentences is without; else Han is Chinese.
+    Japanese is recognised by its own letters, which nearly every Japanese sentence has. Otherwise Han is Chinese.
     """
     counts = Counter(script for letter in text if (script := _script(letter)) is not None)
     num_letters = sum(letter.isalpha() for letter in text)

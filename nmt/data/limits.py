@@ -1,4 +1,4 @@
-"""What a batch may hold, and what that leaves of a data set, which is read a block at a time.
+"""What a batch may hold, and which examples of a data set fit. The data set is read a block at a time.
 
 Legend: N examples of the data set, n examples at hand, C lengths per example (columns: source, target).
 """
@@ -31,11 +31,11 @@ class BatchLimits:
     least: int = 1
     """Smallest number of examples in a batch."""
     is_packed: bool = False
-    """Nothing is padded: `max_tokens` limits the sum of the lengths of each column, and the order stays random."""
+    """Without padding: `max_tokens` limits the sum of the lengths of each column, and the order stays random."""
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "BatchLimits":
-        """Restore what `dataclasses.asdict` gave; checkpoints of older releases have fewer fields, and another."""
+        """Restore limits from `dataclasses.asdict`. Older checkpoints lack some fields, and have one more."""
         return cls(
             max_tokens=fields["max_tokens"],
             max_sentences=fields["max_sentences"],
@@ -46,18 +46,18 @@ class BatchLimits:
 
 
 class Survey(NamedTuple):
-    """What limits leave of a data set."""
+    """What remains of a data set under limits."""
 
     num_too_long: int
     """Number of examples beyond the limits."""
     longest: int
-    """The longest length, of any column, of the others; 0 if there are none."""
+    """The longest length, of any column, of the other examples; 0 if there are none."""
     sums: list[int]
-    """The sum of each column over the others: source and target tokens, for one."""
+    """The sum of each column over the other examples, such as source and target tokens."""
 
 
 def batch_limits(options: BatchingOptions) -> BatchLimits:
-    """Return what the options say that a batch may hold."""
+    """Return the limits that the options set."""
     assert options.max_tokens != "auto", "find it first (nmt/run/memory_probe.py)"
     can_have_least = options.batch_size is None or options.batch_size >= options.min_batch_size
     return BatchLimits(
@@ -99,7 +99,7 @@ def longest(sizes: Sizes) -> Indices:
 
 
 def too_long(sizes: Sizes, limits: BatchLimits) -> NDArray[np.bool_]:
-    """Return which examples are beyond the limits, True: too long, even alone: (n, C) -> (n,)."""
+    """Return which examples are too long even for a batch of their own (True): (n, C) -> (n,)."""
     if limits.max_tokens is None:
         return np.zeros(len(sizes), dtype=bool)
     return np.asarray(longest(sizes) > limits.max_tokens)

@@ -26,8 +26,8 @@ class OrderedBatches:
     """This rank's batches of a validation: by length, each example exactly once over all ranks.
 
     Nothing is shuffled or left out: an example longer than `max_tokens` is a batch of its own. Ranks may get
-    different numbers of batches, so nothing may be reduced over the ranks in between. Each iteration yields the
-    same batches; worker processes live until `close()`.
+    different numbers of batches, so the ranks must not exchange anything between batches. Each iteration yields
+    the same batches; worker processes live until `close()`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class OrderedBatches:
             for batch in plan_ordered(examples.sizes, batch_limits(options), rank=rank, world_size=world_size)
         ]
         self._feed = Feed()
-        # Workers that have nothing to read would only be started.
+        # No more workers than batches: the others would have nothing to read.
         num_workers = min(worker_processes(options), len(self._plan))
         self._loader: DataLoader[Any] | None = make_loader(
             examples, self._feed, num_workers=num_workers, pin_memory=pin_memory

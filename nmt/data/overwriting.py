@@ -1,4 +1,4 @@
-"""What nmt-preprocess may replace: the files that it has made itself, and nothing else of the user's."""
+"""What nmt-preprocess may replace: only files that it has made itself."""
 
 import json
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def check_inputs_stay(path: Path, inputs: Sequence[Path]) -> None:
 
 
 def _not_ours(path: Path) -> list[str]:
-    """Return the names of what is in a data directory besides the files that its record lists.
+    """Return the names of the files in a data directory that its record does not list.
 
     Raises:
         UserError: The record is damaged.

@@ -1,7 +1,10 @@
-"""Packed batches: sentences one after another in one row, without padding between them, and all rows of one size.
+"""Packed batches: sentences one after another in one row, without padding between them; all rows have one size.
 
-Work of one shape is what a GPU is good at: one recording (`nmt/system/cuda_graphs.py`), or one compiled program,
-serves all updates. What is left of a row after its last sentence is filled with parts that count for nothing.
+With one shape, one recording (`nmt/system/cuda_graphs.py`) or one compiled program serves all updates on a GPU.
+The rest of a row after its last sentence is filled with parts that count for nothing:
+
+    row     [ sentence 0 | sentence 1 | ... | sentence B-1 | filler | filler ]     L tokens
+    part      0            1                  B-1            B        B+1          the parts up to P-1 are empty
 
 Legend: B sentences, L tokens of a row, P parts of a row: its sentences, then those that fill it, then empty ones.
 """
@@ -23,9 +26,9 @@ from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.task import AllSizes
 
 MOST_PARTS = 65_535
-"""Of a row: CUDA starts no more programs than this along the axis on which PyTorch's attention puts them."""
+"""Most parts of a row: CUDA starts no more programs along the axis on which PyTorch's attention puts them."""
 _TOKENS_OF_A_FILLER = 256
-_NUM_SAMPLED = 2**16  # examples that tell how long they are
+_NUM_SAMPLED = 2**16  # examples, to estimate how long sentences are
 _NUM_ROWS = 7  # of `PackedTranslationBatch.content`, before the tables
 _BLOCK = 128  # tokens that one program of a kernel works on (`nmt/models/packed_kernels.py`)
 
@@ -35,39 +38,39 @@ class PackedShape:
     """The shape that all packed batches of a run have."""
 
     length: int
-    """L: tokens of a row on either side; more than its sentences may take, since each filler has one at least."""
+    """L: tokens of a row on either side. Sentences may take fewer, since each filler needs at least one."""
     num_parts: int
     """P."""
     longest: int
-    """No part has more tokens than this."""
+    """Most tokens of a part."""
 
     @property
     def num_items(self) -> int:
-        """I: most blocks that a row of this length can take on one side, see `_make_items`.
+        """I: most blocks that a row of this length can have on one side, see `_make_items`.
 
-        Two neighbouring groups have more than a block on one side together, so there are at most 4L / 128 + 1 of
-        them, and each long part among them is cut into one more block for each 128 tokens.
+        Two neighbouring groups together have more than a block of tokens on one side. So there are at most
+        4L / 128 + 1 groups. A long part is a group that is cut into one more block for each 128 tokens.
         """
         return -(-5 * self.length // _BLOCK) + 2
 
     @classmethod
     def of(cls, *, max_tokens: int, max_sentences: int, longest: int) -> Self:
-        """Return the shape for batches of at most so many tokens a side, sentences, and tokens a sentence."""
+        """Return the shape for at most `max_tokens` a side, `max_sentences`, and `longest` tokens a sentence."""
         num_fillers = _num_fillers(max_tokens)
-        length = -(-(max_tokens + num_fillers) // 64) * 64  # in which GPUs multiply
+        length = -(-(max_tokens + num_fillers) // 64) * 64  # GPUs multiply in tiles of 64
         return cls(length, max_sentences + num_fillers, max(longest, -(-length // num_fillers)))
 
 
 def most_sentences(max_tokens: int) -> int:
-    """Return how many sentences a row of so many tokens may hold at most, whatever their length."""
+    """Return how many sentences a row of `max_tokens` may hold at most, of any length."""
     return MOST_PARTS - _num_fillers(max_tokens)
 
 
 def packed_limits(options: BatchingOptions, sizes: AllSizes) -> BatchLimits:
     """Return what a packed batch may hold.
 
-    Its number of examples is limited in any case, since its tensors must have room for them: a quarter more than
-    are expected, by a sample of the data.
+    The number of examples is always limited, since the tensors must have room for them: a quarter more than a
+    sample of the data lets expect.
 
     Args:
         options: `max_tokens` is a number.
@@ -93,7 +96,7 @@ def _num_fillers(max_tokens: int) -> int:
 class PackedTranslationBatch:
     """Sentence pairs in a source row and a target row; part i of one belongs to part i of the other.
 
-    All is in one tensor, so that it goes between processes and to a device at once.
+    Everything is in one tensor, so that one copy takes it to another process or to a device.
     """
 
     content: Tensor
@@ -121,7 +124,7 @@ class PackedTranslationBatch:
 
     @property
     def target(self) -> Tensor:
-        """(L,) int32: what is to be predicted; padding where nothing is."""
+        """(L,) int32: the tokens to be predicted; padding where there is none."""
         return self._row(3)
 
     @property
@@ -172,7 +175,7 @@ class PackedTranslationBatch:
         return self._replace(self.content.clone())
 
     def copy_(self, other: "PackedTranslationBatch") -> None:
-        """Take over the tensors of another batch of the same shape; the counts stay, which are the host's."""
+        """Copy the tensors of another batch of the same shape. The counts stay, since they are on the host."""
         assert other.shape == self.shape, (other.shape, self.shape)
         self.content.copy_(other.content, non_blocking=True)
 
@@ -195,7 +198,7 @@ class PackedTranslationBatch:
 
 
 class PackedDataset:
-    """The pairs of a data set, to be collated into packed batches of one shape. Pickles."""
+    """The pairs of a data set, which are collated into packed batches of one shape. Pickles."""
 
     def __init__(self, pairs: ParallelDataset, shape: PackedShape) -> None:
         self.pairs = pairs
@@ -250,19 +253,23 @@ def pack_pairs(pairs: Sequence[Pair], shape: PackedShape) -> PackedTranslationBa
 
 
 def _make_items(lengths: NDArray[np.int64], shape: PackedShape) -> NDArray[np.int32]:
-    """Say what the programs of a kernel work on.
+    """Return the blocks that the programs of a kernel work on.
 
-    Neighbouring parts make a group as long as they fit into a block on both sides. A token attends to tokens of
-    its group alone, so that a program has all that a block needs. A longer part is a group of its own, cut into
-    blocks.
+    Neighbouring parts form a group as long as the group fits into a block on both sides. A token attends only to
+    tokens of its group, so a program has all that a block needs. A longer part is a group of its own, cut into
+    blocks:
+
+        parts     30  50  40 | 20  90 | 300
+        groups         0         1       2
+        blocks        120       110     128, 128, 44
 
     Args:
-        lengths: (2, p): of the parts of source and target.
-        shape: That of the batch.
+        lengths: (2, p): the lengths of the parts of source and target.
+        shape: The shape of the batch.
 
     Returns:
-        (2, I, 6): for the blocks of the source, and of the target, their own start and end, then start and end of
-        their group in the source, and in the target. Zeros where there are fewer blocks than I.
+        (2, I, 6): for each block of the source, and of the target: its start and end, then start and end of its
+        group in the source, and in the target. Zeros if there are fewer blocks than I.
     """
     ends = np.cumsum(lengths, axis=1)
     groups = cut_packed(lengths.T, max_tokens=_BLOCK, max_sentences=None)

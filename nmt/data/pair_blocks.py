@@ -12,7 +12,7 @@ BLOCK_BYTES = 4 * 2**20  # both sides together
 
 
 class Block(NamedTuple):
-    """Consecutive pairs; each side holds `num_pairs` lines, every one ended by a newline."""
+    """Consecutive pairs; each side holds `num_pairs` lines, each with a newline at its end."""
 
     first_line: int  # 1-based number of its first line in the files
     num_pairs: int
@@ -23,7 +23,7 @@ class Block(NamedTuple):
 def read_blocks(source: Path, target: Path, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     """Cut two files at the same lines, into blocks of about `block_bytes` (more only for a longer pair).
 
-    Memory stays at a few blocks, however the lengths of the two sides differ.
+    Memory holds a few blocks, even if the lengths of the two sides differ much.
 
     Raises:
         UserError: The files have different numbers of lines (both counts are given), or a .gz is damaged.

@@ -33,10 +33,10 @@ class Sentences(Protocol):
     def __getitem__(self, index: int) -> NDArray[Any]: ...
 
     def digest(self) -> bytes:
-        """Return what tells the sentences from others."""
+        """Return a hash that tells the sentences from others."""
 
     def count(self, token_id: int) -> int:
-        """Return how often an id comes."""
+        """Return how often an id occurs."""
 
     def count_specials(self) -> tuple[int, int]:
         """Return how many special symbols stand within sentences, and how many sentences end without `</s>`."""
@@ -78,9 +78,9 @@ class TranslationBatch:
 
 @dataclass(frozen=True)
 class PairSizes:
-    """The lengths of all pairs, (N, 2) int32, of which `sizes[places]` reads some: nothing is kept.
+    """The lengths of all pairs, (N, 2) int32. `sizes[places]` reads some of them; nothing is kept.
 
-    The two sides lie in two files. To lay them side by side would take 8 bytes a pair in each process.
+    The two sides lie in two files. Laid side by side in memory they would take 8 bytes per pair in each process.
     """
 
     source: NDArray[np.int32]
@@ -88,7 +88,7 @@ class PairSizes:
     target: NDArray[np.int32]
     """(N,)."""
     positions: tuple[int, int] | None = None
-    """No length is told as more than this."""
+    """Longer lengths are given as this."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,7 +101,7 @@ class PairSizes:
 
     def __getitem__(self, places: Any) -> NDArray[np.int32]:
         """Return the lengths at a slice of places, or at (n,) indices: (n, 2)."""
-        # Each column in one piece, since what is asked of lengths is asked by columns.
+        # Each column in one piece of memory, since lengths are used by columns.
         sizes = np.stack([self.source[places], self.target[places]]).astype(np.int32, copy=False).T
         return (
             sizes if self.positions is None else np.minimum(sizes, np.array(self.positions, dtype=np.int32))
@@ -111,8 +111,8 @@ class PairSizes:
 class ParallelDataset:
     """The pairs of a split: sentence i of the source belongs to sentence i of the target.
 
-    A model may have too few positions for some pairs. These are given whole, but have the lengths, and come into
-    batches with the tokens, that it has positions for.
+    A model may have too few positions for some pairs. Indexing gives these pairs whole. Their lengths, and their
+    tokens in batches, are those that the model has positions for.
 
     Pickles as its two sides and their limits.
     """
@@ -131,7 +131,7 @@ class ParallelDataset:
             source: Sentences of ids.
             target: Their translations.
             split: The name of the split, where it has one.
-            positions: How many tokens of the source, and of the target, come into batches; None: all.
+            positions: How many tokens of a source, and of a target, come into batches; None: all.
 
         Raises:
             UserError: they have different numbers of sentences.
@@ -171,7 +171,7 @@ class ParallelDataset:
 
     @property
     def num_cut(self) -> int:
-        """Number of pairs that do not come into batches as a whole."""
+        """Number of pairs that are cut in batches."""
         if self.positions is None:
             return 0
         whole = PairSizes(self._source.sizes, self._target.sizes)
@@ -194,7 +194,7 @@ class ParallelDataset:
         return blake2b(self._source.digest() + self._target.digest(), digest_size=16).hexdigest()
 
     def unknown_shares(self) -> tuple[float, float]:
-        """Return which share of the source's tokens, and of the target's, are unknown; it reads them all."""
+        """Return the share of unknown tokens in the source, and in the target; it reads them all."""
         source, target = (
             side.count(UNK_ID) / max(int(side.sizes.sum(dtype=np.int64)) - len(side), 1)  # without eos
             for side in (self._source, self._target)
@@ -202,7 +202,7 @@ class ParallelDataset:
         return source, target
 
     def count_specials(self) -> tuple[int, int]:
-        """Return how many special symbols stand within sentences, and how many lack an end, on both sides."""
+        """Return how many special symbols stand within sentences of both sides, and how many of these lack an end."""
         (of_source, without_end), (of_target, without_end_of_target) = (
             self._source.count_specials(),
             self._target.count_specials(),
@@ -219,8 +219,8 @@ class ParallelDataset:
 def cut_pair(pair: Pair, positions: tuple[int, int]) -> Pair:
     """Cut a pair to what a model has positions for.
 
-    The source keeps its end of sentence. The target does not: what is left of it is no whole sentence, and its end
-    is not to be predicted.
+    The source keeps its end of sentence. The target does not: the rest of it is not a whole sentence, so no end
+    should be predicted.
     """
     (source, target), (longest_source, longest_target) = pair, positions
     if len(source) > longest_source:

@@ -1,4 +1,4 @@
-"""Where the pieces of a text stand in it, as SentencePiece tells."""
+"""Where the pieces of a text stand in it, according to SentencePiece."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 Span = tuple[int, int]
 """From the first character to the one after the last."""
 
-# Fields of its messages `SentencePieceText`, and within it `SentencePiece`. They are read here, since its Python
-# interface to them has changed from version to version, and needs the package protobuf.
+# Fields of SentencePiece's message `SentencePieceText`, and of `SentencePiece` within it. They are read here
+# because its Python interface to them changes from version to version, and needs the package protobuf.
 _PIECES = 2
 _BEGIN, _END = 4, 5
 _VARINT, _BYTES = 0, 2  # kinds of fields
@@ -18,10 +18,10 @@ def read_spans(message: bytes, text: str) -> list[Span]:
     """Return the place of each piece of a text.
 
     Args:
-        message: The text as SentencePiece has encoded or decoded it, with `out_type="serialized_proto"`.
-        text: What was given to be encoded, or has come of decoding.
+        message: SentencePiece's result of encoding or decoding the text, with `out_type="serialized_proto"`.
+        text: The text that was encoded, or the text that decoding gave.
     """
-    # SentencePiece counts bytes. Where a character does not end, the place counts as that of its beginning.
+    # SentencePiece counts bytes. A place within a character counts as the beginning of the character.
     places, place = [], 0
     for character in text:
         places += [place] * len(character.encode("utf-8"))

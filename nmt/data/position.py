@@ -1,4 +1,4 @@
-"""A place in the sequence of batches of all epochs, which a checkpoint keeps."""
+"""A place in the sequence of batches of all epochs. A checkpoint keeps it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,9 +12,9 @@ from nmt.errors import DamagedError, UserError, counted
 
 @dataclass(frozen=True)
 class Position:
-    """The same for all ranks, and for a later run with another number of them.
+    """A place that is the same for all ranks, and for a later run with another number of them.
 
-    The next batch to come is number `cuts[-1][1]` of the last cut of the window.
+    The next batch is number `cuts[-1][1]` of the last cut of the window.
     """
 
     window: Window
@@ -24,7 +24,7 @@ class Position:
     """In this epoch."""
 
     def to_state(self, *, dataset_size: int) -> dict[str, Any]:
-        """Return it in JSON types; `dataset_size` is what `from_state` compares."""
+        """Return the position in JSON types; `from_state` compares `dataset_size`."""
         order = self.window.order
         return {
             "epoch": order.epoch,
@@ -42,11 +42,11 @@ class Position:
 
         Args:
             state: From `to_state`.
-            order: That of the state's epoch, by its seed.
-            dataset_size: Number of examples that there are now.
+            order: The order of the state's epoch, by the state's seed.
+            dataset_size: The present number of examples.
 
         Raises:
-            UserError: There were others.
+            UserError: The number of examples was another.
         """
         if state["dataset_size"] != dataset_size:
             raise UserError(

@@ -31,7 +31,7 @@ from nmt.system.new_folder import new_folder
 
 MAX_TRAINING_SENTENCES = 10_000_000  # of both sides together, for SentencePiece
 _LARGE_SHARE_TOO_LONG = 0.01
-_LINES_TO_GUESS_BY = 1000  # which language it is
+_LINES_TO_GUESS_BY = 1000  # to guess the language
 _LARGE_SHARE_UNKNOWN = 0.1  # of pieces that are unknown, or bytes
 
 Log = Callable[[str], object]
@@ -48,8 +48,8 @@ class Split:
 def preprocess(options: PreprocessOptions, *, log: Log, block_bytes: int = BLOCK_BYTES) -> None:
     """Make a data directory.
 
-    Whatever can be found wrong in the input files is found before anything is written, and the directory
-    gets its name when it is complete. Its files do not depend on `options.workers`.
+    Faults of the input files are found before anything is written. The directory gets its name when it is
+    complete. Its files do not depend on `options.workers`.
 
     Args:
         options: What to make it of, and how.
@@ -81,7 +81,7 @@ def preprocess(options: PreprocessOptions, *, log: Log, block_bytes: int = BLOCK
             vocabulary.save(folder / dictionary_name(lang))
         record = _make_record(options, splits, reports, vocabulary, folder)
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        check_replaceable(options.destdir, overwrite=options.overwrite)  # something may have come meanwhile
+        check_replaceable(options.destdir, overwrite=options.overwrite)  # something new may be there by now
     log(f"{options.destdir}: complete")
 
 
@@ -103,7 +103,7 @@ def _check_splits(options: PreprocessOptions) -> dict[str, Split]:
 
 
 def _look_at_language(lang: str, file: TextFile) -> Iterator[str]:
-    """Yield a line if a text looks like a language whose words BLEU must know, and its code says another one."""
+    """Yield a line if a text looks like a language that BLEU treats specially, but its code names another one."""
     lines = itertools.islice(read_lines(file.path), _LINES_TO_GUESS_BY)
     guess = guess_language(b"".join(lines).decode("utf-8"))
     if guess is not None and is_named_otherwise(lang, guess):
@@ -116,7 +116,7 @@ def _look_at_language(lang: str, file: TextFile) -> Iterator[str]:
 def _make_segmenter(
     options: PreprocessOptions, splits: dict[str, Split], model_path: Path, log: Log
 ) -> Vocabulary:
-    """Train a SentencePiece model, or take the one that was named, and return its vocabulary."""
+    """Train a SentencePiece model, or take the given one, and return its vocabulary."""
     if options.sentencepiece_model is not None:
         check_plain_file(options.sentencepiece_model, "sentencepiece-model")
         model_path.write_bytes(without_paths(options.sentencepiece_model.read_bytes()))
@@ -153,20 +153,20 @@ def _make_segmenter(
 
 
 def check_plain_file(path: Path, name: str) -> None:
-    """Raise `UserError` unless an option names a file that can be read more than once, as a pipe cannot."""
+    """Raise `UserError` unless an option names a file that can be read more than once; a pipe cannot."""
     if not path.is_file():
         found = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "missing"
         raise UserError(f"`{name}` must be a plain file, but {path} is {found}. Name a file that stays.")
 
 
 def sample_lines(files: Iterable[TextFile], max_lines: int) -> Iterator[bytes]:
-    """Yield the lines of the files, or, if they are more than `max_lines`, as many, evenly spread."""
+    """Yield the lines of the files; if there are more than `max_lines`, yield that number, evenly spread."""
     files = list(files)
     num_lines = sum(file.num_lines for file in files)
     wanted = min(max_lines, num_lines)
     lines = (line for file in files for line in read_lines(file.path))
     for index, line in enumerate(lines):
-        # True `wanted` times for index in range(num_lines), at even distances
+        # True for `wanted` of the indices in range(num_lines), at even distances
         if (index + 1) * wanted // num_lines > index * wanted // num_lines:
             yield line
 
@@ -245,7 +245,7 @@ def _make_record(
     vocabulary: Vocabulary,
     folder: Path,
 ) -> dict[str, Any]:
-    """Gather what `preprocess.json` says; nothing that depends on time, place or number of workers."""
+    """Return the content of `preprocess.json`: nothing that depends on time, place or number of workers."""
     model = options.sentencepiece_model
     return {
         "format_version": FORMAT_VERSION,
@@ -290,7 +290,7 @@ def _make_record(
 
 
 def name_in_record(path: Path) -> str:
-    """Return the name of a file as text of UTF-8, which the locale's encoding may not have made of it."""
+    """Return the name of a file as text of UTF-8, even if the locale has another encoding."""
     return os.fsencode(path.name).decode("utf-8", errors="backslashreplace")
 
 

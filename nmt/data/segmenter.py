@@ -18,7 +18,7 @@ from nmt.data.text import clean_line
 from nmt.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, SPECIALS, UNK_ID, Vocabulary
 from nmt.errors import DamagedError, UserError, counted
 
-# Fixed, because it enters into the model file, and into the rounding of a unigram model's scores.
+# Fixed, because it changes the model file, and the rounding of a unigram model's scores.
 _NUM_TRAINING_THREADS = 8
 
 _NUM_BYTES = 256
@@ -29,11 +29,11 @@ _ERRORS_ONLY = 2  # SentencePiece's log level
 
 
 class Segmenter:
-    """A SentencePiece model that speaks a vocabulary's ids.
+    """A SentencePiece model that uses a vocabulary's ids.
 
-    Pieces are matched to the vocabulary by name, and a model's special ids to ours, so models trained
-    elsewhere and dictionaries of other toolkits work. The model is read at first use, in each process on
-    its own: pickling carries its path and the vocabulary.
+    Pieces are matched to the vocabulary by name, and a model's special ids to ours. So models trained elsewhere
+    and dictionaries of other toolkits work. Each process reads the model by itself, at first use: pickling carries
+    only its path and the vocabulary.
     """
 
     def __init__(self, model_path: Path, vocabulary: Vocabulary) -> None:
@@ -62,10 +62,9 @@ class Segmenter:
         return model.to_vocabulary[flat], sizes
 
     def spans(self, line: str) -> list[Span]:
-        """Return for each piece of a line where in the line it stands: what it was made of, in characters.
+        """Return for each piece of a line the span of characters that it was made of.
 
-        A character that is spelled by several pieces belongs to the last one; the others are empty, and stand
-        before it.
+        If several pieces spell one character, it belongs to the last of them. The others are empty, before it.
         """
         cleaned = clean_line(line)
         encoded = self._model().processor.encode(cleaned, out_type="serialized_proto")
@@ -73,7 +72,7 @@ class Segmenter:
         return [(start + offset, end + offset) for start, end in read_spans(encoded, cleaned)]
 
     def decoded_spans(self, ids: Sequence[int] | NDArray[np.integer]) -> list[Span]:
-        """Return for each of a sequence of ids where it stands in what `decode` makes of them."""
+        """Return for each of a sequence of ids its span in the text that `decode` makes of them."""
         model = self._model()
         known = np.asarray(ids, dtype=np.int64)
         shown = np.flatnonzero(known >= UNK_ID)
@@ -89,8 +88,8 @@ class Segmenter:
     def decode(self, sequences: Iterable[Sequence[int] | NDArray[np.integer]]) -> list[str]:
         """Join the pieces of each sequence of ids into a line of text.
 
-        BOS, PAD and EOS are skipped, an unknown token is shown as SentencePiece shows it. A newline or a carriage
-        return, which byte pieces can spell, becomes a space: one sequence is one line, whoever reads it.
+        BOS, PAD and EOS are skipped; an unknown token is shown as by SentencePiece. A newline or a carriage
+        return, which byte pieces can spell, becomes a space, so that one sequence is one line for every reader.
         """
         model = self._model()
         texts = []
@@ -103,7 +102,7 @@ class Segmenter:
 
     @property
     def is_byte(self) -> NDArray[np.bool_]:
-        """Which vocabulary ids are bytes of characters that have no piece of their own: (V,)."""
+        """True for vocabulary ids that are bytes, which spell characters without a piece of their own: (V,)."""
         return self._model().is_byte
 
     def __getstate__(self) -> tuple[Path, Vocabulary]:
@@ -120,9 +119,9 @@ class Segmenter:
 
 
 class PieceSegmenter:
-    """Splits at white space alone: for text that is in pieces already.
+    """Splits only at white space: for text that is in pieces already.
 
-    It stands in for a `Segmenter` where there is no SentencePiece model.
+    It replaces a `Segmenter` if there is no SentencePiece model.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -153,7 +152,7 @@ class _LoadedModel:
         num_pieces = self.processor.get_piece_size()
         names = [self.processor.id_to_piece(piece_id) for piece_id in range(num_pieces)]
         specials = _special_ids(self.processor)
-        # A piece of text that is spelled like a special symbol is unknown: it neither ends nor pads a line.
+        # Text that is spelled like a special symbol is an unknown piece: it neither ends nor pads a line.
         to_vocabulary = [
             specials.get(piece_id, max(vocabulary.id(name), UNK_ID)) for piece_id, name in enumerate(names)
         ]
@@ -166,7 +165,7 @@ class _LoadedModel:
                 num_known += 1
                 self.from_vocabulary[token_id] = piece_id
                 self.is_byte[token_id] = self.processor.is_byte(piece_id)
-        # A dictionary may lack rare pieces, or hold some tokens more, but not be mostly of other pieces.
+        # A dictionary may lack rare pieces or have a few more tokens, but most of its pieces must be the model's.
         if 2 * num_known < len(vocabulary) - len(SPECIALS):
             raise UserError(
                 f"the vocabulary must belong to {path}, but only {num_known:,} of its "
@@ -176,16 +175,16 @@ class _LoadedModel:
 
 
 def read_vocabulary(model_path: Path) -> Vocabulary:
-    """Return a model's pieces in the order of its ids, its special symbols replaced by ours.
+    """Return a model's pieces in the order of its ids, with our special symbols instead of its own.
 
     Raises:
-        UserError: The file is no SentencePiece model.
+        UserError: The file is not a SentencePiece model.
     """
     return Vocabulary(name for name in _own_pieces(model_path) if name not in SPECIALS)
 
 
 def find_misnamed_pieces(model_path: Path) -> list[str]:
-    """Return a model's pieces of text that are spelled like special symbols of ours, so that they are unknown."""
+    """Return a model's pieces of text that are spelled like our special symbols, and are therefore unknown."""
     return [name for name in _own_pieces(model_path) if name in SPECIALS]
 
 
@@ -211,21 +210,21 @@ def train_segmenter(
     The same sentences in the same order give the same file.
 
     Args:
-        sentences: The training text; blank lines are passed over, and lines above 4,192 bytes are cut.
+        sentences: The training text; blank lines are skipped, and lines above 4,192 bytes are cut.
         model_path: Where to write the model.
         vocab_size: Number of pieces wanted, the specials included.
         model_type: `bpe` or `unigram`.
         character_coverage: Share of the text's characters that get a piece of their own.
         extra_symbols: Strings that are always one piece.
         normalization: How SentencePiece changes text before it splits it. `nmt_nfkc`, its default: NFKC, control
-            characters dropped, every white space a plain one. `identity`: runs of blanks become one, no more.
-        named: What the sentences are, for an error text.
+            characters dropped, every white space a plain one. `identity`: only runs of blanks become one.
+        named: A name of the sentences for error texts.
 
     Returns:
-        The number of pieces: `vocab_size`, or less where the text does not yield so many.
+        The number of pieces: `vocab_size`, or less if the text does not yield so many.
 
     Raises:
-        UserError: `vocab_size` is too small (the least that suffices is named), or no sentence is usable.
+        UserError: `vocab_size` is too small (the text names the smallest possible one), or no sentence is usable.
     """
     for symbol in extra_symbols:
         if symbol in SPECIALS or _BYTE_PIECE.fullmatch(symbol):
@@ -240,7 +239,7 @@ def train_segmenter(
             model_type=model_type,
             # Below this SentencePiece fails before it knows its alphabet, and so the size it needs.
             vocab_size=max(vocab_size, len(SPECIALS) + _NUM_BYTES + len(extra_symbols)),
-            hard_vocab_limit=False,  # a size out of reach is lowered
+            hard_vocab_limit=False,  # lower a size that the text cannot fill
             character_coverage=character_coverage,
             user_defined_symbols=list(extra_symbols),
             normalization_rule_name=normalization,
@@ -262,10 +261,10 @@ def train_segmenter(
 
 
 def training_lines(sentences: Iterable[bytes | str]) -> Iterator[str]:
-    """Yield text as SentencePiece's trainer takes it; what it cannot, it would leave out without a word.
+    """Yield text in a form that SentencePiece's trainer takes, since it silently leaves out other lines.
 
-    That are lines above 4,192 bytes, which are cut, at blanks where there are some, and lines that hold the null
-    character or the sign that it uses itself, which become blanks. Blank lines are passed over.
+    Lines above 4,192 bytes are cut, at blanks if there are any. The null character, and the sign that
+    SentencePiece uses itself, become blanks. Blank lines are skipped.
     """
     for sentence in sentences:
         line = clean_line(sentence if isinstance(sentence, str) else sentence.decode("utf-8"))
@@ -279,7 +278,7 @@ def training_lines(sentences: Iterable[bytes | str]) -> Iterator[str]:
 
 
 def _cut(line: str) -> Iterator[str]:
-    """Cut a line into parts of at most the bytes that SentencePiece's trainer takes."""
+    """Cut a line into parts of at most as many bytes as SentencePiece's trainer takes."""
     data = line.encode("utf-8")
     while len(data) > _LONGEST_TRAINING_LINE:
         end = data.rfind(b" ", 1, _LONGEST_TRAINING_LINE) + 1
@@ -302,7 +301,7 @@ def _remember_failure(sentences: Iterable[str], failures: list[BaseException]) -
 
 
 def _explain(message: str, vocab_size: int, named: str) -> NoReturn:
-    """Raise a UserError for what SentencePiece's trainer complains of."""
+    """Raise a UserError for a message of SentencePiece's trainer."""
     if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         raise UserError(
             f"`vocab-size` must be at least {too_small[1]} for this text (special symbols, bytes, alphabet), "
@@ -322,7 +321,7 @@ def _load_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
         processor.LoadFromSerializedProto(data)
         for piece_id in range(processor.get_piece_size()):
             processor.id_to_piece(piece_id)
-    except (RuntimeError, UnicodeDecodeError):  # the latter where a message or a piece is no UTF-8
+    except (RuntimeError, UnicodeDecodeError):  # the latter if a message or a piece is not UTF-8
         raise DamagedError(
             f"{path} must be a SentencePiece model, but is not, or is cut short. Name another."
         ) from None
@@ -330,7 +329,7 @@ def _load_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def _special_ids(processor: sentencepiece.SentencePieceProcessor) -> dict[int, int]:
-    """Map a model's special ids to ours; a symbol that it lacks has the id -1, which no piece has."""
+    """Map a model's special ids to ours. A symbol that the model lacks has the id -1, which no piece has."""
     return {
         processor.bos_id(): BOS_ID,
         processor.pad_id(): PAD_ID,

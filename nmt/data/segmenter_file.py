@@ -1,8 +1,8 @@
-"""A SentencePiece model file without what it tells of the machine that it was trained on.
+"""A SentencePiece model file without the paths of the machine that it was trained on.
 
-The file is a protocol buffer (google/sentencepiece, sentencepiece_model.proto); its trainer notes down where the
-text and the model were. Data directories and model folders get a copy without these fields, which nothing that
-encodes text reads.
+The file is a protocol buffer (google/sentencepiece, sentencepiece_model.proto). Its trainer writes down where the
+text and the model were. Data directories and model folders get a copy without these fields, which are not needed
+to encode text.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
 def without_paths(model: bytes) -> bytes:
-    """Return a model file without the paths in it; a file that is no protocol buffer as it is."""
+    """Return a model file without its paths; a file that is not a protocol buffer is returned unchanged."""
     try:
         parts = []
         for number, kind, start, content, end in _fields(model):
@@ -36,7 +36,7 @@ def without_paths(model: bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield for each field its number, its kind, and where it, its content and the next field begin."""
+    """Yield for each field its number, its kind, and the places where it, its content and the next field begin."""
     place = 0
     while place < len(data):
         start = place

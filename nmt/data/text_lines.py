@@ -1,9 +1,8 @@
 """Text files, read once from front to back, as lines.
 
-A line ends with `\\n` and with nothing else: `\\r`, U+2028, U+0085 and form feeds stay inside their line, so
-that lines are counted as `wc -l` counts them. Where lines are decoded, the `\\r` of CRLF is left out. The
-last line needs no newline. Files ending in `.gz` are inflated while reading; a UTF-8 byte order mark at the start
-of a file is skipped.
+Only `\\n` ends a line: `\\r`, U+2028, U+0085 and form feeds stay inside their line, so that lines are counted as
+by `wc -l`. When lines are decoded, the `\\r` of CRLF is removed. The last line needs no newline. Files whose names
+end in `.gz` are inflated while reading. A UTF-8 byte order mark at the start of a file is skipped.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ import numpy as np
 from nmt.errors import UserError
 
 _CHUNK_BYTES = 2**20
-_GZIP = b"\x1f\x8b"  # what compressed files begin with
+_GZIP = b"\x1f\x8b"  # the beginning of compressed files
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A text file that was read through once and found to be valid UTF-8."""
+    """A text file that was read through once and is valid UTF-8."""
 
     path: Path
     num_lines: int
-    sha256: str  # of the file as it lies on the disk, so of the compressed bytes of a .gz
+    sha256: str  # of the file on the disk, so of the compressed bytes of a .gz
 
 
 def find_file(prefix: str, language: str) -> Path:
-    """Return `PREFIX.LANGUAGE`, or `PREFIX.LANGUAGE.gz` where only that exists."""
+    """Return `PREFIX.LANGUAGE`, or `PREFIX.LANGUAGE.gz` if only that exists."""
     plain = Path(f"{prefix}.{language}")
     compressed = Path(f"{prefix}.{language}.gz")
     for path in (plain, compressed):
@@ -51,7 +50,7 @@ def check_file(path: Path) -> TextFile:
     """Read a file through: count its lines, check that it is UTF-8, hash it.
 
     Raises:
-        UserError: The file is empty, no valid UTF-8 (file and line are named), or a damaged .gz.
+        UserError: The file is empty, not valid UTF-8 (file and line are named), or a damaged .gz.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_newlines = 0
@@ -62,7 +61,7 @@ def check_file(path: Path) -> TextFile:
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                # `object` may begin with a character that the last chunk cut; no newline is in that.
+                # `object` may begin with a character that the last chunk cut; that part has no newline.
                 raise _not_utf8(
                     path, 1 + num_newlines + error.object[: error.start].count(b"\n"), error
                 ) from None
@@ -86,9 +85,9 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def decode_lines(data: bytes, path: Path, *, first_line: int) -> list[str]:
-    """Decode lines that are each ended by a newline, without the carriage returns of CRLF.
+    """Decode lines, each with a newline at its end, without the carriage returns of CRLF.
 
-    `first_line` (1-based) serves to name the line of an error.
+    `first_line` (1-based) is used to name the line of an error.
     """
     try:
         return [line.rstrip("\r") for line in data.decode("utf-8").split("\n")[:-1]]
@@ -109,7 +108,7 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
 
 
 class TextReader:
-    """The bytes of a file: inflated if it ends in .gz, and without a byte order mark."""
+    """The bytes of a file: inflated if its name ends in .gz, and without a byte order mark."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -126,7 +125,7 @@ class TextReader:
         self._file.close()
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes; none only at the end of the file."""
+        """Return up to `size` bytes; no bytes only at the end of the file."""
         data = self._read(max(size, len(codecs.BOM_UTF8)))
         if self._at_start:
             self._at_start = False
@@ -144,7 +143,7 @@ class TextReader:
 
 
 class LineBuffer:
-    """What was read of a file and not yet handed out, in whole lines."""
+    """The part of a file that was read and not yet handed out; it hands out whole lines."""
 
     def __init__(self, reader: TextReader) -> None:
         self._reader = reader

@@ -20,8 +20,8 @@ SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # indexed by the four ids above
 class Vocabulary:
     """A map between tokens and ids: the four specials first, then the tokens in file order.
 
-    It is one-to-one, but for a token that overwrites an earlier one of its name, as fairseq allows: both ids
-    read as the token, and the token has the later id.
+    The map is one-to-one, except for a token that overwrites an earlier one of the same name, as fairseq allows:
+    both ids give the token, and the token has the later id.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Vocabulary:
         """Number the tokens.
 
         Args:
-            tokens: What follows the four specials, in the order of its ids.
+            tokens: The tokens after the four specials, in the order of their ids.
             counts: How often each of `tokens` was seen in training data; zeros if None.
             overwriting: Ids of the tokens that may take the name of an earlier one.
 
@@ -57,11 +57,11 @@ class Vocabulary:
     def load(cls, path: Path) -> Vocabulary:
         """Read a `dict.<lang>.txt`: `token count` per line, cut at the last space; the specials are implicit.
 
-        A line may end with `#fairseq:overwrite`: its token may have been there before. A byte order mark at the
-        start of the file and carriage returns at the ends of lines are left out.
+        A line may end with `#fairseq:overwrite`: then its token may have been there before. A byte order mark at
+        the start of the file and carriage returns at the ends of lines are skipped.
 
         Raises:
-            UserError: A line is no such pair or not UTF-8, or a token comes twice; with file and line.
+            UserError: A line is not such a pair or not UTF-8, or a token comes twice; with file and line.
         """
         lines = (
             path.read_bytes().removeprefix(_BYTE_ORDER_MARK.encode()).split(b"\n")
@@ -82,7 +82,7 @@ class Vocabulary:
                 counts.append(int(count))
                 if not 0 <= counts[-1] <= _LARGEST_COUNT:
                     raise ValueError
-            except ValueError:  # UnicodeDecodeError is one, too
+            except ValueError:  # includes UnicodeDecodeError
                 raise UserError(
                     f"{path}, line {number}: must be `token count` in UTF-8, but is {shown(line)}. "
                     "Is this a dictionary made by nmt-preprocess or fairseq-preprocess?"
@@ -112,12 +112,12 @@ class Vocabulary:
                     f"the piece {shown(token)} holds a newline, which a dictionary cannot. "
                     "Take a SentencePiece model without it."
                 )
-        # A mark that is a token's own needs one before it, which `load` takes away.
+        # If the first token itself begins with a byte order mark, write one more, which `load` removes.
         mark = _BYTE_ORDER_MARK if lines and lines[0].startswith(_BYTE_ORDER_MARK) else ""
         path.write_bytes((mark + "".join(line + "\n" for line in lines)).encode("utf-8"))
 
     def with_counts(self, counts: Sequence[int]) -> Vocabulary:
-        """Return the same tokens with other counts: one per id, those of the specials ignored."""
+        """Return the same tokens with other counts: one per id; the counts of the specials are ignored."""
         assert len(counts) == len(self), "one count per id"
         first = len(SPECIALS)
         own = (int(count) for count in counts[first:])
