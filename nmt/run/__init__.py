@@ -1,1 +1,1 @@
-"""A run: what is found out before it, said of it and due in it; the story is `nmt/train_loop.py`."""
+"""The parts of a run: checks before it, what is due in it, and its reports. The story is `nmt/train_loop.py`."""

@@ -1,4 +1,4 @@
-"""What may be a mistake in a run that can go on all the same: a line each, before its first update."""
+"""What may be a mistake, although the run can go on: one line each, before the first update."""
 
 import math
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from nmt.options import TrainConfig
 from nmt.run.state import Surroundings
 from nmt.update.schedule import num_updates, num_warmup_updates
 
-# Far above what each learns with. Adam's updates are of the size of the rate, whatever the gradient.
+# Far above the rates that optimizers learn with. Adam's updates have the size of the rate, for any gradient.
 _HIGH_RATES = {"adam": 0.05, "adamw": 0.05, "adafactor": 0.5, "sgd": 3.0}
 
 
 def advice(config: TrainConfig[Any], surroundings: Surroundings) -> Iterator[str]:
-    """Yield warnings on options that make sense each by itself."""
+    """Yield warnings on options that make sense alone, but perhaps not together."""
     options = config.optimization
     lengths = {"updates_per_epoch": surroundings.updates_per_epoch}
     warmup, end = num_warmup_updates(options, **lengths), num_updates(options, **lengths)

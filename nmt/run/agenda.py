@@ -1,8 +1,8 @@
 """What is due now in a run: a pure function of where the run stands and of its options.
 
-The loop asks after each update, when an epoch is over, when a run is taken up and at its end. It asks again after
-whatever may change the answer: a report looks at the clock, a validation may use up the patience, and while a
-checkpoint is written the ranks ask each other whether to stop.
+The loop asks after each update, at the end of an epoch, when a run is resumed and at its end. It asks again after
+everything that may change the answer: a report looks at the clock, a validation may use up the patience, and while
+a checkpoint is written the ranks ask each other whether to stop.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from nmt.options import OptimizationOptions, TrainConfig
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a run stands, between two updates; every rank has the same."""
+    """Where a run stands between two updates. It is the same on every rank."""
 
     update: int
     """Updates that have been made."""
     epoch: int
-    """That of the last update."""
+    """The epoch of the last update."""
     is_epoch_complete: bool = False
-    """All batches of that epoch have been had."""
+    """All batches of that epoch have been used."""
     is_epoch_over: bool = False
-    """The reading of that epoch has ended, too: the next update is of the next one."""
+    """The iteration over that epoch has ended, too: the next update belongs to the next epoch."""
     is_validated: bool = False
-    """The weights after this update have been validated, and saved with it."""
+    """The weights after this update have been validated and saved."""
     is_kept: bool = False
     """The checkpoint of this update is known to be kept for good."""
     is_asked_to_stop: bool = False
@@ -35,7 +35,7 @@ class Moment:
     lr: float = 0.0
     """Of the last update."""
     is_past_warmup: bool = False
-    """The learning rate has had its peak."""
+    """The learning rate has reached its peak."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Due:
     save: bool
     """Save without a validation."""
     keep: bool
-    """What is saved now, for whatever reason, is kept for good."""
+    """A checkpoint of this update, saved for any reason, is kept for good."""
     reason: str | None
     """The limit that the run has reached, in words."""
     is_last: bool
-    """No update follows: a limit is reached, or somebody has asked to stop."""
+    """No update follows: a limit is reached, or there was a request to stop."""
     validate_at_end: bool
     """The run has reached a limit, and its last weights have not been validated."""
 
@@ -72,12 +72,12 @@ def due(moment: Moment, config: TrainConfig[Any]) -> Due:
     keeps_by_update = _is_due(update, options.keep_every_updates)
     saves_by_update = keeps_by_update or _is_due(update, options.save_interval_updates)
     keeps_by_epoch = ends_epoch and _is_due(moment.epoch, options.keep_every_epochs)
-    # What follows at the end of the epoch saves these weights.
+    # With `keeps_by_epoch`, the save at the end of the epoch comes for the same weights: one is enough.
     saves_now = keeps_by_epoch if moment.is_epoch_over else saves_by_update and not keeps_by_epoch
-    # So does a validation: at once, at the end of the epoch, or at that of the run.
+    # A validation saves, too: now, at the end of the epoch, or at the end of the run.
     will_validate = validates_now or validates_by_epoch or reason is not None
 
-    # What is due when somebody asks to stop is made up for when the run is taken up.
+    # After a request to stop nothing else is begun: a resumed run makes up for what is due now.
     is_open = not moment.is_validated and not is_interrupted
     return Due(
         report=update % config.log_interval == 0,

@@ -1,8 +1,8 @@
-"""Whether the threads of a run find cores that are free; where they do not, fewer of them are faster.
+"""Whether the threads of a run find free cores; if not, fewer threads are faster.
 
-An operation is done when its last thread is. A thread that has no core for a while, since other work has them or a
-limit holds the process back, lets all the others wait: an update on two threads may take many times as long as on
-one. The number of threads is left as it is, since what operations sum, and in which order, may depend on it.
+An operation is done when its last thread is. If other work, or a limit of the process, keeps one thread from a
+core, all the others wait: an update on two threads may take many times as long as on one. The number of threads is
+left as it is, since what operations sum, and in which order, may depend on it.
 """
 
 import time
@@ -12,17 +12,17 @@ from typing import NamedTuple
 import torch
 
 _TASKS = Path("/proc/self/task")
-_SECONDS = 15.0  # that are looked at together
-_LIMIT = 0.25  # one of two threads shares its core with other work
+_SECONDS = 15.0  # length of a period that is looked at
+_LIMIT = 0.25  # as if one of two threads shared its core with other work
 
 
 class CoreSeconds(NamedTuple):
-    """What has become of the time of a thread."""
+    """How a thread has spent its time."""
 
     run: float
     """Seconds on a core."""
     waited: float
-    """Seconds in which it could have gone on, but had no core."""
+    """Seconds in which it had work but no core."""
 
 
 class BusyCores:
@@ -35,7 +35,7 @@ class BusyCores:
         self._before: dict[str, CoreSeconds] = {}
 
     def warning(self) -> str | None:
-        """Return a warning if cores were not free for a while; it comes once. To be called after each update."""
+        """Return a warning, once, if cores were not free for a while. Call this after each update."""
         if not self._is_watching or (self._before and time.monotonic() - self._began < _SECONDS):
             return None
         now = core_seconds()
@@ -53,7 +53,7 @@ class BusyCores:
 
 
 def core_seconds(tasks: Path = _TASKS) -> dict[str, CoreSeconds]:
-    """Return the times of each thread since it began, by its number; nothing where the system is not Linux."""
+    """Return the times of each thread since it began, by its number; empty if the system is not Linux."""
     found = {}
     try:
         for task in tasks.iterdir():
@@ -65,7 +65,7 @@ def core_seconds(tasks: Path = _TASKS) -> dict[str, CoreSeconds]:
 
 
 def share_waited(before: dict[str, CoreSeconds], now: dict[str, CoreSeconds]) -> float:
-    """Return the share of the time in which threads had work that they had no core; 0 where nothing is known."""
+    """Return for which share of the time with work threads had no core; 0 if nothing is known."""
     run = waited = 0.0
     for thread, seconds in now.items():
         if thread in before:

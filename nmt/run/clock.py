@@ -33,7 +33,7 @@ class Clock:
         return round(self.seconds / 3600, 6)
 
     def start_training(self) -> None:
-        """Begin to count time as time of training; reports, validation and checkpoints are none."""
+        """Begin to count time of training. Reports, validation and checkpoints do not count as such."""
         self.last_read = time.monotonic()
 
     def count_training(self) -> None:
@@ -50,5 +50,5 @@ class Clock:
         return max(seconds, 1e-9)
 
     def stopped(self) -> Self:
-        """Return a clock that goes on from here: for whoever takes the run up."""
+        """Return a clock that goes on from here, for a resumed run."""
         return replace(self, seconds_before=self.seconds)

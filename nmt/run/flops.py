@@ -12,7 +12,7 @@ from nmt.system.onednn import operator_of_products
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts, two a multiply-add, what the products within its block take, those of the backward pass too.
+    """Counts the operations of the products in its block, two per multiply-add, the backward pass included.
 
         with FlopCounter() as counter:
             loss = model(x).sum()

@@ -79,7 +79,7 @@ class Followed:
             checkpoints: Of the run.
             progress: What it remembers.
             options: What is kept.
-            update: Of the newest checkpoint. Later ones are of a part that the run has gone back behind.
+            update: Of the newest checkpoint. Later ones belong to a part of the run that it has given up.
             may_prune: Whether any may be removed.
         """
         saved = [there for there in checkpoints.updates() if there <= update]

@@ -1,4 +1,4 @@
-"""What a run is going to be, told before its first update: model, data, work and memory; on demand, time."""
+"""The table of a run before its first update: model, data, work and memory; on demand, time."""
 
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ def size_rows(
     train_examples: "Examples[Any]",
     valid_examples: "Examples[Any]",
 ) -> list[str]:
-    """Return the lines of the table on the model and the data, for which nothing has to be computed."""
+    """Return the lines of the table on the model and the data. They need no computation."""
     world, words = trainer.world, words_of(trainer.task)
     per_epoch = batches.updates_per_epoch
     device = f"{world.size} x {world.device.type}"
@@ -36,7 +36,7 @@ def size_rows(
     rows += [("", f"{count:>13,} {part}") for part, count in counts.items()]
     sums = batches.survey.sums
     sizes = " / ".join(f"{size:,}" for size in sums)
-    # Where each example has the size 1 there is nothing to add.
+    # If every example has the size 1, sizes say nothing more than the number of examples.
     in_size = "" if sums == [batches.num_examples] else f" of {sizes} in size"
     left_out = batches.num_too_long
     without = f" ({left_out:,} more {by_number(left_out, 'is', 'are')} left out)" if left_out else ""
@@ -55,7 +55,7 @@ def size_rows(
 
 
 def cost_rows(trainer: Trainer, batches: BatchIterator, *, train_examples: "Examples[Any]") -> list[str]:
-    """Return the lines of the table on work and memory; takes the time of a batch.
+    """Return the lines of the table on work and memory; this takes the time of a batch.
 
     Call it after the worst batch has been probed (`nmt.run.memory_probe`), so that the memory is known.
     """
@@ -75,10 +75,10 @@ def time_row(config: TrainConfig[Any], batches: BatchIterator, *, seconds: float
     """Return the line of the table on how long a run takes.
 
     Args:
-        config: Says when it ends.
+        config: Says when the run ends.
         batches: Say how many updates an epoch has.
-        seconds: What an update takes.
-        done: Updates that have been made already.
+        seconds: The time of an update.
+        done: Updates that were made already.
     """
     speed = f"about {seconds:.2g} s an update"
     end = num_updates(config.optimization, updates_per_epoch=batches.updates_per_epoch)
@@ -114,7 +114,7 @@ def left_out(batches: BatchIterator, config: TrainConfig[Any]) -> list[str]:
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
-    """Return the number of parameters of each part, modules two deep; tied ones count where they come first."""
+    """Return the number of parameters of each part, down to two levels; tied ones count at their first place."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         module = name.removesuffix(".weight").removesuffix(".bias")
@@ -136,7 +136,7 @@ def duration(seconds: float) -> str:
 
 
 def _flop_a_target(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator) -> float:
-    """Return the floating-point operations a target of a batch of middling size."""
+    """Return the floating-point operations per target of a batch of medium size."""
     ordered = sorted(batches.first_batches, key=lambda batch: padded_size(examples.sizes, batch))
     middling = ordered[len(ordered) // 2]
     if batches.split_above is not None:

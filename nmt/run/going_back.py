@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from nmt.errors import UserError
 from nmt.trainer import Trainer
 
-_LOWEST_LR_SCALE = 2.0**-5  # of five times back the last one has failed
+_LOWEST_LR_SCALE = 2.0**-5  # five halvings are allowed
 
 
 def checkpoint_to_go_back_to(saved: Sequence[int], trainer: Trainer, *, limit: int) -> tuple[int, float]:
-    """Return the update of a good checkpoint, and the part of the learning rate to go on with from there.
+    """Return the update of a good checkpoint, and the factor of the learning rate from there on.
 
     Args:
-        saved: Updates of the checkpoints that are there, oldest first.
-        trainer: Has made bad updates.
-        limit: How many.
+        saved: Updates of the existing checkpoints, oldest first.
+        trainer: It has made bad updates.
+        limit: The number of bad updates in a row that was reached.
 
     Raises:
         UserError: There is no such checkpoint, or this has been tried too often.
@@ -24,7 +24,7 @@ def checkpoint_to_go_back_to(saved: Sequence[int], trainer: Trainer, *, limit: i
     lr_scale = trainer.lr_scale / 2
     if not saved:
         raise UserError(f"{fault}, before the first checkpoint. {remedy}")
-    # The first of them may be bad by the weights that the update before it has made, at any learning rate.
+    # The weights right before the first bad update may be the reason for it, at any learning rate.
     last_good = trainer.update - trainer.cancellations.known_in_a_row() - 2
     good = [update for update in saved if update <= last_good]
     if not good:

@@ -1,4 +1,4 @@
-"""What fits into the memory of the device, found out before the first update instead of in the middle of a run."""
+"""What fits into the memory of the device: found out before the first update, not in the middle of a run."""
 
 import resource
 import sys
@@ -30,8 +30,8 @@ from nmt.update.precision import Precision
 from nmt.update.probe import NEW_STATE, probe
 
 _FIRST_TOKENS = 512  # the search for the largest batch begins here
-_UPDATES_AN_EPOCH = 300  # at least, where `max-tokens` is found
-_FEWEST_TOKENS = 1024  # however small the data
+_UPDATES_AN_EPOCH = 300  # at least, if `max-tokens` is auto
+_FEWEST_TOKENS = 1024  # even for the smallest data
 _SAFETY = 0.9  # of what fits: allocations break into pieces as a run goes on
 
 
@@ -48,15 +48,15 @@ def fits(run: Callable[[Any], None], examples: Examples[Any], batch: Indices) ->
 
     Args:
         run: Runs it, such as `Trainer.probe`.
-        examples: What it is of.
-        batch: Which of them.
+        examples: The split.
+        batch: The indices of the batch's examples.
     """
     try:
         run(examples.collate([examples[index] for index in batch.tolist()]))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        # What failed is still held by the frames of the error.
+        # The frames of the error still hold the tensors of the batch that failed.
         error.__traceback__ = None
     else:
         return True
@@ -95,7 +95,7 @@ def find_split(trainer: Trainer, examples: Examples[Any], batches: Sequence[Indi
     largest = max(batches, key=lambda batch: padded_size(sizes, batch))
     with_longest = max(batches, key=lambda batch: int(longest(sizes[batch]).max()))
     limit: int | None = None
-    # Where these are one batch it is not run twice: on a slow machine that takes as long as an update.
+    # If both are the same batch, it is run once: on a slow machine a run takes as long as an update.
     for worst in (largest,) if largest is with_longest else (largest, with_longest):
         batch = worst
         while not _fits(trainer, examples, batch):
@@ -115,13 +115,13 @@ def find_split(trainer: Trainer, examples: Examples[Any], batches: Sequence[Indi
 def decide_split(
     trainer: Trainer, batches: BatchIterator, packing: Packing | None, *, max_tokens: int | None
 ) -> None:
-    """Find out whether batches fit into memory, and let those that do not be run in parts.
+    """Find out whether batches fit into memory, and run those that do not in parts.
 
     Args:
-        trainer: Runs the worst ones.
-        batches: Those of training.
-        packing: How they are packed, if they are.
-        max_tokens: What a packed row is to hold.
+        trainer: Runs the worst batches.
+        batches: The batches of training.
+        packing: How batches are packed, if they are.
+        max_tokens: Tokens of a packed row.
     """
     first_batches = batches.first_batches
     if packing is None:
@@ -132,10 +132,10 @@ def decide_split(
         found = find_packed_split(
             trainer, packing.pack, first_batches[0][:1], longest=longest_one, max_tokens=max_tokens
         )
-    # What a run was split by stays, or it would round otherwise when it is resumed with more memory.
+    # Keep the split of the run so far. Another one would round differently when it is resumed with more memory.
     batches.split_above = split_above = lower(found, batches.split_above)
     if packing is not None and max_tokens is not None:
-        # A run that was padded so far may have been split by less.
+        # A run that was padded so far may have been split into smaller parts.
         size = max_tokens if split_above is None else min(max_tokens, max(split_above, longest_one))
         batches.collate_with(packing.pack(max_tokens=size))
 
@@ -158,9 +158,9 @@ def find_packed_split(
     Args:
         trainer: Runs them.
         pack: Returns the training examples, to be collated into rows for `max_tokens`.
-        example: Any one of them, (1,): each row takes as much memory.
+        example: The index of any example, (1,): every row takes the same memory.
         longest: The length of the longest example, which a row must hold.
-        max_tokens: What a row is to hold.
+        max_tokens: The wanted number of tokens of a row.
 
     Raises:
         UserError: There is no memory for a row of the longest example.
@@ -186,10 +186,10 @@ def with_max_tokens(
     world: World,
     checkpoints: CheckpointFolder,
 ) -> tuple[TrainConfig[Any], list[str]]:
-    """Find a number for `max-tokens` auto: that of the run so far, or what is good to train with and fits.
+    """Find a number for `max-tokens` auto: that of the run so far, or one that is good to train with and fits.
 
     Returns:
-        The configuration with it, and lines on what was chosen, if something was.
+        The configuration with this number, and lines on what was chosen, if anything was.
     """
     batching = config.batching
     if batching.max_tokens != "auto":
@@ -236,15 +236,15 @@ def find_max_tokens(
     """Return the largest `max_tokens` for which the worst batch fits, with a margin, but no more than `most`.
 
     Args:
-        run: Runs the batches, of one and a half times the size each, until one does not fit.
+        run: Runs batches, each one and a half times as large as the one before, until one does not fit.
         examples: The training examples.
         window: A sample of them, (n,) indices.
-        multiple: As `required_batch_size_multiple`.
-        most: What is good to train with, see `most_tokens`.
-        world: The ranks, which must all find room.
+        multiple: Like `required_batch_size_multiple`.
+        most: The most that is good to train with, see `most_tokens`.
+        world: The ranks; the batches must fit on each.
 
     Raises:
-        UserError: On the CPU, whose memory is not its limit; or nothing fits.
+        UserError: On the CPU, which is not limited by its memory; or nothing fits.
     """
     if world.device.type == "cpu":
         raise UserError("`max-tokens` must be a number on a CPU, but is auto. Give one, such as 4096.")
@@ -258,12 +258,12 @@ def find_max_tokens(
 
 
 def most_tokens(num_tokens: int, *, longest_example: int, batches_an_update: int) -> int:
-    """Return the largest `max_tokens` for which an epoch has some hundred updates: fewer learn little from it.
+    """Return the largest `max_tokens` with a few hundred updates per epoch; with fewer, an epoch teaches little.
 
     Args:
-        num_tokens: Of an epoch, the longer side of each example.
-        longest_example: Has room in any case.
-        batches_an_update: Of all ranks.
+        num_tokens: Tokens of an epoch, counting the longer side of each example.
+        longest_example: A batch must have room for it.
+        batches_an_update: Number of batches per update, over all ranks.
     """
     return max(_FEWEST_TOKENS, longest_example, num_tokens // (_UPDATES_AN_EPOCH * batches_an_update))
 

@@ -1,4 +1,4 @@
-"""The parts of a run: its data, its model and its log are opened and put together, and nothing is written."""
+"""The parts of a run: opens its data, model and log and puts them together; nothing is written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from nmt.task_extras import folders_of
 from nmt.trainer import Trainer
 from nmt.update.compilation import compile_model
 
-_GPU_WORKERS = 2  # a GPU takes batches faster than the process that launches its work could read them
+_GPU_WORKERS = 2  # a GPU needs batches faster than the process that launches its work can read them
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Run:
     """The parts of a run, and where it stands. Its story is `nmt/train_loop.py`."""
 
     config: TrainConfig[Any]
-    """As it was given, with a number for `max-tokens` auto."""
+    """The given configuration, with a number for `max-tokens` auto."""
     world: World
     votes: StopVotes
     task: Task[Any]
@@ -56,8 +56,8 @@ class Run:
     chosen: Sequence[str]
     """Lines on what was chosen for this run."""
 
-    # `batches.epoch` moves on when its iteration ends. One that is taken up after the last update of an epoch
-    # yields nothing more, and then moves on.
+    # `batches.epoch` moves on when its iteration ends. If a run is resumed after the last update of an epoch, that
+    # iteration yields nothing, and then `batches.epoch` moves on.
     epoch: int
     """That of the last update."""
     progress: Progress = field(default_factory=Progress)
@@ -84,7 +84,7 @@ class Run:
         return due(moment, self.config)
 
     def state(self, trainer_state: dict[str, Any]) -> RunState:
-        """Return what a checkpoint is to remember, with the trainer's part of it."""
+        """Return what a checkpoint must remember, including the trainer's part."""
         return RunState(
             trainer=trainer_state,
             batches=self.batches.state_dict(),
@@ -96,7 +96,7 @@ class Run:
         )
 
     def look_at_clock(self) -> None:
-        """Take in how long the run has taken, if that may end it; rank 0's clock counts for all."""
+        """If a time limit is set, note how long the run has taken; rank 0's clock counts for all."""
         if self.config.optimization.stop_time_hours is not None:
             self.told_seconds = self.world.broadcast(self.clock.seconds)
 
@@ -107,7 +107,7 @@ class Run:
             self.progress,
             self.config.checkpoints,
             update=self.trainer.update,
-            # While updates are bad the newest are of no use (`go_back`), and must not displace those that are.
+            # While updates are bad, the newest checkpoints are useless (`go_back`) and must not replace good ones.
             may_prune=not self.trainer.cancellations.known_in_a_row(),
         )
 
@@ -120,7 +120,7 @@ class Run:
 
 
 def open_run(config: TrainConfig[Any], world: World, stop: StopRequest) -> Run:
-    """Open the data and build the model; on a GPU, find out how large batches may be if that is left open.
+    """Open the data and build the model; on a GPU with `max-tokens` auto, find out how large batches may be.
 
     Every rank must call this.
 

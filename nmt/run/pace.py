@@ -8,12 +8,12 @@ import torch
 from nmt.data.batch_iterator import BatchIterator
 from nmt.trainer import Trainer
 
-# Until the speed is steady: so many updates, or less if they take so long. A slow update is steady early, since
-# what the first ones cost besides does not grow with it.
+# Updates or seconds, whichever comes first, until the speed is steady. Slow updates are steady early, since the
+# extra cost of the first ones does not grow with their length.
 _NUM_FIRST, _FIRST_SECONDS = 10, 3.0
-_NUM_KNOWN, _KNOWN_SECONDS = 10, 6.0  # that the speed is known from: likewise, but two at least,
-_ONE_IS_ENOUGH_SECONDS = 15.0  # or one that takes as long as this
-_NUM_REMEMBERED = 200  # the last ones tell the speed
+_NUM_KNOWN, _KNOWN_SECONDS = 10, 6.0  # then the same until the speed is known, but at least two updates,
+_ONE_IS_ENOUGH_SECONDS = 15.0  # or a single one that takes this long
+_NUM_REMEMBERED = 200  # updates over which the speed is a mean
 
 
 class Pace:
@@ -22,12 +22,12 @@ class Pace:
     def __init__(self) -> None:
         self._num_first, self._first_seconds = 0, 0.0
         self._last: deque[float] = deque(maxlen=_NUM_REMEMBERED)
-        self._seconds = 0.0  # of all that are remembered
+        self._seconds = 0.0  # sum of all remembered updates
         self.validation_seconds: float | None = None
-        """Of the last validation and the checkpoint after it."""
+        """Time of the last validation and the checkpoint after it."""
 
     def note_update(self, seconds: float) -> None:
-        """Take in what an update has taken, the reading of its batches included."""
+        """Take in the time of an update, including the reading of its batches."""
         if self._num_first < _NUM_FIRST and self._first_seconds < _FIRST_SECONDS:
             self._num_first += 1
             self._first_seconds += seconds
@@ -49,14 +49,14 @@ class Pace:
         return self._seconds / max(len(self._last), 1)
 
     def seconds_left(self, num_updates: int, num_validations: float) -> float:
-        """Return how long so many updates take, with so many validations if one has been seen."""
+        """Return how long `num_updates` take, with `num_validations` if the time of one is known."""
         return self.seconds_per_update * num_updates + (self.validation_seconds or 0.0) * num_validations
 
 
 def try_updates(trainer: Trainer, batches: BatchIterator) -> float:
-    """Return the seconds of an update, from some that are made as a run makes them, with their reading.
+    """Return the seconds of an update, from some real updates, including the reading of their batches.
 
-    The trainer is of no use afterwards: they count like any others. Every rank must call this.
+    The trainer cannot be used afterwards, since these updates change it. Every rank must call this.
     """
     pace = Pace()
     while True:

@@ -30,7 +30,7 @@ def packing(
     examples: Examples[Any],
     device: torch.device,
 ) -> Packing | None:
-    """Return how training batches are packed, or None if they are to be padded.
+    """Return how training batches are packed, or None if they are padded.
 
     Raises:
         UserError: They must be packed, but cannot.
@@ -58,9 +58,9 @@ def notes_on_padding(
     examples: Examples[Any],
     device: torch.device,
 ) -> list[str]:
-    """Return a line that says why batches are padded where packed ones were to be expected; none elsewhere.
+    """Return a line that says why batches are padded, if a user would expect packed ones; otherwise no line.
 
-    Examples of one length need no padding, such as images.
+    Examples of one length, such as images, need no padding.
     """
     if not _wants_packing(config, device) or are_all_equal(examples.sizes):
         return []

@@ -25,9 +25,9 @@ from nmt.run.run_log import read_records
 Record = dict[str, Any]
 XAxis = Literal["update", "epoch", "hours"]
 
-# Okabe and Ito's colours, which people tell apart whatever their colour vision, but yellow, too faint for a line.
+# Okabe and Ito's colours, which people with any colour vision tell apart; without yellow, too faint for a line.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-# Lengths of dashes and gaps; none is a whole line.
+# Lengths of dashes and gaps; an empty tuple is a solid line.
 _DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (
     (0, ()),
     (0, (5, 1.5)),
@@ -166,7 +166,7 @@ def _choose_panels(runs: Sequence[RunRecords], metrics: Sequence[str]) -> list[s
 
 
 def _x_places(run: RunRecords, x: XAxis) -> Callable[[Record], float]:
-    """Return what places a record of a run from left to right."""
+    """Return the function that gives a record's place on the x axis."""
     if x == "update":
         return lambda record: record["update"]
     if x == "hours":
@@ -184,7 +184,8 @@ def _x_places(run: RunRecords, x: XAxis) -> Callable[[Record], float]:
         raise UserError(
             f"`x` epoch must have runs of an epoch or more, but {run.name} has none. Use --x update."
         )
-    # Epochs are reported as whole numbers: between their ends the updates tell, after the last end its length.
+    # Epochs are reported as whole numbers. Between two ends the updates tell the fraction, after the last end the
+    # length of the last epoch.
     epochs, updates = [0, *ends], [0, *ends.values()]
     length = (updates[-1] - updates[-2]) / (epochs[-1] - epochs[-2])
     last_epoch, last_update = epochs[-1], updates[-1]
@@ -220,7 +221,7 @@ def _draw_panel(
 
 
 def _kind_of_training(run: RunRecords, metric: str) -> str:
-    """Return which records draw a metric of training: reports, or epochs where these are the shorter."""
+    """Return which records draw a metric of training: reports, or epochs if there are more of these."""
     counts = Counter(record["kind"] for record in run.records if metric in record)
     return "epoch" if counts["epoch"] > counts["train"] else "train"
 
@@ -297,8 +298,8 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 def plain_text(text: str) -> str:
     """Return text that matplotlib shows letter by letter.
 
-    It would take dollar signs for the ends of a formula, leave a label that begins with an underscore out of a
-    legend, and end at what no font can show, such as a lone surrogate.
+    Otherwise it takes dollar signs as the ends of a formula, leaves labels that begin with an underscore out of
+    the legend, and fails at characters that no font can show, such as a lone surrogate.
     """
     visible = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return (" " if visible.startswith("_") else "") + visible.replace("$", r"\$")
@@ -306,7 +307,7 @@ def plain_text(text: str) -> str:
 
 @contextmanager
 def without_font_warnings() -> Iterator[None]:
-    """Let a character that no installed font has be drawn as a box, without a warning for each."""
+    """Draw a character that no installed font has as a box, without a warning for each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: what the scopes have seen, how fast it is, and how long it will take."""
+"""The reports of a run in progress: the metrics, the speed, and the time that is left."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ _NUM_SHOWN = 20  # examples of a cancelled update that are named in a line
 
 
 class Reports:
-    """Writes to the log of a run what its trainer's metrics have seen."""
+    """Writes the trainer's metrics to the log of a run."""
 
     def __init__(
         self, log: RunLog, trainer: Trainer, batches: BatchIterator, config: TrainConfig[Any]
@@ -39,7 +39,7 @@ class Reports:
         self.pace = Pace()
         self.waiting = WaitForData(trainer.world.device)
         self._busy_cores = BusyCores(trainer.world.device)
-        self._trained = 0.0  # of the clock, at the last update
+        self._trained = 0.0  # the clock's `trained` at the last update
         self._has_told_time = False
 
     def scope(self, scope: str, *, epoch: int, clock: Clock) -> None:
@@ -47,7 +47,7 @@ class Reports:
         metrics = self.trainer.metrics
         sums = metrics.sums(scope, self.trainer.world)  # waits for the device
         record: dict[str, Any] = {"update": self.trainer.update, "epoch": epoch}
-        if sums["num_targets"]:  # none where every update was cancelled
+        if sums["num_targets"]:  # 0 if every update was cancelled
             record.update(summarize(self.trainer.task, sums))
         if scope == "train":
             seconds = clock.take_training_seconds()
@@ -55,7 +55,7 @@ class Reports:
             record["waited for data"] = round(min(self.waiting.take_seconds() / seconds, 1.0), 4)
             world = self.trainer.world
             waited = min(world.waited.take_seconds() / seconds, 1.0)
-            # Ranks that gather their weights layer by layer wait within the passes, unseen.
+            # Sharded ranks wait for each other within the passes, layer by layer, which is not measured.
             if world.size > 1 and not self.config.optimization.shard_weights:
                 record.update(wait_for_ranks(world.gather(waited)))
             record.update(metrics.gauges(scope))
@@ -65,7 +65,7 @@ class Reports:
         elif "lr" in (gauges := metrics.gauges(scope)):
             record["lr"] = gauges["lr"]
         record["hours"] = clock.hours
-        if sums.get("num_cancelled"):  # not known to the first checkpoints
+        if sums.get("num_cancelled"):  # the oldest checkpoints do not have it
             record["cancelled updates"] = round(sums["num_cancelled"])
         self.log.report(scope, record, shown=self._shown(record))
         metrics.reset(scope)
@@ -91,7 +91,7 @@ class Reports:
             self.log.say(line)
 
     def _shown(self, record: Mapping[str, Any]) -> dict[str, str]:
-        """Return how people read some of the numbers."""
+        """Return some of the numbers in a form for people."""
         last_update = self._last_update()
         shown = {"update": f"update {record['update']}" + (f"/{last_update}" if last_update else "")}
         if "targets/s" in record:
@@ -145,7 +145,7 @@ class Reports:
         options = self.config.optimization
         ends = [] if options.max_update is None else [options.max_update]
         if options.max_epoch is not None:
-            # From where it stands, since earlier epochs may have had other batches.
+            # Count from the present place, since earlier epochs may have had other batches.
             epochs_left = max(options.max_epoch - self._epochs_done(), 0.0)
             ends.append(self.trainer.update + round(epochs_left * self.batches.updates_per_epoch))
         return min(ends, default=None)

@@ -1,4 +1,4 @@
-"""What is other than it was when a run is taken up: said in a line each, and kept in the record of the run."""
+"""What has changed when a run is resumed: a line for each change, also kept in the record of the run."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ from nmt.task import Examples
 from nmt.trainer import Trainer
 from nmt.update.schedule import build_schedule, num_updates
 
-_SAYS_NOTHING = ("dry_run",)  # of what becomes of the run
+_SAYS_NOTHING = ("dry_run",)  # options that do not change the run
 _WITH_AN_END = ("cosine", "polynomial")
 _NOTABLE = 1e-3  # as a share of the learning rate
 
 
 @dataclass(frozen=True)
 class Change:
-    """Something that is other than it was."""
+    """Something that has changed."""
 
     name: str
     before: Any
@@ -47,12 +47,12 @@ class Resumption:
 
     @property
     def lines(self) -> list[str]:
-        """What to say of it."""
+        """The lines for the log."""
         changes = [f"resume: {change}" for change in self.changes]
         return [f"resume: {self.begins}", *changes, *(f"warning: {warning}" for warning in self.warnings)]
 
     def report(self, log: RunLog, *, update: int, epoch: int) -> None:
-        """Say it, and keep what is other than it was, if anything is."""
+        """Write the lines, and keep the changes in the record, if there are any."""
         for line in self.lines:
             log.say(line)
         if self.changes or self.warnings:
@@ -90,17 +90,17 @@ def compare(
     *,
     folder: Path,
 ) -> Resumption:
-    """Find out what is other than in a checkpoint, and where in the data the run goes on.
+    """Find out what has changed since a checkpoint, and where in the data the run goes on.
 
     Args:
         before: The options of the checkpoint.
         now: The options from here on.
         state: Of the checkpoint.
-        here: What surrounds the run now.
+        here: The present surroundings.
         folder: The checkpoint.
 
     Raises:
-        UserError: The training examples have changed within an epoch, and this is not wanted.
+        UserError: The training examples have changed within an epoch, and the options do not accept that.
     """
     then = state.surroundings
     changes = list(changed_options(before, now))
@@ -156,7 +156,7 @@ def _changed_surroundings(then: Surroundings, now: Surroundings) -> Iterator[Cha
 def position_in_data(
     state: RunState, now: Surroundings, *, accepts_changed: bool
 ) -> tuple[Position, str | None]:
-    """Return where in the training data a run goes on, and a line if they are others than those of the checkpoint.
+    """Return where in the training data a run goes on, and a line if the data have changed since the checkpoint.
 
     Args:
         state: Of the checkpoint.
@@ -164,7 +164,7 @@ def position_in_data(
         accepts_changed: Whether an epoch may begin anew with other data.
 
     Raises:
-        UserError: It may not.
+        UserError: The data have changed within an epoch, and it may not begin anew.
     """
     then, position = state.surroundings, state.batches
     if then is None or then.train_data == now.train_data:
@@ -195,7 +195,7 @@ def _moved_rate(
     scale: float,
     updates_per_epoch: tuple[int, int],
 ) -> str | None:
-    """Return a line if what has changed moves the end of a schedule, or the learning rate of the next update."""
+    """Return a line if the changes move the end of a schedule, or the learning rate of the next update."""
     rates, ends = [], []
     for config, length in zip((before, now), updates_per_epoch, strict=True):
         options = config.optimization

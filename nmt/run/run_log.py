@@ -1,6 +1,6 @@
-"""What a run says: plain lines (stderr and train.log), JSON lines (metrics.jsonl), TensorBoard's, a progress bar.
+"""The output of a run: lines (stderr and train.log), JSON lines (metrics.jsonl), TensorBoard, a progress bar.
 
-Only rank 0 writes; on other ranks everything here does nothing.
+Only rank 0 writes. On the other ranks everything here does nothing.
 """
 
 import fcntl
@@ -29,11 +29,11 @@ TIMES = frozenset(
     {"targets/s", "hours", "hours left", "memory MiB", "waited for data"}
     | {"waited for ranks", "slowest rank", "slowest rank waited"}
 )
-"""The names in records that differ between runs that are otherwise equal."""
+"""The names in records whose values differ between otherwise equal runs."""
 
 _RECORDS = "metrics.jsonl"
 _RECORD = Record({"kind": Text(), "update": Whole()}, optional={"epoch": Whole(), "hours": Number(low=0.0)})
-_IS_NOTEBOOK = issubclass(tqdm, tqdm_notebook)  # of the two kinds tqdm has chosen the one for notebooks
+_IS_NOTEBOOK = issubclass(tqdm, tqdm_notebook)  # tqdm has chosen its kind for notebooks
 
 
 class RunLog:
@@ -61,7 +61,7 @@ class RunLog:
         self._bar: tqdm[Any] | None = None
 
     def open(self) -> None:
-        """Open the files for appending; the folder is this process's until it ends.
+        """Open the files for appending, and lock the folder for this process until it ends.
 
         Raises:
             UserError: Another process is training there.
@@ -96,7 +96,7 @@ class RunLog:
         """Write a line for people."""
         if self._text is None:
             return
-        line = one_line(line)  # it may name files and classes, whose names may hold anything
+        line = one_line(line)  # names of files and classes in it may hold any characters
         tqdm.write(line, file=sys.stderr)
         _append(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
@@ -104,9 +104,9 @@ class RunLog:
         """Write a record as a line for people and as a JSON line.
 
         Args:
-            kind: What it is of: "train", "epoch", "valid".
-            record: Numbers by name, "update" and "epoch" among them.
-            shown: How some of them are said in the line, by name; not at all where this is empty.
+            kind: "train", "epoch" or "valid".
+            record: Numbers by name, including "update" and "epoch".
+            shown: By name, the form of some numbers in the line; a number with an empty form is left out.
         """
         if self._records is None:
             return
@@ -117,12 +117,12 @@ class RunLog:
             self._events.report(kind, record)
 
     def record(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Write a JSON line alone; "update" is among what it says."""
+        """Write only a JSON line; the record must have "update"."""
         if self._records is not None:
             _append(self._records, json.dumps({"kind": kind, **record}) + "\n")
 
     def illustrate(self, update: int, illustrations: Illustrations) -> None:
-        """Show texts and images where something shows them."""
+        """Show texts and images if TensorBoard is on."""
         if self._events is not None:
             self._events.illustrate(update, illustrations)
 
@@ -130,7 +130,7 @@ class RunLog:
         """Move the bar to an update, of `total` if that is known."""
         if not self._shows_bar:
             return
-        if self._bar is None:  # a resumed run: the time that is left is estimated from the updates made here
+        if self._bar is None:  # a resumed run: its time left is estimated from the updates made here
             self._bar = tqdm(
                 total=total,
                 initial=update - 1,
@@ -144,7 +144,7 @@ class RunLog:
         self._bar.update(update - self._bar.n)
 
     def records_size(self) -> int:
-        """Return the size of metrics.jsonl in bytes, for `cut_records`; all of it is on the disk then."""
+        """Return the size of metrics.jsonl in bytes, for `cut_records`, after writing all of it to the disk."""
         if self._records is None:
             return 0
         if self._events is not None:
@@ -154,7 +154,7 @@ class RunLog:
         return self._records_path.stat().st_size
 
     def cut_records(self, size: int, *, update: int) -> None:
-        """Take back what was reported after a checkpoint, which the run goes on from.
+        """Remove what was reported after the checkpoint from which the run goes on.
 
         Args:
             size: The size that metrics.jsonl had at the checkpoint.
@@ -173,7 +173,7 @@ class RunLog:
             self._bar.close()
         for file in (self._records, self._text):
             if file is not None:
-                with suppress(OSError):  # what could not be written has been said
+                with suppress(OSError):  # a failed write has been reported already
                     file.close()
 
 
@@ -194,14 +194,14 @@ def _append(file: TextIO, line: str) -> None:
 
 
 def read_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read what a run has recorded; it may be going on: a last line that is not whole yet is left out.
+    """Read the records of a run, which may still be going on: an incomplete last line is left out.
 
     Args:
         folder: The folder of the run.
 
     Returns:
         The records, oldest first, each with "kind" ("train", "valid" or "epoch") and "update"; and the number of
-        lines that are damaged, and left out too.
+        damaged lines, which are left out, too.
 
     Raises:
         UserError: It is no folder of a run.
@@ -225,7 +225,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _json_value(value: Any) -> Any:
-    """Return None for what JSON has no number for."""
+    """Return None for numbers that JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -19,7 +19,7 @@ _SAME_COMMAND = "Start the same command on all machines"
 
 
 def check_same_options(config: TrainConfig[Any], world: World) -> None:
-    """Raise `UserError`, on all ranks, if one has other options or another torch; places may differ."""
+    """Raise `UserError`, on all ranks, if options or torch differ between ranks; places may differ."""
     if world.size == 1:
         return
     mine = {**to_mapping(config, with_paths=False), "torch": torch.__version__}
@@ -60,7 +60,7 @@ def machines_without(folder: Path, world: World) -> list[str]:
 
 
 def check_seen_by_all(folder: Path, world: World) -> None:
-    """Raise `UserError`, on all ranks, if some machine does not see a checkpoint, which every rank reads."""
+    """Raise `UserError`, on all ranks, if a machine does not see a checkpoint, which every rank must read."""
     if missing := machines_without(folder, world):
         raise UserError(
             f"`{folder}` must be seen by all machines, since every rank reads it, but is not by "

@@ -1,6 +1,6 @@
 """What a checkpoint remembers of its run besides the weights and the optimizer's tensors: `state.json`.
 
-What the file may hold is said in `nmt/checkpoints/run_state.py`, by which it is read.
+The schema by which the file is read is in `nmt/checkpoints/run_state.py`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from nmt.run.clock import Clock
 from nmt.run.validation_history import Progress
 
 Position = Mapping[str, Any]
-"""Where in the data, as `BatchIterator.load_state_dict` takes it."""
+"""The place in the data, as `BatchIterator.load_state_dict` takes it."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Surroundings:
     """The type that updates compute in, which `precision` auto leaves open."""
     updates_per_epoch: int
     num_examples: int
-    """Of an epoch of training, without those that are left out."""
+    """Examples of an epoch of training, without those that are left out."""
     train_data: str
     """Fingerprint of the training examples."""
     valid_data: str
@@ -33,13 +33,13 @@ class Surroundings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """The state of a run, to be saved or just loaded."""
+    """The state of a run, as it is saved or loaded."""
 
     trainer: Mapping[str, Any]
     """What `Trainer.load_state_dict` takes, without tensors."""
     batches: Position
     split_above: int | None = None
-    """As `BatchIterator.split_above`: batches of more were run in parts."""
+    """See `BatchIterator.split_above`: larger batches were run in parts."""
     surroundings: Surroundings | None = None
     """None in a checkpoint of an older release, which did not remember them."""
     progress: Progress = field(default_factory=Progress)
@@ -53,7 +53,7 @@ class RunState:
         return int(self.trainer["update"])
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes; JSON turns numbers that are keys into text."""
+        """Return the state for `from_json`. JSON turns keys that are numbers into text."""
         found = asdict(self)
         if self.surroundings is None:
             del found["surroundings"]

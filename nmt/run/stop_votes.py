@@ -1,4 +1,10 @@
-"""Whether a run is to stop before its end: what this rank wishes, and what all ranks have agreed on."""
+"""Whether a run stops before its end: the wish of this rank, and what all ranks have agreed on.
+
+A signal may reach one rank alone, but all ranks must end at the same update. So wishes are summed over the ranks
+with the number of targets of each update (`Trainer.train_step`), and every rank acts on the sum:
+
+    wants_stop (this rank) --> train_step --> num_wanting_stop (all ranks) --> note --> is_agreed (all ranks)
+"""
 
 import torch
 
@@ -12,14 +18,14 @@ class StopVotes:
 
     def __init__(self, stop: StopRequest, batches: BatchIterator, world: World) -> None:
         self.is_agreed = False
-        """Whether the run is to stop: the same on every rank."""
+        """Whether the run stops: the same on every rank."""
         self._stop = stop
         self._batches = batches
         self._world = world
 
     @property
     def wants_stop(self) -> bool:
-        """What this rank alone knows of."""
+        """Whether this rank wishes to stop; the others may not know of it yet."""
         return self._stop.reason is not None or self._batches.refusal is not None
 
     def note(self, num_wanting_stop: float) -> None:

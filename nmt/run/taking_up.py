@@ -1,4 +1,4 @@
-"""A run goes on from one of its checkpoints: after it has ended, or after too many updates that were cancelled."""
+"""A run goes on from one of its checkpoints: after it has ended, or after too many cancelled updates."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from nmt.run.state import Position, RunState
 
 
 def take_up(run: Run, update: int) -> tuple[Resumption, RunState]:
-    """Take over where a checkpoint stands, and find out what is other than it was then; nothing is written."""
+    """Load a checkpoint, and find out what has changed since then; nothing is written."""
     folder = run.checkpoints.at(update)
     with run.checkpoints.offering_an_earlier(update):
         refuse_other_run(run.task, run.config, folder)
@@ -32,7 +32,7 @@ def resume(run: Run, update: int) -> None:
 
 
 def go_back(run: Run) -> None:
-    """Take the last good checkpoint up again with half the learning rate, after too many cancelled updates.
+    """Go on from the last good checkpoint with half the learning rate, after too many cancelled updates.
 
     Raises:
         UserError: There is none, or this has been tried too often.
@@ -45,7 +45,7 @@ def go_back(run: Run) -> None:
     position, _ = position_in_data(state, run.surroundings, accepts_changed=True)
     _load(run, good, optimizer, state, position=position)
     _forget_what_came_after(run, good, state)
-    run.clock.seconds_before = seconds  # the time of the updates that are given up counts all the same
+    run.clock.seconds_before = seconds  # time spent on the abandoned updates still counts
     run.trainer.lr_scale = lr_scale
     run.log.report(
         "back",
@@ -61,23 +61,23 @@ def _read(run: Run, update: int) -> tuple[Mapping[str, Tensor], RunState]:
 def _load(
     run: Run, update: int, optimizer: Mapping[str, Tensor], state: RunState, *, position: Position
 ) -> None:
-    """Take the state of a checkpoint over, to go on from a position in the data."""
+    """Take over the state of a checkpoint, and go on from a position in the data."""
     run.trainer.load_weights(run.checkpoints.at(update))
     run.trainer.load_state_dict(optimizer, state.trainer)
     run.batches.load_state_dict(position)
-    # What has been found too large for this device stays so where an earlier process had more memory.
+    # The lower of both limits: an earlier process may have had more memory than this device has.
     run.batches.split_above = lower(state.split_above, run.batches.split_above)
     run.progress, run.clock = state.progress, state.clock
-    # That of the last update; a run may have been saved after an epoch whose validation could not be made.
+    # The epoch of the last update. A run may have been saved after an epoch whose validation was not possible.
     run.epoch = run.batches.epoch - (state.batches["examples_consumed"] == 0)
 
 
 def _forget_what_came_after(run: Run, update: int, state: RunState) -> None:
-    """Take back what was reported after the checkpoint that has been loaded, and see to links and old ones."""
+    """Remove the reports after the loaded checkpoint, set the links anew, and prune old checkpoints."""
     run.log.cut_records(state.records_size, update=update)
     # No rank may still be reading when rank 0 removes old checkpoints.
     run.world.barrier()
     if run.world.is_main:
-        # A process may have been killed before it did this.
+        # An earlier process may have been killed before it did this.
         run.checkpoints.link("last", update)
         run.link_best_and_prune()

@@ -1,6 +1,6 @@
-"""A run for TensorBoard: the scalars of its reports, and what its task illustrates.
+"""A run for TensorBoard: the scalars of its reports, and the task's texts and images.
 
-Needs the package tensorboard, which torch's writer is made of. Rank 0 alone writes.
+Needs the package tensorboard, which torch's writer uses. Only rank 0 writes.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _NO_SCALARS = ("update", "epoch")
 
 
 class EventWriter:
-    """Writes event files into a folder; what is written after a step can be taken back."""
+    """Writes event files into a folder; events after an update can be made void."""
 
     def __init__(self, folder: Path) -> None:
         """Name the folder; nothing is written yet."""
@@ -32,7 +32,7 @@ class EventWriter:
         assert self._writer is not None, "call go_on_after first"
         for name, value in record.items():
             if isinstance(value, (int, float)) and name not in _NO_SCALARS:
-                tag = f"{kind}/{name.replace('/', ' per ')}"  # a slash would make a group of its own
+                tag = f"{kind}/{name.replace('/', ' per ')}"  # a slash would open another group
                 self._writer.add_scalar(tag, value, record["update"])
 
     def illustrate(self, update: int, illustrations: Illustrations) -> None:

@@ -36,10 +36,10 @@ class Progress:
         """Take in a validation.
 
         Args:
-            update: After which it was.
-            value: Of `best-checkpoint-metric`.
-            better: Which way that is better.
-            measured: All that was measured.
+            update: The update after which it was made.
+            value: The value of `best-checkpoint-metric`.
+            better: Which way that metric is better.
+            measured: All metrics of the validation.
             patience: The metric that patience follows, and which way it is better; that of `value` unless given.
         """
         self.values[update] = value
@@ -49,11 +49,11 @@ class Progress:
         self.num_without_better = 0 if ranking[0] == update else self.num_without_better + 1
 
     def ranking(self, better: Direction, *, metric: str | None = None) -> list[int]:
-        """Return the validated updates, best first; the earlier of equals first, what is not a number last.
+        """Return the validated updates, best first; of equal ones the earlier first, NaN last.
 
         Args:
             better: Which way is better.
-            metric: What they are ranked by; `best-checkpoint-metric` unless given.
+            metric: The metric to rank by; `best-checkpoint-metric` unless given.
         """
         values = self.values
         if metric is not None:
@@ -68,7 +68,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Self:
-        """Undo `asdict` and JSON, which has only text for keys."""
+        """Undo `asdict` and JSON, whose keys are all text."""
         by_update = {
             name: {int(update): value for update, value in state.get(name, {}).items()}
             for name in ("values", "measured")

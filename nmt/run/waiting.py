@@ -13,8 +13,8 @@ T = TypeVar("T")
 class WaitForData:
     """Watches the batches of a run as they come.
 
-    On a GPU the time counts in which it has nothing to do while the next batch is asked for; watching does not
-    make it wait. On a CPU it is the time that asking takes, with the reading itself where this process does it.
+    On a GPU the time counts in which the device has nothing to do while the next batch is fetched; watching does
+    not make it wait. On a CPU it is the time of fetching, including the reading if this process does it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,9 +39,9 @@ class WaitForData:
 
 
 def wait_for_ranks(shares: Sequence[float]) -> dict[str, float | int]:
-    """Return what a report says of the shares of time in which each rank waited for others.
+    """Return the fields of a report on the shares of time in which each rank waited for others.
 
-    Whoever waits least is waited for; what it waits itself is what the exchange costs.
+    The others wait for the rank that waits least. Its own waiting time is the cost of the exchange.
     """
     least = min(shares)
     return {
