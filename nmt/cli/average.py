@@ -60,7 +60,7 @@ def average_run(options: AverageOptions) -> list[int]:
 
 
 def _best(folder: "CheckpointFolder") -> list[int]:
-    """Return the updates of the checkpoints that were validated, best first by `best-checkpoint-metric`."""
+    """Return the updates of the validated checkpoints, best first by `best-checkpoint-metric`."""
     from nmt.checkpoints.model_folder import load_config
     from nmt.run.validation_history import Progress
 

@@ -13,7 +13,7 @@ from nmt.checkpoints.find_folder import FoundModel
 from nmt.errors import LostRankError, UserError, one_line
 from nmt.system.out_of_memory import is_out_of_memory
 
-# What the operating system says of a write without naming the file.
+# Errors of writing for which the operating system does not name the file.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _LESS_MEMORY = "Take smaller batches, a smaller model or shorter lines, or a larger machine."
 _EXIT_USER_ERROR = 2
@@ -31,16 +31,16 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
 
     Args:
         prog: the name of the command.
-        body: everything that it does, the parsing of its command line included.
-        exit_code_of_closed_pipe: what the command ends with if the reader of stdout has gone.
+        body: everything that the command does, including the parsing of its command line.
+        exit_code_of_closed_pipe: the exit code if the reader of stdout has gone.
     """
     prepare_streams()
     try:
         body()
-        sys.stdout.flush()  # so that a closed pipe shows here, not when the interpreter ends
+        sys.stdout.flush()  # so that a closed pipe is noticed here, not when the interpreter ends
     except LostRankError as error:
         _say_error(prog, str(error))
-        # At once: what waits for the lost rank in other threads cannot be ended in any other way.
+        # At once: other threads may wait for the lost rank, and cannot be ended in any other way.
         sys.stderr.flush()
         os._exit(error.exit_code)
     except UserError as error:
@@ -69,18 +69,18 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
 
 
 def prepare_streams() -> None:
-    """Make the standard streams fit for whatever is printed.
+    """Make the standard streams safe for any output.
 
-    One that is closed, as daemons and `>&-` have it, becomes the null device: Python has None in its place, and
-    the next file that is opened would get its descriptor. What an encoding does not have is printed as `\\x..`. A
-    log that has no room any more does not end the work that it tells of.
+    A closed stream, as with daemons and `>&-`, becomes the null device. Otherwise Python has None in its place,
+    and the next file that is opened gets its descriptor. Characters that an encoding lacks are printed as `\\x..`.
+    A full disk for the log does not end the work.
     """
     for number, name, mode in ((0, "stdin", "r"), (_STDOUT, "stdout", "w"), (_STDERR, "stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
             try:
                 os.fstat(number)
-            except OSError:  # the lowest descriptor that is free is its own
+            except OSError:  # closed: the next open takes the lowest free descriptor, the stream's own
                 os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
         elif stream is sys.__stderr__ and isinstance(stream, io.TextIOWrapper):
@@ -105,7 +105,7 @@ class _LosesWhatHasNoRoom(io.FileIO):
 
 
 def announce_models(prog: str, models: Sequence[FoundModel]) -> list[Path]:
-    """Return the folders of models, and say of each that was found by way of its run which one it is."""
+    """Return the folders of models; for each that was found through its run, print which one it is."""
     for model in models:
         if model.note is not None:
             print(f"{prog}: model: {model.note}", file=sys.stderr)
@@ -118,7 +118,7 @@ def _fail(prog: str, text: str) -> None:
 
 
 def _is_stdout_closed() -> bool:
-    """Say whether nobody reads stdout any more; if so, it is let go."""
+    """Return whether nobody reads stdout any more; if so, point it at the null device."""
     poll = select.poll()
     poll.register(_STDOUT, select.POLLOUT)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
@@ -133,10 +133,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _let_stdout_go() -> None:
-    """Point stdout at the null device, because Python flushes it once more at its end."""
+    """Point stdout at the null device, because Python flushes it once more when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
 
 
 def _say_error(prog: str, text: str) -> None:
-    # In one piece, with its newline, or the lines of several ranks would run into one another.
+    # In one write, with the newline, so that the lines of several ranks do not mix.
     sys.stderr.write(f"{prog}: error: {one_line(text)}\n")

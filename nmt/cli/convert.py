@@ -56,10 +56,10 @@ def import_model(options: ImportOptions) -> None:
 
 
 def export_model(options: ExportOptions) -> None:
-    """Convert a model folder for CTranslate2, and let both translate a sample.
+    """Convert a model folder for CTranslate2, and let both models translate a sample.
 
     Raises:
-        SystemExit: With code 1 if they do not translate alike; nothing is written then.
+        SystemExit: With code 1 if their translations differ; then nothing is written.
     """
     if options.sample is not None:
         check_parallel(options.sample)
@@ -91,7 +91,7 @@ def _is_import(arguments: Sequence[str]) -> bool:
     """Return the direction.
 
     Raises:
-        UserError: It is not clear, or an option belongs to the other one.
+        UserError: The direction is not clear, or an option belongs to the other direction.
     """
     toolkit = peek(arguments, "--to")
     is_import = any(argument.partition("=")[0] == "--from" for argument in arguments)

@@ -62,17 +62,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def generate(options: GenerateOptions) -> None:
     """Translate a file, or standard input, and score the result if there is a reference.
 
-    Memory holds `buffer_size` lines, however many there are; with a baseline all translations.
+    Memory holds only `buffer_size` lines; with a baseline, all translations.
 
     Raises:
-        UserError: The texts or the model cannot be used; no output is left then. Or the reference or the baseline
-            has another number of lines than a stream had, which shows at the end: the output is kept.
+        UserError: The texts or the model cannot be used; then no output is left. Or the reference or the baseline
+            has another number of lines than a stream, which is known only at the end; then the output is kept.
     """
     translated = None if options.baseline_is_model else options.baseline
     num_lines = check_parallel(options.input, options.reference, translated)
     models = find_models(options.model)
 
-    # Here, so that --help, a misspelt option and a missing file are answered at once.
+    # Imported here, so that --help, a misspelt option and a missing file are answered at once.
     import torch
     from tqdm import tqdm
 
@@ -100,11 +100,11 @@ def generate(options: GenerateOptions) -> None:
     lines = read_text(options.input)
     baseline = None if translated is None else read_text(translated)
     if options.baseline_is_model:
-        lines, again = itertools.tee(lines)  # they are read in step, so that it holds one buffer
+        lines, again = itertools.tee(lines)  # both are read in step, so that `tee` holds only one buffer
         baseline = _translate_by_baseline(again, options, world.device, batching)
     references = References(options, translator, baseline)
     report = _Report(models, translator, options)
-    # The bar is for a terminal that shows nothing else.
+    # The progress bar needs a terminal on which nothing else is printed.
     hide_bar = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
     with (
         open_output(options.output) as output,
@@ -122,7 +122,7 @@ def generate(options: GenerateOptions) -> None:
                 for line in _to_lines(report.num_lines, translation, ids, alignments, options, translator):
                     output.write(line.encode() + b"\n")
                 report.add(translation)
-            output.flush()  # a chunk is a line where somebody waits for it
+            output.flush()  # if somebody waits for each line, a chunk is one line
             references.score(chunk, first_line=first_line)
     report.print()
     references.check_counts(report.num_lines)
@@ -156,7 +156,7 @@ def _to_lines(
     options: GenerateOptions,
     translator: Translator,
 ) -> Iterator[str]:
-    """Write a translation in the format that was asked for."""
+    """Return the lines of a translation in the wanted format."""
     from nmt.interop.fairseq_format import to_lines
     from nmt.translation.alignment import to_pharaoh
     from nmt.translation.json_lines import to_json_line
@@ -179,7 +179,7 @@ def _to_lines(
 def _align(
     translator: Translator, translations: Sequence[Translation], options: GenerateOptions
 ) -> Iterable[list[Links] | None]:
-    """Return the links of each hypothesis of each line, or None for each line where they are not asked for."""
+    """Return the links of each hypothesis of each line, or None for each line if they are not wanted."""
     from nmt.translation.alignment import align
 
     if not options.print_alignment:
@@ -236,7 +236,7 @@ def _translate(
 def _translate_by_baseline(
     lines: Iterable[str], options: GenerateOptions, device: torch.device, batching: Batching
 ) -> Iterator[str]:
-    """Translate with the model of the baseline, as with the other; what is for ensembles does not concern it."""
+    """Translate with the baseline's model and the same options, except those for ensembles."""
     from nmt.translation.translator import Translator
 
     assert options.baseline is not None
@@ -247,14 +247,14 @@ def _translate_by_baseline(
 
 
 class _Lines:
-    """How many lines have a fault, and the first of them."""
+    """The number of lines with a fault, and the first of them."""
 
     def __init__(self) -> None:
         self.count = 0
         self.first: list[int] = []
 
     def add(self, number: int) -> None:
-        """Take in the next one."""
+        """Take in the number of the next line with the fault."""
         self.count += 1
         if self.count <= _LINES_TO_NAME:
             self.first.append(number)
@@ -265,7 +265,7 @@ class _Lines:
 
 
 class _Report:
-    """What a user should know of the translations besides their text, for stderr."""
+    """The report on the translations for stderr: what a user should know besides their text."""
 
     def __init__(
         self, models: Sequence[FoundModel], translator: Translator, options: GenerateOptions
@@ -336,7 +336,7 @@ class _Report:
         rate = self.num_lines / max(seconds, 1e-9)
         lines = counted(self.num_lines, "line")
         summary = f"{lines} | {self.num_blank:,} blank | {seconds:.1f} s | {rate:,.1f} lines/s"
-        # In the same line, since whoever names a run may want to know which of its models has translated.
+        # In the same line, since a user who names a run may want to know which of its models has translated.
         notes = [f" | model: {model.note}" for model in self.models if model.note is not None]
         print(summary + "".join(notes), file=sys.stderr)
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             description=_DESCRIPTION,
             common=_COMMON,
         )
-        # Here, so that --help and a misspelt option are answered at once.
+        # Imported here, so that --help and a misspelt option are answered at once.
         from nmt.data.preprocess import preprocess
 
         preprocess(options, log=lambda line: print(one_line(line), file=sys.stderr, flush=True))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class References:
-    """Gives each line of the input its reference, and scores what has become of them.
+    """Gives each line of the input its reference, and scores the translations against the references.
 
     With a baseline all texts are kept, because a test of the difference needs them together.
     """
@@ -55,22 +55,22 @@ class References:
             yield Request(line, prefix, text)
 
     def as_given(self, translation: Translation) -> Translation:
-        """Return a translation that was scored with its text as it stands in the reference."""
+        """Return a scored translation with its text exactly as in the reference."""
         text = translation.request.reference
         if self._options.input_is_pieces or text is None or not translation.hypotheses:
             return translation
         return replace(translation, texts=[text], is_given=True)
 
     def ids(self, number: int, translation: Translation) -> NDArray[Any] | None:
-        """Return the ids of the reference of a line, by its number, where the output shows them."""
+        """Return the ids of the reference of line `number`, if the output shows them."""
         text, shows_ids = translation.request.reference, self._options.format == "fairseq"
         if text is None or not (shows_ids or self._options.input_is_pieces):
             return None
-        ids = self._encode(text, number)  # of pieces too: one that is too long is said before its line
+        ids = self._encode(text, number)  # for pieces, too: a too long one is told before its line
         return ids if shows_ids else None
 
     def score(self, translations: Sequence[Translation], *, first_line: int) -> None:
-        """Score the next translations against their references; only the first of a stream may have some."""
+        """Score the next translations against their references; references of a stream may end early."""
         if self._scores is None:
             return
         references, best = [], []
@@ -89,7 +89,7 @@ class References:
             self._compared += zip(best, baseline, references, strict=False)
 
     def check_counts(self, num_lines: int) -> None:
-        """Raise a `UserError` unless there was one line for each of the input; the rest is read to count it."""
+        """Raise a `UserError` unless there was one line per line of the input; the rest is read to be counted."""
         source = self._options.input or STANDARD_INPUT
         if self._options.reference is not None:
             while self._read() is not None:
@@ -100,7 +100,7 @@ class References:
             self._check_count(source, num_lines, self._options.baseline, num_baseline)
 
     def print_scores(self, file: TextIO) -> None:
-        """Print what the translations are worth, and whether they differ from the baseline's."""
+        """Print the scores of the translations, and whether they differ from the baseline's."""
         if self._scores is None:
             return
         print_scores(self._scores, file=file)
@@ -132,7 +132,7 @@ class References:
 
 
 def print_scores(running: RunningScores, *, file: TextIO) -> None:
-    """Print scores, and say on stderr if BLEU is too low to be looked at, or if there was nothing to score."""
+    """Print scores, and say on stderr if BLEU is too low to be useful, or if there was nothing to score."""
     from nmt.translation.scoring import low_bleu_note
 
     scores = running.scores()

@@ -1,4 +1,4 @@
-"""nmt-score: what translations in files are worth, by a reference or by a model."""
+"""nmt-score: score translations in files by a reference or by a model."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def score_by_model(options: ScoreOptions) -> None:
                 num_blank += 1
                 line = "nan\t0\n"
             output.write(line.encode())
-        # A pipe can be read but once, so that its length shows at the end.
+        # A pipe can be read only once, so its length is known only at the end.
         _check_count(options.input, num_lines, options.hypothesis, hypotheses.count_all())
     for warning in (*source.warnings(), *target.warnings()):
         print(f"{PROG}: warning: {warning}", file=sys.stderr)
@@ -123,7 +123,7 @@ def score_by_model(options: ScoreOptions) -> None:
 
 
 class _Counted:
-    """Counts the lines that are read of a stream."""
+    """Counts the lines that are read from a stream."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = enumerate(lines, start=1)
@@ -135,7 +135,7 @@ class _Counted:
             yield line
 
     def count_all(self) -> int:
-        """Return the number of all lines; those that are left are read."""
+        """Read the rest of the lines, and return the number of all."""
         return max(self._count, *(number for number, _ in self._lines), 0)
 
 
@@ -149,7 +149,7 @@ def _requests(lines: Iterator[str], hypotheses: _Counted) -> Iterator[Request]:
 
 
 def _check_count(first: Path, num_first: int, second: Path, num_second: int) -> None:
-    """Raise `UserError` unless two texts have as many lines, at least one."""
+    """Raise `UserError` unless two texts have the same number of lines, at least one."""
     if num_first != num_second:
         raise unequal_counts(first, num_first, second, num_second)
     if num_first == 0:

@@ -24,7 +24,7 @@ def read_text(path: Path | None) -> Iterator[str]:
     """Yield the lines of a file, or of standard input, decoded, without their newlines.
 
     Raises:
-        UserError: A line is no UTF-8.
+        UserError: A line is not UTF-8.
     """
     lines = _standard_input() if path is None else read_lines(path)
     for number, line in enumerate(lines, start=1):
@@ -35,13 +35,13 @@ def check_parallel(*files: Path | None) -> int | None:
     """Read files through before the work starts.
 
     Args:
-        *files: None for one that is not given, or is standard input.
+        *files: None for a file that is not given, or is standard input.
 
     Returns:
-        Their number of lines; None if none of them is a plain file. A pipe can be read but once.
+        Their number of lines; None if none of them is a plain file. A pipe can be read only once.
 
     Raises:
-        UserError: One is missing, empty or no UTF-8, or they have different numbers of lines; two are one pipe.
+        UserError: A file is missing, empty or not UTF-8, the numbers of lines differ, or two files are one pipe.
     """
     first: tuple[Path, int] | None = None
     pipes: list[Path] = []
@@ -70,10 +70,10 @@ def check_parallel(*files: Path | None) -> int | None:
 def open_output(path: Path | None) -> Iterator[BinaryIO]:
     """Open standard output, or a file that appears under its name when it is complete, or not at all.
 
-    What goes to a file that is named `.gz` is compressed.
+    A file whose name ends in `.gz` is compressed.
 
     Raises:
-        UserError: It cannot be written there.
+        UserError: The file cannot be written there.
     """
     if path is None:
         if _was_closed(sys.stdout):
@@ -90,7 +90,7 @@ def open_output(path: Path | None) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as file:
             if path.suffix.lower() == ".gz":
-                # Without the name and the time of the file, so that the same text gives the same bytes.
+                # Without the file's name and time, so that the same text gives the same bytes.
                 with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as compressed:
                     yield compressed  # type: ignore[misc]
             else:
@@ -99,7 +99,7 @@ def open_output(path: Path | None) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None and error.errno in WRITE_ERRORS:
-            error.filename = str(path)  # writing to an open file, such as to a full disk, names none
+            error.filename = str(path)  # an error of writing to an open file names no file
         raise
 
 
@@ -110,7 +110,7 @@ def _standard_input() -> Iterator[bytes]:
     while True:
         try:
             line = sys.stdin.buffer.readline()
-        except OSError as error:  # a folder, or open for writing alone
+        except OSError as error:  # a folder, or open only for writing
             raise UserError(
                 f"The standard input must be text, but cannot be read: {error.strerror or error}. "
                 "Name a file by `input`."
@@ -122,5 +122,5 @@ def _standard_input() -> Iterator[bytes]:
 
 
 def _was_closed(stream: TextIO) -> bool:
-    """Return whether a standard stream is the null device that `prepare_streams` has put in its place."""
+    """Return whether a standard stream was closed, and is now the null device of `prepare_streams`."""
     return getattr(stream, "name", "") == os.devnull

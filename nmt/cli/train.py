@@ -13,12 +13,12 @@ from nmt.task import load_task, task_names
 
 PROG = "nmt-train"
 _DESCRIPTION = "Train a model. The same command goes on from the last checkpoint of its --save-dir."
-_COMMON = (  # of all tasks; those that a task does not have are passed over
+_COMMON = (  # of all tasks; options that a task does not have are skipped
     *("save_dir", "arch", "model", "train_dir", "val_dir", "pretrained", "share_all_embeddings", "dropout"),
     *("max_tokens", "batch_size", "update_freq", "lr", "lr_scheduler", "warmup_updates", "max_epoch"),
     *("max_update", "patience", "best_checkpoint_metric", "device", "precision", "dry_run"),
 )
-EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE: whoever waits for the job must not take it for finished
+EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE: a script that waits for the job must not take it for finished
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +50,7 @@ def _describe_tasks(description: str) -> str:
 
 
 def _task_name(argv: Sequence[str]) -> str:
-    """Return the task, which decides what other options there are."""
+    """Return the name of the task, on which the other options depend."""
     name = peek(argv, "--task")
     config_path = peek(argv, CONFIG_FLAG)
     if name is None and config_path is not None:

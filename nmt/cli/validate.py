@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _configure(folder: Path, options: Sequence[str]) -> TrainConfig[Any]:
-    """Return what the model was trained with, changed by what is given here."""
+    """Return the configuration that the model was trained with, changed by the given options."""
     mapping = with_untold_paths(read_model_config(folder))
     task_options = load_task(mapping["task"])
     return parse_command(
@@ -78,12 +78,12 @@ def _configure(folder: Path, options: Sequence[str]) -> TrainConfig[Any]:
 def _find_data(
     config: TrainConfig[Any], folder: Path, given: Sequence[str], *, split: str
 ) -> TrainConfig[Any]:
-    """Look for the data of a run that was moved together with them, and say where they are now.
+    """Look for the data of a run that was moved together with its data, and say where they are now.
 
-    What stands in the arguments that are given is taken as it is.
+    Paths in the given arguments are taken as they are.
 
     Raises:
-        UserError: They are not there; it says how to name them.
+        UserError: The data are not there; the text says how to name them.
     """
     options = config.task_options
     for option in _data_options(options, split):
@@ -111,7 +111,7 @@ def _find_data(
 def _data_options(options: Any, split: str) -> list[Option]:
     """List the options that name data: those that the task says, or else its paths.
 
-    Of inner dataclasses, such as another task's that it is made of, those that must be given.
+    Of inner dataclasses, such as the options of another task within them, only required paths count.
     """
     paths = path_options(type(options))
     if isinstance(options, NamesItsData):
@@ -121,14 +121,14 @@ def _data_options(options: Any, split: str) -> list[Option]:
 
 
 def _replace(options: Any, names: Sequence[str], value: Any) -> Any:
-    """Return a nest of options with another value for the field that some names lead to."""
+    """Return a nest of options with another value for one field; `names` lead to it."""
     if len(names) > 1:
         value = _replace(getattr(options, names[0]), names[1:], value)
     return dataclasses.replace(options, **{names[0]: value})
 
 
 def _take_split(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the split, and the other arguments: nmt-train does not know --split."""
+    """Return the split, and the other arguments, since nmt-train does not know --split."""
     left: list[str] = []
     is_value = False
     for argument in arguments:
