@@ -23,7 +23,8 @@ def read_arguments(options: Sequence[Option], argv: Sequence[str], *, prog: str)
     Raises:
         UserError: for an unknown option, a value of another type, and a value too many or too few.
     """
-    _refuse_unknown_flags(options, argv, prog)  # first, or the value after one would be taken for something else
+    # First, or the value after an unknown flag would be taken for something else.
+    _refuse_unknown_flags(options, argv, prog)
     by_flag = {option.flag: option for option in options if not option.is_positional}
     by_opposite = {option.opposite: option for option in options if option.opposite}
     values: dict[str, Any] = {}

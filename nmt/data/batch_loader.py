@@ -109,7 +109,7 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
 
     When a worker process has ended, refusals follow without end.
     """
-    with shielded_from_signals() if loader.num_workers else nullcontext():  # the first iteration starts workers
+    with shielded_from_signals() if loader.num_workers else nullcontext():  # the first time starts workers
         batches = iter(loader)
     try:
         yield from batches

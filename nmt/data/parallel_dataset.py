@@ -202,7 +202,7 @@ class ParallelDataset:
         return source, target
 
     def count_specials(self) -> tuple[int, int]:
-        """Return how many special symbols stand within sentences of both sides, and how many of these lack an end."""
+        """Return the number of special symbols within sentences, and of sentences without an end; both sides."""
         (of_source, without_end), (of_target, without_end_of_target) = (
             self._source.count_specials(),
             self._target.count_specials(),
