@@ -15,6 +15,7 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.models.options import TransformerOptions
 from nmt.translation.options import TranslationOptions
+from nmt.translation.task import TranslationTask
 from nmt.translation.unknown_pieces import about_unknown
 
 PAIRS = [("a b", "A B C"), ("b", "B"), ("", "C A")]
@@ -72,6 +73,29 @@ def test_a_task_takes_it_as_training_data(directory: Path, tmp_path: Path) -> No
     again = TranslationOptions(data=directory, model=model).build(saved)
     assert again.source_segmenter.encode(["a  b x"])[0].tolist() == [5, 4, 3]
     assert again.target_segmenter.decode([[5, 3, 6, 2, 1]]) == ["A <unk> B"]
+
+
+def test_a_task_may_bring_what_it_is_trained_on(directory: Path, tmp_path: Path) -> None:
+    """What is measured stays that of the directory."""
+    own = tmp_path / "own"
+    own.mkdir()
+    with IndexedDatasetWriter(own / "ids", np.dtype("<u2")) as writer:
+        for ids in ([4, 4, EOS_ID], [5, EOS_ID]):
+            writer.add(np.array(ids))
+
+    def train_sides(task: TranslationTask) -> tuple[IndexedDataset, IndexedDataset]:
+        assert task.source_vocabulary.id("a") == 5
+        return IndexedDataset(own / "ids"), IndexedDataset(own / "ids")
+
+    options = TranslationOptions(data=directory)
+    task = options.build(None, train_sides=train_sides)
+    train, valid = task.open_split("train"), task.open_split("valid")
+    assert [[x.tolist() for x in train[i]] for i in range(len(train))] == [[[4, 4, 2]] * 2, [[5, 2]] * 2]
+    assert valid.sizes[:].tolist() == [[3, 4], [2, 2], [1, 3]]
+    assert train.fingerprint() != options.build(None).open_split("train").fingerprint()
+    small = TranslationOptions(data=directory, model=TransformerOptions(max_source_positions=2))
+    with pytest.raises(UserError, match="must be at least 3, the longest source of `train`, but is 2"):
+        small.build(None, train_sides=train_sides).open_split("train")
 
 
 def look_over(directory: Path, *, rank: int = 0) -> list[str]:

@@ -1,5 +1,6 @@
 """Variants of the Transformer's parts: their formulas, the fast search with them, and who does not know them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from random_transformer import VOCABULARY_SIZE
 from ranks import run_ranks
 from test_inference import padded, search
 from test_trainer import PairTask, collate
-from torch import Tensor
+from torch import Tensor, nn
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.data.vocabulary import PAD_ID
 from nmt.distributed import World, single
 from nmt.errors import UserError
 from nmt.generation.static_search import static_search
-from nmt.models.blocks import GatedFeedForward, left_in, make_norm
+from nmt.models import known_parts
+from nmt.models.blocks import RESIDUALS, GatedFeedForward, Residual, left_in, make_norm
 from nmt.models.inference import InferenceTransformer
 from nmt.models.known_parts import find_stranger, why_padded
 from nmt.models.options import TransformerOptions
@@ -123,6 +125,40 @@ def test_who_does_not_know_a_part_says_so_by_its_name(changes: dict[str, Any], n
     assert name in (why_padded(model) or "")
     assert static_search([search_form(model).model]) is None
     assert name in (find_stranger(model, within_encoder=True) or "")  # what the exporter asks
+
+
+class HalfResidual(nn.Module):
+    """Adds half of what a block makes, as a variant of `Residual` may."""
+
+    def __init__(self, plain: Residual) -> None:
+        super().__init__()
+        self.norm, self.dropout = plain.norm, plain.dropout
+
+    def forward(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.norm(x + self.dropout(block(x)) / 2)
+
+
+def test_another_connection_around_blocks_is_fast_where_it_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = variant({}), variant({})
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        for name, part in list(layer.named_children()):
+            if isinstance(part, Residual):
+                setattr(layer, name, HalfResidual(part))
+    expected = search(model, SENTENCES, 4)
+    assert expected != search(plain, SENTENCES, 4)
+    form, remark = search_form(model)
+    assert form is model and "HalfResidual" in (remark or "")
+    assert known_parts._VARIANTS[Residual] is RESIDUALS
+    monkeypatch.setitem(known_parts._VARIANTS, Residual, (*RESIDUALS, HalfResidual))
+    form, remark = search_form(model)
+    assert isinstance(form, InferenceTransformer) and remark is None
+    for found, own in zip(search(form, SENTENCES, 4), expected, strict=True):
+        assert [x.tokens for x in found] == [x.tokens for x in own]
+        assert [x.score for x in found] == pytest.approx([x.score for x in own], abs=1e-10)
+    with pytest.raises(UserError, match=r"HalfResidual and not .* but is int8"):
+        search_form(model, torch.int8)
+    assert "HalfResidual" in (why_padded(model) or "")
+    assert static_search([form]) is None
 
 
 def test_layers_are_left_out_as_often_as_is_said_and_in_training_alone() -> None:

@@ -70,6 +70,7 @@ class GatedFeedForward(nn.Module):
 # What may stand in the place of another part: the plain one first, which is all that kernels and exporters know.
 NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm)
 FEED_FORWARDS: tuple[type[nn.Module], ...] = (FeedForward, GatedFeedForward)
+RESIDUALS: tuple[type[nn.Module], ...] = (Residual,)
 
 
 def make_norm(dim: int, options: TransformerOptions) -> Any:
@@ -83,6 +84,11 @@ def make_feed_forward(dim: int, ffn_dim: int, options: TransformerOptions) -> An
     """Make the feed-forward block that the options name, of `FEED_FORWARDS`."""
     kind = GatedFeedForward if options.activation_fn == "swiglu" else FeedForward
     return kind(dim, ffn_dim, options=options)
+
+
+def make_residual(dim: int, *, pre_norm: bool, options: TransformerOptions) -> Any:
+    """Make the connection around a block, of `RESIDUALS`."""
+    return Residual(dim, pre_norm=pre_norm, options=options)
 
 
 def left_in(layers: nn.ModuleList, probability: float) -> Iterator[tuple[int, nn.Module]]:

@@ -59,10 +59,10 @@ class FastLayer:
                 form = _PastAttention(part, dtype, source, packs=packs)
             elif isinstance(part, CrossAttention):
                 form = _MemoryAttention(part, dtype, source, packs=packs)
-            elif isinstance(part, Residual):
-                form = _residual(part, hidden_dtype)
-            else:
+            elif name == "feed_forward":
                 form = _feed_forward(part, dtype, input_norm=source, packs=packs)
+            else:
+                form = _residual(part, hidden_dtype)
             setattr(self, name, form)
 
 
@@ -225,8 +225,10 @@ def fast_norm(norm: nn.Module, dtype: torch.dtype) -> Map:
     return lambda x: F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
-def _residual(residual: Residual, dtype: torch.dtype) -> Callable[[Tensor, Map], Tensor]:
-    """Return the connection around a block without its dropout; see `Residual`."""
+def _residual(residual: nn.Module, dtype: torch.dtype) -> Callable[[Tensor, Map], Tensor]:
+    """Return the connection around a block without its dropout, or what stands in its place; see `Residual`."""
+    if not isinstance(residual, Residual):
+        return _copied(residual, dtype, packs=False)
     norm = fast_norm(residual.norm, dtype)
     if residual.pre_norm:
         return lambda x, block: x + block(norm(x))

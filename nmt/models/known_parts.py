@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from nmt.models.attention import CrossAttention, SelfAttention
-from nmt.models.blocks import FEED_FORWARDS, NORMS, Embedding, FeedForward, Residual
+from nmt.models.blocks import FEED_FORWARDS, NORMS, RESIDUALS, Embedding, FeedForward, Residual
 from nmt.models.training_ops import Dropout, Linear
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 
@@ -38,12 +38,13 @@ _PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
     SelfAttention: {"qkv_proj": LINEAR, "out_proj": LINEAR},
     CrossAttention: {"q_proj": LINEAR, "kv_proj": LINEAR, "out_proj": LINEAR},
     **{x: {"expand": LINEAR, "contract": LINEAR, "dropout": _DROPOUT} for x in FEED_FORWARDS},
-    Residual: {"norm": _NORM, "dropout": _DROPOUT},
+    **{x: {"norm": _NORM, "dropout": _DROPOUT} for x in RESIDUALS},
     Embedding: {"tokens": (nn.Embedding,), "norm": (*_NORM, nn.Identity), "dropout": _DROPOUT},
 }
 _VARIANTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     nn.LayerNorm: NORMS,
     FeedForward: FEED_FORWARDS,
+    Residual: RESIDUALS,
 }
 # Parts whose linear maps may be replaced by faster ones: they do nothing with them but call them.
 CONTAINERS = (Encoder, nn.ModuleList, EncoderLayer, SelfAttention, *FEED_FORWARDS[1:])

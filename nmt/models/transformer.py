@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nmt.models import packed_layers
 from nmt.models.attention import CrossAttention, SelfAttention
-from nmt.models.blocks import Embedding, Residual, left_in, make_feed_forward, make_norm, recomputed
+from nmt.models.blocks import Embedding, left_in, make_feed_forward, make_norm, make_residual, recomputed
 from nmt.models.decoder_state import DecoderState, LayerState, Memory
 from nmt.models.options import TransformerOptions
 from nmt.models.packed import PackedTokens, Spans, have_kernels
@@ -242,8 +242,8 @@ class EncoderLayer(nn.Module):
         )
         self.feed_forward = make_feed_forward(dim, options.encoder_ffn_embed_dim, options)
         pre_norm = options.encoder_normalize_before
-        self.around_attention = Residual(dim, pre_norm=pre_norm, options=options)
-        self.around_feed_forward = Residual(dim, pre_norm=pre_norm, options=options)
+        self.around_attention = make_residual(dim, pre_norm=pre_norm, options=options)
+        self.around_feed_forward = make_residual(dim, pre_norm=pre_norm, options=options)
 
     def forward(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
         """(B, S, D) -> (B, S, D); the mask is True where attention is allowed, or says so of packed rows."""
@@ -275,9 +275,9 @@ class DecoderLayer(nn.Module):
         )
         self.feed_forward = make_feed_forward(dim, options.decoder_ffn_embed_dim, options)
         pre_norm = options.decoder_normalize_before
-        self.around_self_attention = Residual(dim, pre_norm=pre_norm, options=options)
-        self.around_cross_attention = Residual(dim, pre_norm=pre_norm, options=options)
-        self.around_feed_forward = Residual(dim, pre_norm=pre_norm, options=options)
+        self.around_self_attention = make_residual(dim, pre_norm=pre_norm, options=options)
+        self.around_cross_attention = make_residual(dim, pre_norm=pre_norm, options=options)
+        self.around_feed_forward = make_residual(dim, pre_norm=pre_norm, options=options)
 
     def forward(
         self,

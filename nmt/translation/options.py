@@ -15,7 +15,7 @@ from nmt.models.options import ModelOptions, TransformerOptions
 
 if TYPE_CHECKING:
     from nmt.translation.loss import TranslationLoss
-    from nmt.translation.task import TranslationTask
+    from nmt.translation.task import TrainSides, TranslationTask
 
 
 ModelOptionsT = TypeVar("ModelOptionsT", bound=ModelOptions)
@@ -54,12 +54,19 @@ class TranslationOptions(Generic[ModelOptionsT]):
                 )
             check_ranges(self, {"eval_beam": (1, MOST_HYPOTHESES)})
 
-    def build(self, assets: Path | None, *, loss: TranslationLoss | None = None) -> TranslationTask:
+    def build(
+        self,
+        assets: Path | None,
+        *,
+        loss: TranslationLoss | None = None,
+        train_sides: TrainSides | None = None,
+    ) -> TranslationTask:
         """Make the task, with the vocabularies of a model folder, or of the data directory if there is none.
 
         Args:
             assets: The model folder.
             loss: A loss of one's own instead of the label-smoothed cross-entropy, for a task made of this one.
+            train_sides: Opens what is trained on instead of the directory's `train`, likewise.
 
         Raises:
             UserError: An option of the cross-entropy is given together with another loss.
@@ -73,9 +80,12 @@ class TranslationOptions(Generic[ModelOptionsT]):
         from nmt.translation.assets import TranslationAssets
         from nmt.translation.task import TranslationTask
 
-        if assets is None:
-            return TranslationTask(self, TranslationAssets.of_data(DataDirectory(self.data)), loss=loss)
-        return TranslationTask(self, TranslationAssets.of_model(assets), loss=loss)
+        found = (
+            TranslationAssets.of_data(DataDirectory(self.data))
+            if assets is None
+            else TranslationAssets.of_model(assets)
+        )
+        return TranslationTask(self, found, loss=loss, train_sides=train_sides)
 
 
 def _has_dropout(model: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from nmt.data.data_directory import DataDirectory, dictionary_name
 from nmt.data.indexed_dataset import IndexedDataset
 from nmt.data.packing import PackedDataset, PackedShape, PackedTranslationBatch
-from nmt.data.parallel_dataset import ParallelDataset, TranslationBatch
+from nmt.data.parallel_dataset import ParallelDataset, Sentences, TranslationBatch
 from nmt.data.text_lines import decode_lines, read_lines
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, Vocabulary
 from nmt.distributed import World
@@ -39,6 +39,9 @@ _BEAM = 5
 _NUM_SHOWN = 8
 _NUM_SAMPLES = 3  # in the log
 
+TrainSides = Callable[["TranslationTask"], tuple[Sentences, Sentences]]
+"""Opens the sources and the targets to train on, as ids of the task's vocabularies."""
+
 
 class TranslationTask:
     """Translation from `source_lang` to `target_lang`."""
@@ -52,10 +55,19 @@ class TranslationTask:
         assets: TranslationAssets,
         *,
         loss: TranslationLoss | None = None,
+        train_sides: TrainSides | None = None,
     ) -> None:
-        """Open the vocabularies; the loss is that of the options unless another one is given."""
+        """Open the vocabularies.
+
+        Args:
+            options: Of the task.
+            assets: The vocabularies, and what splits text into pieces.
+            loss: Instead of that of the options.
+            train_sides: Opens what is trained on, instead of the data directory's `train`.
+        """
         self.options = options
         self.loss = loss or _loss_of(options)
+        self.train_sides = train_sides
         self.packed_loss = None
         if loss is None and not options.r_drop:
             self.packed_loss = partial(packed_translation_loss, label_smoothing=options.label_smoothing)
@@ -88,7 +100,7 @@ class TranslationTask:
         return model
 
     def open_split(self, split: str) -> ParallelDataset:
-        """Open "train", "valid" or "test" of the data directory.
+        """Open "train", "valid" or "test" of the data directory, or what is trained on instead of its "train".
 
         A validation or test set is measured as it is: what is longer than the model has positions for is cut for
         the loss alone.
@@ -109,13 +121,8 @@ class TranslationTask:
         ):
             _check_same_vocabulary(vocabulary, directory, lang)
         model = self.options.model
-        source, target = (
-            _open_side(directory, split, lang, vocabulary)
-            for lang, vocabulary in (
-                (directory.source_lang, self.source_vocabulary),
-                (directory.target_lang, self.target_vocabulary),
-            )
-        )
+        named = f"`{split}`" if split == "train" and self.train_sides else f"`{split}` of `{directory.path}`"
+        source, target = self._open_sides(directory, split)
         dataset = ParallelDataset(
             source,
             target,
@@ -123,7 +130,7 @@ class TranslationTask:
             positions=None if split == "train" else (model.max_source_positions, model.max_target_positions),
         )
         if len(dataset) == 0:
-            raise UserError(f"`{split}` of `{directory.path}` must hold pairs, but is empty. Make it again.")
+            raise UserError(f"{named} must hold pairs, but is empty. Make it again.")
         if split == "valid" and self.options.eval_bleu:
             self._scores(["a"], ["a"])  # a tokeniser that is missing is found out here
             # So is a SentencePiece model that is not the dictionary's, and raw text that cannot be read.
@@ -138,10 +145,18 @@ class TranslationTask:
         ):
             if length > limit:
                 raise UserError(
-                    f"`max-{side}-positions` must be at least {length}, the longest {side} of `{split}` in "
-                    f"`{directory.path}`, but is {limit}. Raise it, or preprocess with `--max-length {limit}`."
+                    f"`max-{side}-positions` must be at least {length}, the longest {side} of {named}, "
+                    f"but is {limit}. Raise it, or preprocess with `--max-length {limit}`."
                 )
         return dataset
+
+    def _open_sides(self, directory: DataDirectory, split: str) -> tuple[Sentences, Sentences]:
+        if split == "train" and self.train_sides is not None:
+            return self.train_sides(self)
+        return (
+            _open_side(directory, split, directory.source_lang, self.source_vocabulary),
+            _open_side(directory, split, directory.target_lang, self.target_vocabulary),
+        )
 
     def look_over(self, train: ParallelDataset, valid: ParallelDataset, world: World) -> list[str]:
         """Say what the vocabularies do not know, and what is amiss; data of others come without a report."""
