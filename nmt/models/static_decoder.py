@@ -7,9 +7,9 @@ is a tensor, so that nothing on the host changes from step to step. A step is ma
 number decides its time. So there are few of them:
 
 - One copy a layer writes keys and values, into tables that no step moves.
-- With post-norm, a block's last product is added to the block's input in place. The bias of this product is already
-  in that input, because the layer normalisation before has it added to its own bias. The products that read the
-  input have it taken off their biases.
+- With post-norm, a block's last product is added to the block's input in place. The bias of this product is
+  already in that input, because the layer normalisation before has it added to its own bias. The products that
+  read the input have its effect taken off their biases.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source columns, C steps for which there is room, N = K*C columns,
 D model, H heads, E head size, F feed-forward, V vocabulary.
