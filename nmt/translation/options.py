@@ -59,7 +59,7 @@ class TranslationOptions(Generic[ModelOptionsT]):
 
         Args:
             assets: The model folder.
-            loss: A loss of one's own instead of the label-smoothed cross-entropy, for a task made of this one.
+            loss: Another loss instead of the label-smoothed cross-entropy, for a task that is built on this one.
 
         Raises:
             UserError: An option of the cross-entropy is given together with another loss.
