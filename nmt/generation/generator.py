@@ -144,7 +144,7 @@ class Generator:
         """Return the length limit (B,) of each translation, eos not counted, from the length of its source."""
         longest = min(model.max_target_positions for model in self.models) - 1  # eos takes a position, too
         a, b = self.options.max_len_a, self.options.max_len_b
-        lengths = (source != self.pad_id).sum(dim=1).tolist()  # computed in Python, to round alike on all devices
+        lengths = (source != self.pad_id).sum(dim=1).tolist()  # for Python, to round alike on all devices
         return source.new_tensor([min(int(a * length + b), longest) for length in lengths])
 
 
@@ -177,7 +177,7 @@ class _Decoders:
         rows_at_once = ROWS_AT_ONCE.get(features[0].device.type, _ROWS_AT_ONCE_ELSEWHERE)
         at_once = max(1, rows_at_once // beam.scores.size(1))  # sentences
         if at_once > 8:
-            at_once -= at_once % 8  # `roster.py` keeps multiples of 8, so the last part is a multiple of 8, too
+            at_once -= at_once % 8  # as `roster.py` keeps multiples of 8, the last part is one, too
         return choose_in_parts(self._choice, project, beam, at_once=at_once)
 
     def keep(self, live: Tensor) -> None:

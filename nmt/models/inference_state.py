@@ -95,7 +95,7 @@ class BeamState:
         # Views of each table: both parts, keys, values. Kept only while tables are used whole, because then the
         # views are the same at each step; emptied when the tables change.
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._is_used_whole = False  # whether all columns of the tables are returned, even those not yet filled
+        self._is_used_whole = False  # whether all columns of the tables are returned, even unfilled ones
         self._mask = torch.empty(0)  # (B, K, capacity): 0 where a column belongs to the hypothesis, else -inf
 
     def reorder_(self, rows: Tensor) -> None:

@@ -12,7 +12,7 @@ to the sum. The last product of a block leaves its bias to the next kernel, whic
                 past -----------------^
 
     pre-norm    past --> norm_beside --> read --> block --> add --> past
-                              \--------> past --------------^
+                              +--> past ---------------------^
 
 Shapes: N, M tokens of a row, D model.
 """

@@ -33,7 +33,7 @@ _NUM_STEPS = 2  # the first, which is computed once for a sentence, and one that
 # Shares of the largest hidden state. Rounding is far below them; a difference that changes translations far above.
 _TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
 _TOLERANCE = 0.1  # for types with fewer digits
-_TOLERANCE_OF_OTHER_TYPES = 0.3  # for one block in another type: if its products are wrong, they are very wrong
+_TOLERANCE_OF_OTHER_TYPES = 0.3  # for one block in another type: wrong products are very wrong
 _TOLERANCE_OF_TF32 = 0.03  # for products on a GPU that leave out digits
 # What a part may raise if it is called in a way, or with sizes, that it does not know.
 _FAULTS = (

@@ -322,7 +322,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if kernel is not None:
             at_once = _LOGITS_OF_KERNEL_AT_ONCE
         chunk = max(1, at_once // vocabulary_size)
-        chunk = max(1, -(-num_tokens // max(1, -(-num_tokens // chunk))))  # the same number of parts, of one size
+        chunk = max(1, -(-num_tokens // max(1, -(-num_tokens // chunk))))  # as many parts, equally large
         is_counted = None if ignored is None else (target != ignored)[:, None]  # (N, 1)
         for start in range(0, num_tokens, chunk):
             part = slice(start, start + chunk)

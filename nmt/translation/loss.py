@@ -82,7 +82,7 @@ def target_features(model: TrainedModel, batch: TranslationBatch) -> tuple[Tenso
     """
     features = model(batch.source, batch.target_input)  # (B, T, D)
     is_token = (batch.target != PAD_ID).flatten()
-    if is_token.is_cuda:  # the host knows the number of tokens, and need not wait for the device to count them
+    if is_token.is_cuda:  # the host knows the number, and need not wait for the device to count
         tokens = is_token.nonzero_static(size=batch.num_targets).squeeze(1)
     else:
         tokens = is_token.nonzero().squeeze(1)

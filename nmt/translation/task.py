@@ -236,7 +236,7 @@ class TranslationTask:
     ) -> dict[int, str]:
         """Return the best translation of each of some examples, by its index."""
         decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
-        fast = self._search_form(model, world)  # made each time, because it copies the weights as they are now
+        fast = self._search_form(model, world)  # made each time: it copies the weights as they are now
         # Recordings are made each time, too, because training reuses their memory.
         in_place = static_search([fast]) if world.device.type == "cuda" else None
         return translate_held_out(
