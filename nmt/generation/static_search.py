@@ -101,7 +101,7 @@ class StaticSearch:
     def search(self, job: Job, settings: Settings) -> list[list[Hypothesis]]:
         """Search for the translations of a batch, or draw one for each sentence; see `Generator.generate`.
 
-        With `sampling` the beam is of one, whatever the options say.
+        With `sampling` the beam size is 1, whatever the options say.
         """
         try:
             return _Search(self, job, settings).run()

@@ -34,9 +34,8 @@ class Agreement:
     largest_difference: float  # between the scores that the two give to the same translation
     mean_difference: float
     faults: list[str]  # sentences that differ beyond a tie
-    num_cut: int = (
-        0  # translations of either that were cut off at the limit: the scores of ours are compared alone
-    )
+    # Translations by one of the models that were cut off at the limit; only the scores of ours are compared.
+    num_cut: int = 0
     num_left_out: int = 0  # lines that were left out because translations do not end
 
     def is_exact(self) -> bool:

@@ -70,7 +70,7 @@ def pair_scores(metric: Literal["chrf", "bleu"], *, target_lang: str) -> PairSco
     """
     if metric == "chrf":
         return chrf_pairs
-    from nmt.translation.scoring import bleu_tokenizer  # sacreBLEU is not loaded to translate alone
+    from nmt.translation.scoring import bleu_tokenizer  # here, because translation alone needs no sacreBLEU
 
     return partial(bleu_pairs, tokenize=bleu_tokenizer(target_lang))
 

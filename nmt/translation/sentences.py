@@ -19,7 +19,7 @@ from nmt.translation.request import Request, Translation
 
 TooLong = Literal["split", "truncate", "error"]
 """What becomes of a line of more pieces than a model has positions for: it is split at punctuation and its parts
-are translated apart, or its end is cut off, or it is an error."""
+are translated separately, or its end is cut off, or it is an error."""
 
 Ids = NDArray[Any]
 NOTHING: Ids = np.empty(0, dtype=np.int32)

@@ -265,7 +265,7 @@ class TranslationTask:
         return form
 
     def _scores(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        from nmt.translation.scoring import bleu, chrf  # sacreBLEU is not loaded to translate alone
+        from nmt.translation.scoring import bleu, chrf  # here, because translation alone needs no sacreBLEU
 
         score = bleu(texts, references, target_lang=self.target_lang).score
         return {"bleu": score, "chrf": chrf(texts, references).score}

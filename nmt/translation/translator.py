@@ -148,7 +148,7 @@ class Translator:
     def translate(self, lines: Sequence[str | Request], **decoding: Unpack[DecodingKeywords]) -> list[str]:
         """Return the best translation of each line; that of a blank line is empty.
 
-        A line that is too long for the model is cut at punctuation, and its parts are translated apart.
+        A line that is too long for the model is cut at punctuation, and its parts are translated separately.
 
         Args:
             lines: Raw text, without newlines; or requests, which say more about a line.
