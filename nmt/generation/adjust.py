@@ -1,4 +1,4 @@
-"""From the logits of models to log-probabilities, to which the rules of a search apply (`rules.py`).
+"""From the logits of models to log-probabilities, which the rules of a search then change (`rules.py`).
 
 Shapes: B sentences, K beam size, R = B*K rows, V vocabulary, t tokens so far.
 """
@@ -15,8 +15,8 @@ from nmt.generation.options import DecodingOptions
 def combine(logits: Sequence[Tensor], options: DecodingOptions) -> Tensor:
     """Turn the logits of one model, or of several that vote, into log-probabilities.
 
-    Several are joined by the weighted mean of their probabilities, or of their log-probabilities, which is
-    normalised again (Sockeye calls these linear and log-linear).
+    Several models are joined by the weighted mean of their probabilities, or of their log-probabilities. The
+    second mean is normalised again. (Sockeye calls these linear and log-linear.)
 
     Args:
         logits: (R, V) of each model, any float type; overwritten.
@@ -42,10 +42,10 @@ def combine(logits: Sequence[Tensor], options: DecodingOptions) -> Tensor:
 
 
 def _log_softmax_(logits: Tensor) -> Tensor:
-    """Return log-probabilities (R, V), in the place of the logits if those are not of fewer bits than float32."""
+    """Return log-probabilities (R, V), in place of the logits unless these have fewer bits than float32."""
     if logits.dtype.itemsize < 4:
         return torch.log_softmax(logits, dim=1, dtype=torch.float32)
-    # In place: a chunk of rows fills the caches, and to ask for as much memory again takes as long as to compute.
+    # In place: a chunk of rows fills the caches, and getting as much memory again takes as long as computing.
     return torch.log_softmax(logits, dim=1, out=logits)
 
 
@@ -57,21 +57,21 @@ def penalize_repetition_(
     offset: float = 0.0,
     num_filled: Tensor | None = None,
 ) -> None:
-    """Make the tokens that a hypothesis has already less likely, in place (CTRL; Keskar et al., 2019).
+    """Make the tokens that a hypothesis already has less likely, in place (CTRL; Keskar et al., 2019).
 
     A positive logit is divided by the penalty. A negative one is multiplied by it, as in the authors' code and
-    all that followed: dividing it, as the paper's formula says, would make it more likely.
+    later toolkits. Dividing it, as in the paper's formula, would make the token more likely.
 
     Args:
         logits: (R, V).
         tokens: (R, t) int64.
         penalty: Above 1 to discourage, below 1 to encourage.
-        offset: What the model has subtracted from its logits, whose sign counts.
-        num_filled: () int64: how many of the tokens there are, the others are room; all if it is left out.
+        offset: What the model has subtracted from its logits; added first, because the sign of a logit counts.
+        num_filled: () int64: how many columns of `tokens` are filled; all if None.
     """
-    if num_filled is not None:  # what is room stands for the first token once more
-        is_room = torch.arange(tokens.size(1), device=tokens.device) >= num_filled  # (t,)
-        tokens = torch.where(is_room, tokens[:, :1], tokens)
+    if num_filled is not None:  # columns not filled count as the first token once more
+        is_spare = torch.arange(tokens.size(1), device=tokens.device) >= num_filled  # (t,)
+        tokens = torch.where(is_spare, tokens[:, :1], tokens)
     chosen = logits.gather(1, tokens) + offset
     penalized = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
     if num_filled is not None:

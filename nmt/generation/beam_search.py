@@ -1,15 +1,32 @@
 """Beam search. It knows neither a model nor where its probabilities come from.
 
-`search` is the loop. A step has five parts: the decoder's features of all hypotheses; the choice of candidates
-among their continuations (`choice.py`, `rules.py`, `select.py`); `extend`, by which hypotheses end or grow; the
-roster, by which sentences that are done leave (`roster.py`); and the decoder's state, put into the new order.
+`search` is the loop. A step has five parts:
 
-The rules are fairseq's. Of the 2K best candidates of a sentence, those that end it and rank among the first K
-are finished; those that end it and rank lower are dropped; the best K others go on. K of them always exist,
-because each of the K hypotheses has one way to end. A sentence is done when it has K finished hypotheses or
-has reached its length limit. Nothing compares finished hypotheses with those that still grow.
+1. The decoder computes features of all hypotheses.
+2. `choose` takes the best candidates among their continuations (`choice.py`, `rules.py`, `select.py`).
+3. `extend` ends hypotheses or lets them grow.
+4. The roster lets sentences that are done leave the batch (`roster.py`).
+5. The decoder's state is put into the new order.
 
-With K = 1 one candidate is enough: if it ends the sentence, the sentence is done, and if not, it goes on.
+The rules are fairseq's. Each sentence has 2K candidates, best first. A candidate that ends the sentence is
+finished if it is among the first K, and dropped if it ranks lower. The best K of the other candidates go on. There
+are always K of them, because each of the K hypotheses can end in only one way. A sentence is done when it has K
+finished hypotheses or has reached its length limit. Finished hypotheses are never compared with those that still
+grow.
+
+One step of a sentence with K = 2:
+
+    hypotheses   0: "a dog"  -1.0    1: "the dog"  -1.1
+
+    rank  parent  token  score
+    0     0       runs   -1.3    goes on as hypothesis 0
+    1     1       eos    -1.5    ends among the first 2: "the dog" is finished
+    2     0       eos    -1.9    ends at a lower rank: dropped
+    3     0       walks  -2.4    goes on as hypothesis 1
+
+    Both new hypotheses continue hypothesis 0, so the decoder's state is reordered by the rows [0, 0].
+
+With K = 1 one candidate is enough. If it ends the sentence, the sentence is done; if not, it goes on.
 
 Shapes: B sentences in the batch now, N sentences in it at the start, K beam size, R = B*K rows, C candidates
 (2K, or 1 where K is 1), t tokens so far, L longest limit. The hypotheses of a sentence are adjacent rows:
@@ -31,8 +48,8 @@ class Hypothesis:
     """One finished translation."""
 
     tokens: list[int]  # without eos
-    score: float  # natural log: sum(token_scores) / length**lenpen, where the length counts eos
-    token_scores: list[float]  # one per token, and the last one for eos
+    score: float  # natural log: sum(token_scores) / length**lenpen; the length includes eos
+    token_scores: list[float]  # one for each token, and a last one for eos
 
 
 @dataclass(frozen=True)
@@ -40,43 +57,43 @@ class Candidates:
     """The best continuations of each sentence, best first."""
 
     scores: Tensor  # (B, C) sum of log-probabilities of the hypothesis and the new token
-    token_scores: Tensor  # (B, C) log-probability of the new token alone
+    token_scores: Tensor  # (B, C) log-probability of only the new token
     tokens: Tensor  # (B, C) int64: the new token
     parents: Tensor  # (B, C) int64: the hypothesis that it continues, 0 <= parent < K
 
     def take(self, ranks: Tensor) -> "Candidates":
-        """Return those at `ranks` (B, C'), in that order."""
+        """Return the candidates at `ranks` (B, C'), in that order."""
         columns = (self.scores, self.token_scores, self.tokens, self.parents)
         return Candidates(*(column.gather(1, ranks) for column in columns))
 
 
 @dataclass(frozen=True)
 class Beam:
-    """The hypotheses that still grow. A score of -inf marks a place in the beam that no hypothesis holds."""
+    """The hypotheses that still grow. A score of -inf marks an empty place in the beam."""
 
     tokens: Tensor  # (B, K, t) int64
     token_scores: Tensor  # (B, K, t)
     scores: Tensor  # (B, K) sum of token_scores
-    sentences: Tensor  # (B,) int64: where the sentence stands among the N at the start
+    sentences: Tensor  # (B,) int64: the number of the sentence among the N at the start
     limits: Tensor  # (B,) int64: most tokens that a hypothesis may have, eos not counted
-    is_done: Tensor  # (B,) bool: the sentence has its results; whatever still happens to it is ignored
-    # () int64: how many tokens each hypothesis has, where there is room for more (`static_step.py`)
+    is_done: Tensor  # (B,) bool: the sentence has its results, and its rows do not matter any more
+    # () int64: how many tokens each hypothesis has, if `tokens` has columns to spare (`static_step.py`)
     num_filled: Tensor | None = None
 
     @property
     def step(self) -> int:
-        """Number of tokens that each hypothesis has, or has room for."""
+        """Number of columns of `tokens`: the tokens of each hypothesis, and columns to spare."""
         return self.tokens.size(2)
 
     @property
     def length(self) -> int | Tensor:
-        """Number of tokens that each hypothesis has; a tensor where there is room for more."""
+        """Number of tokens that each hypothesis has; a tensor if there are columns to spare."""
         return self.step if self.num_filled is None else self.num_filled
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The results: K slots for each sentence of the start, filled as hypotheses end, and one for waste."""
+    """The results: for each of the N sentences K slots, filled as hypotheses end, and one slot for waste."""
 
     tokens: Tensor  # (N, K+1, L) int64
     token_scores: Tensor  # (N, K+1, L+1)
@@ -89,13 +106,13 @@ class Decoder(Protocol):
     """What a search asks of its models: one of them, or several that vote."""
 
     def features(self, last_tokens: Tensor) -> Sequence[Tensor]:
-        """Take a new token for each hypothesis, (B, K) int64; return what predicts the next, (R, D) of each."""
+        """Take a new token for each hypothesis, (B, K) int64; return each model's features (R, D) of the next."""
 
     def keep(self, live: Tensor) -> None:
-        """Let the sentences go that are not at the places `live` (B',)."""
+        """Keep only the sentences at the places `live` (B',)."""
 
     def reorder_(self, rows: Tensor) -> None:
-        """Let each hypothesis go on from an old row, (R,) int64, counted before any sentence was let go."""
+        """Let each hypothesis continue an old row, (R,) int64. Rows are numbered as before the last `keep`."""
 
 
 def search(
@@ -108,16 +125,16 @@ def search(
     eos_id: int,
     lenpen: float,
 ) -> list[int]:
-    """Search until all sentences are done, or those that are left are given up.
+    """Search until all sentences are done, or the remaining ones are given up.
 
     Args:
-        decoder: Computes what continuations are chosen by.
-        choose: Returns the best 2K continuations of each sentence. At the length limit of a sentence these are its
-            ends: `extend` takes it for done.
+        decoder: Computes the features that `choose` needs.
+        choose: Returns the best 2K continuations of each sentence. A sentence at its length limit may only be
+            continued by eos; `extend` then marks it done.
         beam: From `start`.
         finished: From `start`; receives the results.
-        roster: Which sentences stay in the batch, and when the search is over.
-        eos_id: The token that ends a hypothesis, and stands before the first one, as in fairseq.
+        roster: Decides which sentences stay in the batch, and when the search is over.
+        eos_id: The token that ends a hypothesis. It also stands before the first token, as in fairseq.
         lenpen: Exponent of the length in the final score; 0 leaves the sum as it is.
 
     Returns:
@@ -145,11 +162,11 @@ def start(limits: Tensor, *, beam_size: int, dtype: torch.dtype) -> tuple[Beam, 
     Args:
         limits: (N,) int64, each sentence's length limit, eos not counted.
         beam_size: K.
-        dtype: Of the scores.
+        dtype: The type of the scores.
     """
     num_sentences, longest = limits.numel(), int(limits.max())
     scores = limits.new_full((num_sentences, beam_size), -torch.inf, dtype=dtype)
-    scores[:, 0] = 0.0  # K equal hypotheses would stay equal for ever, so there is one
+    scores[:, 0] = 0.0  # only one hypothesis, because K equal ones would stay equal forever
     beam = Beam(
         tokens=limits.new_empty((num_sentences, beam_size, 0)),
         token_scores=scores.new_empty((num_sentences, beam_size, 0)),
@@ -172,7 +189,7 @@ def start(limits: Tensor, *, beam_size: int, dtype: torch.dtype) -> tuple[Beam, 
 def extend(
     beam: Beam, candidates: Candidates, finished: Finished, *, eos_id: int, lenpen: float
 ) -> tuple[Beam, Tensor]:
-    """Finish the hypotheses that end, and let the best K others grow by a token.
+    """Finish the hypotheses that end, and let the best K others grow by one token.
 
     Args:
         beam: The hypotheses before this step.
@@ -182,14 +199,14 @@ def extend(
         lenpen: Exponent of the length in the final score; 0 leaves the sum as it is.
 
     Returns:
-        The beam after this step, and (R,) int64: which row of the old beam each row of the new one continues.
+        The beam after this step; and (R,) int64: the row of the old beam that each new row continues.
     """
     num_sentences, beam_size = beam.scores.shape
     ends = candidates.tokens == eos_id  # (B, C)
     first_ends = ends[:, :beam_size]
     if (
         first_ends.device.type != "cpu" or first_ends.any()
-    ):  # elsewhere, to ask takes longer than to write nothing
+    ):  # on other devices, reading `any` takes longer than writing nothing
         _finish_(finished, beam, candidates, ends=first_ends, lenpen=lenpen)
 
     chosen = candidates
@@ -215,26 +232,26 @@ def ranks_going_on(ends: Tensor, beam_size: int) -> Tensor:
 
 
 def free_slots(ends: Tensor, scores: Tensor, *, counts: Tensor, is_done: Tensor) -> Tensor:
-    """Return which slot each candidate of the first K ranks fills: K, for waste, if it does not end.
+    """Return the slot that each of the first K candidates fills: slot K, for waste, if it does not end.
 
     Args:
-        ends: (B, K) bool.
-        scores: (B, K); what has no probability does not end.
-        counts: (B,) int64: how many slots are filled, better candidates first.
-        is_done: (B,) bool: the sentence takes no more.
+        ends: (B, K) bool: the candidate is eos.
+        scores: (B, K); a candidate with probability 0 does not count as an end.
+        counts: (B,) int64: how many slots are filled already.
+        is_done: (B,) bool: the sentence takes no more results.
     """
     beam_size = ends.size(1)
     ends = ends & (scores > -torch.inf) & ~is_done[:, None]
     slots = counts[:, None] + ends.cumsum(dim=1) - 1
-    # What ends when all slots are filled is waste too.
+    # Slots are filled in order of rank. Ends for which no slot is left go to waste, too.
     return slots.masked_fill_(~ends, beam_size).clamp_(max=beam_size)
 
 
 def copy_first(candidates: Candidates, *, where: Tensor) -> Candidates:
-    """Let the best candidate of the sentences `where` (B,) take all places.
+    """Copy the best candidate to all places, for the sentences `where` (B,) bool.
 
-    For a forced prefix that ends the sentence, where fairseq returns K times the same translation. Such a
-    sentence is done with this step, so the decoder's state need not follow.
+    This is for a forced prefix that ends the sentence: fairseq then returns the same translation K times. Such a
+    sentence is done after this step, so the decoder's state does not matter.
     """
     ranks = torch.arange(candidates.tokens.size(1), device=where.device).expand_as(candidates.tokens)
     return candidates.take(ranks.masked_fill(where[:, None], 0))
@@ -266,16 +283,16 @@ def take(beam: Beam, sentences: Tensor | slice) -> Beam:
 
 
 def keep(beam: Beam, rows: Tensor, *, live: Tensor) -> tuple[Beam, Tensor]:
-    """Let the other sentences go: return the beam and the rows of those at the places `live` (B',)."""
+    """Return the beam and the rows of the sentences at the places `live` (B',), without the others."""
     return take(beam, live), rows.view(-1, beam.scores.size(1))[live].flatten()
 
 
 def best(finished: Finished, *, nbest: int) -> list[list[Hypothesis]]:
     """Return each sentence's `nbest` best finished hypotheses, best first.
 
-    Of equals, the one that ended first comes first. There are fewer than `nbest` only where fewer have a
-    probability above zero. A sentence that has none (the model's output is not a number) gets one empty
-    hypothesis with a score of -inf.
+    Of equal ones, the one that ended first comes first. There are fewer than `nbest` only if fewer have a
+    probability above zero. A sentence without any (the model's output is not a number) gets one empty hypothesis
+    with a score of -inf.
     """
     order = finished.scores[:, :-1].argsort(dim=1, descending=True, stable=True)[:, :nbest]  # (N, nbest)
     counts = finished.counts.clamp(max=nbest).tolist()
@@ -298,7 +315,7 @@ def best(finished: Finished, *, nbest: int) -> list[list[Hypothesis]]:
 
 
 def _finish_(finished: Finished, beam: Beam, candidates: Candidates, *, ends: Tensor, lenpen: float) -> None:
-    """Write the candidates of the first K ranks that end into free slots, better ones first."""
+    """Write those of the first K candidates that end into free slots, better ones first."""
     beam_size = ends.size(1)
     scores, parents = candidates.scores[:, :beam_size], candidates.parents[:, :beam_size]
     slots = free_slots(ends, scores, counts=finished.counts[beam.sentences], is_done=beam.is_done)
@@ -315,8 +332,8 @@ def _finish_(finished: Finished, beam: Beam, candidates: Candidates, *, ends: Te
 
 
 def _gather_hypotheses(values: Tensor, parents: Tensor) -> Tensor:
-    """Return for each place the row of its parent: (B, K, t) and (B, C) -> (B, C, t)."""
-    if values.size(1) == 1 and parents.size(1) == 1:  # with a beam of one there is nothing to choose
+    """Return for each candidate the row of its parent: (B, K, t) and (B, C) -> (B, C, t)."""
+    if values.size(1) == 1 and parents.size(1) == 1:  # with K = 1 there is only one parent
         return values
     return values.gather(1, parents[:, :, None].expand(-1, -1, values.size(2)))
 

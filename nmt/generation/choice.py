@@ -1,4 +1,4 @@
-"""A step's choice, from what the models compute to the candidates: what all searches have in common.
+"""The choice in a step, from the models' logits to the candidates. All kinds of search share it.
 
 Shapes: N sentences at the start of the search, B in the batch now, K beam size, R = B*K rows, V vocabulary.
 """
@@ -20,20 +20,20 @@ from nmt.generation.select import best_candidates, sample_tokens, single_candida
 
 @dataclass(frozen=True)
 class Settings:
-    """What a search is told, whatever its sentences are."""
+    """The settings of a search that do not depend on its sentences."""
 
     options: DecodingOptions
     ids: TokenIds
-    logit_offsets: tuple[float, ...]  # of each model: by how much its logits are less than they would be
+    logit_offsets: tuple[float, ...]  # for each model: what it has subtracted from its logits
 
     @property
     def beam_size(self) -> int:
-        """K: of translations that are drawn, each is a sentence of its own."""
+        """K. With sampling it is 1, because each drawn translation is a sentence of its own."""
         return 1 if self.options.sampling else self.options.beam
 
     @property
     def read_tokens(self) -> bool:
-        """Whether it matters which tokens the hypotheses have, and not only how many."""
+        """Whether the choice depends on the tokens of the hypotheses, and not only on their number."""
         return self.options.no_repeat_ngram_size > 0 or self.options.repetition_penalty != 1.0
 
     def choice(
@@ -44,12 +44,12 @@ class Settings:
         streams: Tensor | None = None,
         more: Sequence[Rule] = (),
     ) -> Choice:
-        """Return how candidates are chosen in a search; all but `streams` is explained in `search_rules`.
+        """Return how candidates are chosen in a search; `search_rules` explains all arguments except `streams`.
 
         Args:
-            first_limit: No sentence has a lower length limit; None if none is looked for.
+            first_limit: The lowest length limit of the sentences; None if no limit is checked.
             prefixes: (N, P) int64.
-            streams: (N,) int64, of random numbers to draw with.
+            streams: (N,) int64: streams of random numbers to draw with.
             more: Rules of the caller.
         """
         rules = search_rules(self.options, self.ids, first_limit=first_limit, prefixes=prefixes, more=more)
@@ -62,11 +62,11 @@ class Choice:
 
     settings: Settings
     rules: tuple[Rule, ...]
-    prefixes: Tensor | None  # (N, P) int64: what is prescribed, among the rules too
-    streams: Tensor | None  # (N,) int64, of random numbers to draw with
+    prefixes: Tensor | None  # (N, P) int64: forced beginnings; there is a rule for them, too
+    streams: Tensor | None  # (N,) int64: streams of random numbers to draw with
 
     def candidates(self, logits: Sequence[Tensor], beam: Beam) -> Candidates:
-        """Return each sentence's best candidates, or the one that is drawn for it.
+        """Return each sentence's best candidates, or the single one that is drawn for it.
 
         Args:
             logits: (R, V) of each model; overwritten.
@@ -109,7 +109,7 @@ def choose_in_parts(
     *,
     at_once: int,
 ) -> Candidates:
-    """Choose for a few sentences at a time, whose logits take less memory than those of all.
+    """Choose for a few sentences at a time, because the logits of all would take too much memory.
 
     Args:
         choice: How candidates are chosen.

@@ -20,10 +20,10 @@ from nmt.generation.rules import Rule, TokenIds
 from nmt.generation.static_search import Job, StaticSearch
 from nmt.models.protocols import SearchModel
 
-# Rows that are projected to the vocabulary and searched at once: on a CPU few enough for its caches.
+# Rows that are projected to the vocabulary at once: on a CPU few enough for its caches.
 ROWS_AT_ONCE = {"cpu": 256}
 _ROWS_AT_ONCE_ELSEWHERE = 2048
-_ROWS_DRAWN_AT_ONCE = {"cpu": 512}  # each with a memory of its own
+_ROWS_DRAWN_AT_ONCE = {"cpu": 512}  # with sampling, when each row has its own copy of the encoded source
 _ROWS_DRAWN_AT_ONCE_ELSEWHERE = 8192
 
 
@@ -51,7 +51,7 @@ class Generator:
             pad_id: Of their vocabularies.
             eos_id: Of their vocabularies.
             unk_id: Of their vocabularies.
-            static_search: Of the same models: searches in place of this one, as is faster on a GPU.
+            static_search: A search in place with the same models, which is faster on a GPU; used if given.
         """
         options.check()
         assert options.mbr is None, "candidates are chosen by nmt.translation.mbr"
@@ -77,17 +77,17 @@ class Generator:
 
         Args:
             source: (B, S) int64 on the models' device, each sentence ending in eos and padded on the right.
-            prefixes: (B, P) int64, the tokens that translations begin with, padded on the right. One that ends
-                in eos is the whole translation, and fills all places of the beam.
-            lines: (B,) int64, the number of each sentence, which with the seed determines what is drawn for it;
-                its place in the batch if left out.
-            rules: For this batch, besides those of the options: `beam.sentences` names its rows. With any, the
-                search is not that of `static_search`, which records steps to repeat them for other batches.
-            may_drop_stragglers: Whether to give up a few sentences that take much longer than the others of a
-                search, for the caller to search again together with those of other batches.
+            prefixes: (B, P) int64, the tokens that translations begin with, padded on the right. A prefix that
+                ends in eos is the whole translation, and fills all places of the beam.
+            lines: (B,) int64, the number of each sentence; with the seed it determines what is drawn for the
+                sentence. If left out, the place in the batch.
+            rules: More rules for this batch, besides those of the options; `beam.sentences` numbers its rows. With
+                such rules `static_search` is not used, because it records steps to repeat them for other batches.
+            may_drop_stragglers: Whether to give up a few sentences that take much longer than the others. The
+                caller then searches these again, together with those of other batches.
 
         Returns:
-            For each sentence its `nbest` best hypotheses, best first; none for one that was given up.
+            For each sentence its `nbest` best hypotheses, best first; none for a sentence that was given up.
         """
         if source.size(0) == 0:
             return []
@@ -102,7 +102,7 @@ class Generator:
     def _draw(
         self, job: Job, memories: Sequence[Any], lines: Tensor, in_place: StaticSearch | None
     ) -> list[list[Hypothesis]]:
-        """Draw `beam` translations of each sentence, independently: each is a sentence with a beam of one."""
+        """Draw `beam` independent translations of each sentence, each as a sentence with a beam of one."""
         options = self.options
         streams = start_streams(1 if options.seed is None else options.seed, lines, options.beam)  # (B*K,)
         each = torch.arange(lines.numel(), device=lines.device).repeat_interleave(options.beam)  # (B*K,)
@@ -119,7 +119,7 @@ class Generator:
         return [samples[: options.nbest] for samples in ranked]
 
     def _search(self, memories: Sequence[Any], job: Job) -> list[list[Hypothesis]]:
-        """Search for the best translations, or draw one for each sentence if it has a stream of random numbers."""
+        """Search for the best translations, or draw one for each sentence if the job has streams."""
         settings, options = self.settings, self.options
         beam, finished = start(job.limits, beam_size=settings.beam_size, dtype=_score_dtype(self.models))
         choice = settings.choice(
@@ -141,25 +141,25 @@ class Generator:
         return results
 
     def _limits(self, source: Tensor) -> Tensor:
-        """Return the length limit (B,) of each translation, eos not counted, from its own source's length."""
-        longest = min(model.max_target_positions for model in self.models) - 1  # eos takes a position too
+        """Return the length limit (B,) of each translation, eos not counted, from the length of its source."""
+        longest = min(model.max_target_positions for model in self.models) - 1  # eos takes a position, too
         a, b = self.options.max_len_a, self.options.max_len_b
-        lengths = (source != self.pad_id).sum(dim=1).tolist()  # Python rounds alike on every device
+        lengths = (source != self.pad_id).sum(dim=1).tolist()  # for Python, to round alike on all devices
         return source.new_tensor([min(int(a * length + b), longest) for length in lengths])
 
 
 class _Decoders:
-    """Several models in one search: what each has encoded, and the state of its hypotheses."""
+    """The models of one search, each with its encoded sources and the state of its hypotheses."""
 
     def __init__(self, models: Sequence[SearchModel], memories: Sequence[Any], choice: Choice) -> None:
         self._models = models
         self._memories = list(memories)
         self._states = [model.start_state() for model in models]
-        self._rooms = [_Room() for _ in models]
+        self._buffers = [_Float32Buffer() for _ in models]
         self._choice = choice
 
     def features(self, last_tokens: Tensor) -> list[Tensor]:
-        """Return those (R, D) of each model; see `beam_search.Decoder`."""
+        """Return the features (R, D) of each model; see `beam_search.Decoder`."""
         return [
             model.step(last_tokens.flatten(), memory, state)  # (R,) -> (R, D)
             for model, memory, state in zip(self._models, self._memories, self._states, strict=True)
@@ -170,34 +170,34 @@ class _Decoders:
 
         def project(rows: slice) -> list[Tensor]:
             return [
-                room.take_float(model.project(x[rows]))
-                for model, x, room in zip(self._models, features, self._rooms, strict=True)
+                buffer.take_float(model.project(x[rows]))
+                for model, x, buffer in zip(self._models, features, self._buffers, strict=True)
             ]
 
         rows_at_once = ROWS_AT_ONCE.get(features[0].device.type, _ROWS_AT_ONCE_ELSEWHERE)
         at_once = max(1, rows_at_once // beam.scores.size(1))  # sentences
         if at_once > 8:
-            at_once -= at_once % 8  # what is left of a batch is a multiple of 8 too, see `roster.py`
+            at_once -= at_once % 8  # as `roster.py` keeps multiples of 8, the last part is one, too
         return choose_in_parts(self._choice, project, beam, at_once=at_once)
 
     def keep(self, live: Tensor) -> None:
-        """Let sentences go; see `beam_search.Decoder`."""
+        """Keep only some sentences; see `beam_search.Decoder`."""
         self._memories = [memory.keep(live) for memory in self._memories]
 
     def reorder_(self, rows: Tensor) -> None:
-        """Let hypotheses go on from others; see `beam_search.Decoder`."""
+        """Let hypotheses continue others; see `beam_search.Decoder`."""
         for state in self._states:
             state.reorder_(rows)
 
 
-class _Room:
-    """Memory in which logits become float32, kept for a search: to ask for it takes as long as to fill it."""
+class _Float32Buffer:
+    """Memory for logits in float32, kept for a whole search, because getting it takes as long as filling it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def take_float(self, logits: Tensor) -> Tensor:
-        """Return logits (R, V), those of fewer bits as float32, which lasts until the next call."""
+        """Return logits (R, V); those of fewer bits become float32, in memory that the next call overwrites."""
         if logits.dtype in (torch.float32, torch.float64):
             return logits
         if self._memory.numel() < logits.numel():

@@ -1,4 +1,4 @@
-"""Scores of translations that are given instead of searched.
+"""Scores of translations that are given, not searched for.
 
 Shapes: B sentences, S source length, T target length, V vocabulary.
 """
@@ -23,12 +23,12 @@ def score_given(
     Args:
         models: In evaluation mode.
         source: (B, S) int64, each sentence ending in eos and padded on the right.
-        target_input: (B, T) int64, the target shifted right and begun with eos.
+        target_input: (B, T) int64, the target shifted right, with eos at its start.
         target: (B, T) int64, each sentence ending in eos and padded on the right.
         pad_id: Of their vocabularies.
 
     Returns:
-        For each sentence one hypothesis, whose score is the mean log-probability of its tokens.
+        One hypothesis for each sentence. Its score is the mean log-probability of its tokens.
     """
     assert not any(model.training for model in models), "call model.eval() before"
     logits = [model.project(model(source, target_input).flatten(0, 1)) for model in models]  # (B*T, V)

@@ -1,7 +1,7 @@
-"""Random numbers without a state: each is a hash of what it is for, so no batch can change it.
+"""Random numbers without a state: each is a hash of its seed, line, sample and step, so no batch can change it.
 
 The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), applied after each value that enters.
-int64 arithmetic wraps around on all devices, as the unsigned arithmetic of the original does.
+int64 arithmetic wraps around on all devices, like the unsigned arithmetic of the original.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 _STEP = -7046029254386353131  # 0x9e3779b97f4a7c15, the odd number nearest to 2**64 / golden ratio
 _FACTORS = (-4658895280553007687, -7723592293110705685)  # 0xbf58476d1ce4e5b9, 0x94d049bb133111eb
-_BITS = 40  # of a number; few enough that a product with any total stays below that total
+_BITS = 40  # of a random number; few enough that its product with a total stays below the total
 
 
 def start_streams(seed: int, lines: Tensor, num_samples: int) -> Tensor:

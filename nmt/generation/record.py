@@ -1,7 +1,10 @@
-"""What a search in place writes down at each step, and how hypotheses are read from it afterwards.
+"""The record of a search in place, and how hypotheses are read from it afterwards.
 
-No step copies what a hypothesis has so far: a candidate knows the hypothesis that it continues, and a hypothesis
-the candidate that it was. Whole hypotheses are put together once, on the host.
+No step copies the tokens of a hypothesis. Instead `parents` says which hypothesis a candidate continues, and
+`ranks` says which candidate of the step before became that hypothesis. Following the two backwards gives whole
+hypotheses. This is done once, on the host:
+
+    step 2, candidate 1 --parents--> hypothesis 0 --ranks--> step 1, candidate 3 --parents--> hypothesis 1 ...
 
 Shapes: B sentences, K beam size, T steps, C candidates (2K, or 1 where K is 1).
 """
@@ -26,13 +29,13 @@ class Record:
     scores: Tensor  # (T, B, C) sums of log-probabilities
     token_scores: Tensor  # (T, B, C) log-probabilities
     tokens: Tensor  # (T, B, C) int64
-    parents: Tensor  # (T, B, C) int64: the hypothesis that it continues
+    parents: Tensor  # (T, B, C) int64: the hypothesis that the candidate continues
     ranks: Tensor  # (T, B, K) int64: the candidate that became the hypothesis
-    ends: Tensor  # (B, K+1) int64: T * C places of candidates that ended the sentence; the last is waste
-    counts: Tensor  # (B,) int64: how many of them there are
+    ends: Tensor  # (B, K+1) int64: step * C + rank of candidates that ended the sentence; the last slot is waste
+    counts: Tensor  # (B,) int64: how many slots of `ends` are filled
 
     def take(self, num_steps: int, places: Tensor | None) -> Record:
-        """Return the first steps, of the sentences at the places (B',)."""
+        """Return the first steps of the sentences at the places (B',), or of all."""
         by_step = [
             x[:num_steps] for x in (self.scores, self.token_scores, self.tokens, self.parents, self.ranks)
         ]
@@ -58,7 +61,7 @@ def best_of(record: Record, *, nbest: int, lenpen: float) -> list[list[Hypothesi
     num_steps, num_sentences, num_candidates = record.tokens.shape
     beam_size = record.ranks.size(2)
     codes = record.ends[:, :beam_size]  # (B, K)
-    # A slot that is not filled has whatever code; it ranks last.
+    # An empty slot may hold any code, so it is set to 0. Its score of -inf ranks it last.
     is_empty = torch.arange(beam_size) >= record.counts[:, None]
     codes = codes.masked_fill(is_empty, 0)
     steps, ranks = codes // num_candidates, codes % num_candidates
@@ -83,10 +86,10 @@ def best_of(record: Record, *, nbest: int, lenpen: float) -> list[list[Hypothesi
 def _paths(
     record: Record, steps: NDArray[np.int64], ranks: NDArray[np.int64]
 ) -> Iterator[tuple[list[int], list[float]]]:
-    """Follow candidates (B, n), each of a step and a rank, back to the start.
+    """Follow candidates (B, n), each given by a step and a rank, back to the start.
 
     Yields:
-        The tokens without the one that ends, and the scores of all, of one after the other.
+        For one candidate after another the tokens without eos, and the scores of all tokens.
     """
     num_sentences, num_each = steps.shape
     sentences = np.repeat(np.arange(num_sentences), num_each)
@@ -108,7 +111,7 @@ def _trace(
     last_steps: NDArray[np.int64],
     last_ranks: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.floating]]:
-    """Return tokens and their scores, (M, T) each, up to candidates (M,)."""
+    """Return tokens and their scores, (M, T) each, from the start to each of M candidates."""
     all_tokens, all_scores = record.tokens.numpy(), record.token_scores.numpy()
     all_parents, all_ranks = record.parents.numpy(), record.ranks.numpy()
     num_steps = int(last_steps.max(initial=0)) + 1

@@ -1,12 +1,12 @@
-"""Rules of a search: what may come next, and at what price. Each is a function, made once for a search.
+"""Rules of a search: what may come next, and at what cost. Each rule is a function, made once for a search.
 
     rules = search_rules(options, ids, prefixes=prefixes)
     for rule in rules:
         rule(scores, beam)
 
-A rule changes log-probabilities in place, given the hypotheses so far; what it takes away from a token is not
-given to others. What it knows of single sentences it keeps in tensors whose first dimension is the sentence, and
-looks up by `beam.sentences`:
+A rule changes log-probabilities in place, given the hypotheses so far. The probability that it takes from a token
+is not given to other tokens. A rule keeps data of single sentences in tensors whose first dimension is the
+sentence, and looks them up by `beam.sentences`:
 
     def without(forbidden: Tensor) -> Rule:            # (N, V) bool
         def rule(scores: Tensor, beam: Beam) -> None:
@@ -31,7 +31,8 @@ Rule = Callable[[Tensor, Beam], None]
 """Changes scores (B, K, V) in place: log-probabilities of what follows each hypothesis of the beam."""
 
 Must = Callable[[Beam], tuple[Tensor, Tensor] | None]
-"""Tells which token (B,) is the only choice of a sentence, and where (B,) bool it is so; or None if nowhere."""
+"""Returns the token (B,) that is the only choice of each sentence, and in which sentences (B,) bool there is such
+a token; or None if there is none at all."""
 
 
 class TokenIds(NamedTuple):
@@ -52,13 +53,13 @@ def search_rules(
 ) -> list[Rule]:
     """Return all rules of a search, in the order in which they are applied.
 
-    A length limit goes before a prefix, a prefix before all others but what a token costs.
+    A length limit overrides a prefix. A prefix overrides all other rules except the costs of tokens.
 
     Args:
         options: The penalties, the shortest length, and the repeats that are forbidden.
         ids: Of the vocabulary.
-        first_limit: No sentence has a lower length limit; None if none is looked for.
-        prefixes: (N, P) int64, what translations begin with, padded on the right.
+        first_limit: The lowest length limit of the sentences; None if no limit is checked.
+        prefixes: (N, P) int64, the tokens that translations begin with, padded on the right.
         more: Rules of the caller, which forbid or favour tokens.
     """
     rules = list(more)
@@ -107,7 +108,7 @@ def shortest(min_len: int, eos_id: int) -> Rule:
 
 
 def no_repeats(size: int) -> Rule:
-    """Forbid runs of `size` tokens that a hypothesis has already."""
+    """Forbid runs of `size` tokens that a hypothesis already has."""
 
     def rule(scores: Tensor, beam: Beam) -> None:
         forbid_repeats_(scores, beam.tokens, size=size, num_filled=beam.num_filled)
@@ -116,9 +117,9 @@ def no_repeats(size: int) -> Rule:
 
 
 def unless(must: Must, rules: Sequence[Rule]) -> Rule:
-    """Let rules have their say where nothing is prescribed; elsewhere what is prescribed alone may follow.
+    """Apply rules where no token is prescribed. Elsewhere only the prescribed token may follow.
 
-    It has the score that it had before these rules.
+    A prescribed token keeps the score that it had before these rules.
     """
 
     def rule(scores: Tensor, beam: Beam) -> None:
@@ -140,7 +141,7 @@ def unless(must: Must, rules: Sequence[Rule]) -> Rule:
 
 
 def end_at_limit(eos_id: int, *, first_limit: int = 0) -> Must:
-    """Prescribe the end of sentences that are as long as they may be; no limit is below `first_limit`."""
+    """Prescribe eos for sentences at their length limit; no limit is below `first_limit`."""
 
     def must(beam: Beam) -> tuple[Tensor, Tensor] | None:
         if beam.num_filled is None and beam.step < first_limit:
@@ -161,7 +162,7 @@ def begin_with(prefixes: Tensor, *, pad_id: int) -> Must:
 
 
 def prefix_tokens(prefixes: Tensor, beam: Beam) -> Tensor | None:
-    """Return the next token (B,) of each sentence's prefix, or None if all prefixes (N, P) are at their end."""
+    """Return the next token (B,) of each sentence's prefix, or None if all prefixes (N, P) have ended."""
     if beam.num_filled is not None:
         column = prefixes.index_select(1, beam.num_filled.view(1)).squeeze(1)  # (N,)
     elif beam.step < prefixes.size(1):
@@ -172,7 +173,7 @@ def prefix_tokens(prefixes: Tensor, beam: Beam) -> Tensor | None:
 
 
 def of_rows(rule: Rule, sentences: Tensor) -> Rule:
-    """Return a rule for a search in which sentence i is the sentence `sentences[i]` that the rule knows."""
+    """Return the rule for a search whose sentence i is `sentences[i]` of the given rule."""
 
     def renamed(scores: Tensor, beam: Beam) -> None:
         rule(scores, replace(beam, sentences=sentences[beam.sentences]))
@@ -181,13 +182,13 @@ def of_rows(rule: Rule, sentences: Tensor) -> Rule:
 
 
 def forbid_repeats_(scores: Tensor, tokens: Tensor, *, size: int, num_filled: Tensor | None = None) -> None:
-    """Forbid, in place, the tokens that would complete an n-gram which the hypothesis has already.
+    """Forbid, in place, the tokens that would complete an n-gram that the hypothesis already has.
 
     Args:
         scores: (B, K, V).
         tokens: (B, K, t), without the token that starts the decoder.
         size: n, at least 1.
-        num_filled: () int64: how many of the t there are, the others are room; all if it is left out.
+        num_filled: () int64: how many columns of `tokens` are filled; all if None.
     """
     if tokens.size(2) < size:
         return

@@ -1,10 +1,19 @@
-"""The search for GPUs: steps in place over a short list of sizes, recorded once and then replayed.
+"""The search for GPUs: steps work in place on tables of few different sizes, are recorded once, and then replayed.
 
-A search begins with as many sentences, source columns and steps as the next larger sizes of the lists; those
-that are not there are done from the start. When its tables are full, it goes on in larger ones, and when few
-sentences are left, in smaller ones. Recordings and the memory under them live as long as the search, so that the
-next batch of like sizes is replayed from its first step on. On a CPU the same steps run plainly, which is how
-they are tested.
+Tables have the next larger sizes from short lists, for the sentences, the source columns and the steps. Places
+without a sentence are done from the start. When the tables are full, the search goes on in larger ones; when few
+sentences are left, in smaller ones. Recordings and their memory live as long as the `StaticSearch`. So the next
+batch of similar sizes is replayed from its first step on. On a CPU the same steps run without recordings; this is
+how they are tested.
+
+An example with K = 5: 40 sentences of at most 30 tokens, and translations of at most 70.
+
+    step 0    tables for 48 sentences, 32 source columns, 32 steps; places 40 to 47 are empty and done
+    step 32   the tables are full: `_grow` makes room for 64 steps
+    step 42   16 sentences are left: `_shrink` reads the results of the others, and goes on in tables for 16
+    step 60   all are done: `_may_end` ends the search
+
+Every second step copies `is_done`, and the copy is read two steps later, so that the GPU never waits for the host.
 
 Shapes: B sentences, N of them real, S source length, K beam size.
 """
@@ -34,16 +43,18 @@ from nmt.models.static_decoder import Sizes, StaticDecoder
 from nmt.system.cuda_graphs import Recording
 from nmt.system.deferred import Late
 
-# Each list goes on by steps of its last number. Attention wants its columns in multiples of 16.
+# Above its last number, each list continues with multiples of it. Attention wants columns in multiples of 16.
 _SENTENCES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _SOURCE_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 512)
 _STEPS = (32, 64, 128, 256, 512, 1024)
-_WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # steps that are looked at, of those
-_STEPS_A_LOOK = 2  # between looks at which sentences are done; each is read one look later
-_KEPT_SHARE = 2  # a search goes on in smaller tables when at most one sentence in so many is left
-_FEWEST_ROWS = 64  # for fewer, smaller tables save no time
+_WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # steps that attention reads
+_STEPS_A_LOOK = 2  # steps from one look at which sentences are done to the next; each is read one look later
+_KEPT_SHARE = 2  # a search goes on in smaller tables when they have at most 1/2 of the places
+_FEWEST_ROWS = 64  # at this number of rows or fewer, smaller tables save no time
 _MOST_RECORDINGS = 128
-_COLUMNS_A_PIECE = 4  # of a source: twice as long a translation, in tables that may be half empty
+# Steps for each source piece in an estimate of memory: the translation may be twice as long as its source, and the
+# tables may be half empty.
+_COLUMNS_A_PIECE = 4
 
 
 @dataclass(frozen=True)
@@ -53,12 +64,12 @@ class Job:
     source: Tensor  # (N, S) int64, padded on the right
     limits: Tensor  # (N,) int64: most tokens of each translation, eos not counted
     prefixes: Tensor | None = None  # (N, P) int64, see `Generator.generate`
-    rules: Sequence[Rule] = ()  # likewise; not for a search in place
-    streams: Tensor | None = None  # (N,) int64, to draw by
+    rules: Sequence[Rule] = ()  # see `Generator.generate`; a search in place does not use them
+    streams: Tensor | None = None  # (N,) int64: streams of random numbers to draw with
     may_drop_stragglers: bool = False
 
     def take(self, rows: Tensor, streams: Tensor) -> Job:
-        """Return a batch of some of its sentences, (N',) int64, each with a stream to draw one translation by."""
+        """Return a batch of the sentences (N',) int64, each with a stream to draw one translation with."""
         return Job(
             self.source[rows],
             self.limits[rows],
@@ -69,7 +80,7 @@ class Job:
 
 
 def static_search(models: Sequence[SearchModel]) -> StaticSearch | None:
-    """Return the search in place with some models, or None if it does not know all of them."""
+    """Return a search in place with these models, or None if it cannot run one of them."""
     known = [x for x in models if isinstance(x, InferenceTransformer) and not x.has_variants]
     return StaticSearch(known) if len(known) == len(models) else None
 
@@ -78,7 +89,7 @@ class StaticSearch:
     """Searches with one or several models, one batch at a time."""
 
     def __init__(self, models: Sequence[InferenceTransformer]) -> None:
-        """Take models on one device."""
+        """Take models that are all on one device."""
         self.decoders = [StaticDecoder(model) for model in models]
         self.device = models[0].plain.output_weight.device
         is_double = any(decoder.dtype == torch.float64 for decoder in self.decoders)
@@ -90,34 +101,32 @@ class StaticSearch:
     def search(self, job: Job, settings: Settings) -> list[list[Hypothesis]]:
         """Search for the translations of a batch, or draw one for each sentence; see `Generator.generate`.
 
-        With `sampling` the beam is of one, whatever the options say.
+        With `sampling` the beam size is 1, whatever the options say.
         """
         try:
             return _Search(self, job, settings).run()
-        except RuntimeError:  # there is no memory, perhaps
+        except RuntimeError:  # perhaps out of memory
             if self.device.type == "cuda":
-                torch.cuda.synchronize(
-                    self.device
-                )  # what goes on in another stream still writes to the tables
+                torch.cuda.synchronize(self.device)  # work in another stream may still write to the tables
             self.clear()
             raise
 
     def clear(self) -> None:
-        """Give the memory of tables and recordings back."""
+        """Free the memory of tables and recordings."""
         self._reserve.clear()
 
     def bytes_of_piece(self, beam_size: int) -> int:
-        """Return about how much memory each piece of a source takes, whose translation may be twice as long."""
+        """Return about how many bytes each piece of a source takes; its translation may be twice as long."""
         length = _SOURCE_LENGTHS[-1]
         num_columns = beam_size * _COLUMNS_A_PIECE * length
         return sum(x.bytes_of(source_length=length, num_columns=num_columns) for x in self.decoders) // length
 
     def tables(self, sizes: Sizes, settings: Settings, *, has_prefixes: bool) -> SearchTables:
-        """Return the tables of some sizes, which are those of all sizes."""
+        """Return tables of these sizes. Tables of all sizes share the same memory."""
         key = (sizes, settings.read_tokens, has_prefixes)
         tables = self._known.tables.get(key)
         if tables is None:
-            # What is cut may move what was cut before, and then nothing else is known any more.
+            # The reserve may have to move its storage for this. Then it calls `forget`, and all older tables go.
             tables = make_tables(
                 self.decoders,
                 self._reserve,
@@ -130,12 +139,12 @@ class StaticSearch:
         return tables
 
     def record(self, key: Hashable, function: Callable[[], None]) -> Recording:
-        """Return what replays a function, the same for an equal key."""
+        """Return a recording that replays a function; an equal key gives the same recording."""
         return self._known.record(key, function)
 
 
 class _Known:
-    """What knows the addresses of tables: the views of them, and recordings."""
+    """Everything that depends on the addresses of tables: the tables themselves, and recordings."""
 
     def __init__(self, device: torch.device) -> None:
         self.tables: dict[Hashable, SearchTables] = {}
@@ -144,11 +153,11 @@ class _Known:
         self._pool: Any = None
 
     def record(self, key: Hashable, function: Callable[[], None]) -> Recording:
-        """Return the recording of a key, or a new one in place of that which was least recently used."""
+        """Return the recording of a key. Make it if it is new; the least recently used one may be dropped."""
         recording = self.recordings.get(key)
         if recording is None:
             if self._pool is None and self._device.type == "cuda":
-                # While something is recorded, no memory that is kept for later is given back to make room.
+                # PyTorch cannot free the memory that it caches while it records, so it is freed before.
                 torch.cuda.empty_cache()
                 self._pool = torch.cuda.graph_pool_handle()
             recording = self.recordings[key] = Recording(function, self._device, pool=self._pool)
@@ -158,14 +167,14 @@ class _Known:
         return recording
 
     def forget(self) -> None:
-        """Give back all, and the memory that recordings share."""
+        """Drop all tables and recordings, and the memory that recordings share."""
         self.recordings.clear()
         self.tables.clear()
         self._pool = None
 
 
 class _Search:
-    """One batch on its way."""
+    """The search of one batch."""
 
     def __init__(self, owner: StaticSearch, job: Job, settings: Settings) -> None:
         self.owner, self.job, self.settings = owner, job, settings
@@ -180,12 +189,12 @@ class _Search:
             source_length=_round_up(length, _SOURCE_LENGTHS),
             num_steps=_round_up(min(self.last_limit + 1, max(self.prefix_length, _STEPS[0])), _STEPS),
         )
-        self.step_options = replace(  # without what a step does not read, to find what was recorded
+        self.step_options = replace(  # the options that a step reads, as a part of the key of its recording
             settings.options, seed=None, nbest=1, lenpen=1.0, unnormalized=False, max_len_a=0.0, max_len_b=0
         )
         self.tables = self._make_tables(sizes)
         self.step = 0
-        # Which sentence of the batch is at each place; -1 where there is none, or its results have been read.
+        # The sentence at each place; -1 if there is none, or if its results have been read already.
         self.sentences = list(range(num_sentences)) + [-1] * (sizes.num_sentences - num_sentences)
         self.results: list[list[Hypothesis]] = [[] for _ in range(num_sentences)]
         self.stragglers = Stragglers(num_sentences, may_be_dropped=job.may_drop_stragglers)
@@ -211,9 +220,8 @@ class _Search:
     def _start(self) -> None:
         job, tables = self.job, self.tables
         num_sentences, length = job.source.shape
-        tables.source.fill_(self.settings.ids.pad)[:, 0] = (
-            self.settings.ids.eos
-        )  # where no sentence is: an empty one
+        # Places without a sentence get an empty one: only eos.
+        tables.source.fill_(self.settings.ids.pad)[:, 0] = self.settings.ids.eos
         tables.source[:num_sentences, :length] = job.source
         key = ("encode", tables.sizes.num_sentences, tables.sizes.source_length)
         self.owner.record(key, partial(_encode, self.owner.decoders, tables))()
@@ -246,7 +254,10 @@ class _Search:
         self.step += 1
 
     def _may_end(self, is_done: Sequence[bool]) -> bool:
-        """See whether all are done that are worth waiting for; who is not has no result."""
+        """Return whether the search may end: all sentences are done, or only stragglers are left.
+
+        Stragglers get no result.
+        """
         left = [i for i, x in zip(self.sentences, is_done, strict=True) if i >= 0 and not x]
         if not self.stragglers.are_given_up(len(left), step=self.step):
             return False
@@ -254,7 +265,7 @@ class _Search:
         return True
 
     def _shrink(self, is_done: Sequence[bool]) -> bool:
-        """Go on with the sentences that are left, if they are few."""
+        """If few sentences are left, go on with them in smaller tables; return whether it was so."""
         sizes = self.tables.sizes
         left = [place for place, x in enumerate(is_done) if not x and self.sentences[place] >= 0]
         num_kept = _round_up(len(left), _SENTENCES)
@@ -282,7 +293,7 @@ class _Search:
         return self.owner.tables(sizes, self.settings, has_prefixes=self.prefix_length > 0)
 
     def _read(self, places: list[int]) -> None:
-        """Put the results of the sentences at the places into those of the batch, and forget where they were."""
+        """Store the results of the sentences at the places, and mark the places as read."""
         if not places:
             return
         options = self.settings.options
@@ -305,7 +316,7 @@ def _encode(decoders: Sequence[StaticDecoder], tables: SearchTables) -> None:
 
 
 def _round_up(number: int, sizes: Sequence[int]) -> int:
-    """Return the next larger size of a list, which goes on by steps of its last one."""
+    """Return the next larger size of a list; above its last size, the next multiple of that size."""
     if number > sizes[-1]:
         return -(-number // sizes[-1]) * sizes[-1]
     return sizes[bisect.bisect_left(sizes, number)]

@@ -1,9 +1,9 @@
-"""A step of the search whose shapes and addresses stay: the rules of `beam_search.py`, on tables in place.
+"""A step of the search in place: the rules of `beam_search.py`, on tables that keep their shapes and addresses.
 
-Nothing is appended and no sentence leaves: how many tokens there are is a tensor, what is chosen goes into a
-`Record`, and a sentence that is done goes on without being noticed. So a GPU can replay the step.
+Nothing is appended and no sentence leaves. The number of tokens is a tensor. The chosen candidates go into a
+`Record`. A sentence that is done is computed further, but its results do not count. So a GPU can replay the step.
 
-Shapes: B sentences, K beam size, R = B*K rows, T steps for which there is room, C candidates (2K, or 1 where K
+Shapes: B sentences, K beam size, R = B*K rows, T steps that the tables can hold, C candidates (2K, or 1 where K
 is 1), V vocabulary.
 """
 
@@ -22,12 +22,12 @@ from nmt.generation.select import num_candidates
 from nmt.models.reserve import Reserve
 from nmt.models.static_decoder import DecoderTables, Sizes, StaticDecoder, move_, without_cudnn
 
-_LOGITS_AT_ONCE = 2**26  # 256 MB of float32, and as much again for what is made of them
+_LOGITS_AT_ONCE = 2**26  # 256 MB of float32, and as much again for the results of the next operators
 
 
 @dataclass(frozen=True)
 class SearchTables:
-    """What a search reads and writes in place, for one choice of sizes."""
+    """The tensors that a search reads and writes in place, for one choice of sizes."""
 
     sizes: Sizes
     decoders: list[DecoderTables]
@@ -35,23 +35,23 @@ class SearchTables:
     source: Tensor  # (B, S) int64
     step: Tensor  # () int64: how many tokens each hypothesis has
     last_tokens: Tensor  # (B, K) int64
-    scores: Tensor  # (B, K) sums of log-probabilities; -inf where no hypothesis is
+    scores: Tensor  # (B, K) sums of log-probabilities; -inf where there is no hypothesis
     limits: Tensor  # (B,) int64: most tokens, eos not counted
     is_done: Tensor  # (B,) bool
     record: Record  # of T steps
-    tokens: Tensor  # (B, K, T) int64, where rules ask for them; else (B, K, 0)
+    tokens: Tensor  # (B, K, T) int64 if rules read them; else (B, K, 0)
     prefixes: Tensor  # (B, T) int64: forced beginnings, padded; (B, 0) if there are none
-    streams: Tensor  # (B,) int64: of random numbers
+    streams: Tensor  # (B,) int64: streams of random numbers
 
     @property
     def by_sentence(self) -> list[Tensor]:
-        """What begins with B and is still needed after the first step, besides the tables of the decoders."""
+        """The tensors (B, ...) that are needed after the first step, without the tables of the decoders."""
         own = [self.last_tokens, self.scores, self.limits, self.is_done]
         return [*own, self.record.ends, self.record.counts, self.tokens, self.prefixes, self.streams]
 
     @property
     def by_step(self) -> list[Tensor]:
-        """What begins with (T, B)."""
+        """The tensors (T, B, ...)."""
         record = self.record
         return [record.scores, record.token_scores, record.tokens, record.parents, record.ranks]
 
@@ -65,7 +65,7 @@ def make_tables(
     keeps_tokens: bool,
     has_prefixes: bool,
 ) -> SearchTables:
-    """Cut the tables of some sizes out of a reserve."""
+    """Cut tables of these sizes out of a reserve."""
     num_sentences, beam_size, num_steps = sizes.num_sentences, sizes.beam_size, sizes.num_steps
     chosen = (num_steps, num_sentences, num_candidates(beam_size))
     slots = (num_sentences, beam_size + 1)
@@ -110,21 +110,21 @@ def start_(
     pad_id: int,
     eos_id: int,
 ) -> None:
-    """Begin a search of the first N <= B sentences; the others are done.
+    """Begin a search of the first N <= B sentences; the other places are done.
 
     Args:
-        tables: Are written to. The sources are there.
-        decoders: Of the models.
+        tables: Written to. They contain the sources already.
+        decoders: Those of the models.
         limits: (N,) int64.
         prefixes: (N, P) int64, see `Generator.generate`.
-        streams: (N,) int64, of random numbers to draw with.
-        pad_id: Marks where a prefix has ended.
+        streams: (N,) int64: streams of random numbers to draw with.
+        pad_id: Marks the end of a prefix.
         eos_id: Stands before the first token, as in fairseq.
     """
     num_sentences = limits.numel()
     tables.step.zero_()
     tables.last_tokens.fill_(eos_id)
-    tables.scores.fill_(-torch.inf)[:, 0] = 0.0  # K equal hypotheses would stay equal for ever
+    tables.scores.fill_(-torch.inf)[:, 0] = 0.0  # only one hypothesis, because K equal ones would stay equal
     tables.limits.zero_()[:num_sentences] = limits
     tables.is_done.fill_(True)[:num_sentences] = False
     tables.record.counts.zero_()
@@ -144,7 +144,7 @@ def start_(
 def move_on_(
     decoders: Sequence[StaticDecoder], old: SearchTables, new: SearchTables, places: Tensor | None
 ) -> None:
-    """Go on in tables of other sizes: with the sentences at the places (B',), or with all and more room."""
+    """Copy to tables of other sizes: the sentences at the places (B',), or all of them to larger tables."""
     for before, after in zip(old.by_sentence, new.by_sentence, strict=True):
         move_(before, after, dim=0, places=places)
     for before, after in zip(old.by_step, new.by_step, strict=True):
@@ -162,15 +162,15 @@ def run_step(
     some_at_limit: bool,
     is_forced: bool,
 ) -> None:
-    """Let all hypotheses grow by a token, or end.
+    """Let all hypotheses grow by one token, or end.
 
     Args:
-        decoders: Of the models.
-        tables: Are read and written.
-        settings: By which the choice is made.
-        width: Above the number of steps that were taken: how many steps decoders look at.
+        decoders: Those of the models.
+        tables: Read and written.
+        settings: Those of the search.
+        width: How many steps the decoders attend to; more than the steps taken before.
         some_at_limit: Whether a sentence may be at its length limit.
-        is_forced: Whether there is a forced token for some sentence.
+        is_forced: Whether some sentence may have a forced token in this step.
     """
     step = tables.step
     index = step.view(1)
@@ -227,12 +227,12 @@ def _choose(
 
 
 def _finish_(tables: SearchTables, candidates: Candidates, ends: Tensor, index: Tensor) -> None:
-    """Write down the candidates, and those that end a hypothesis; see which sentences are done."""
+    """Record the candidates, and which of them end a hypothesis; note which sentences are done."""
     record, beam_size = tables.record, tables.sizes.beam_size
     record.scores.index_copy_(0, index, candidates.scores[None])
     record.token_scores.index_copy_(0, index, candidates.token_scores[None])
     record.tokens.index_copy_(0, index, candidates.tokens[None])
-    if beam_size == 1:  # the same as below with fewer operators: slot 0 is filled once
+    if beam_size == 1:  # the same as below with fewer operators, because only slot 0 can be filled
         ended = ends.logical_and(candidates.scores > -torch.inf).logical_and_(~tables.is_done[:, None])
         record.ends[:, :1].copy_(torch.where(ended, tables.step, record.ends[:, :1]))
         record.counts.add_(ended[:, 0])

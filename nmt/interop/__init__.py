@@ -1,1 +1,1 @@
-"""Models and data of other toolkits, in and out."""
+"""Import and export of other toolkits' models and formats."""

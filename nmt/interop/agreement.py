@@ -1,4 +1,4 @@
-"""What our model and its twin in CTranslate2 make of the same lines, and how far they agree."""
+"""Compare how our model and its export to CTranslate2 translate the same lines."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ _PAD = "<blank>"
 _BEAM = 5
 _LONGEST = 200  # tokens of a translation
 _NUM_FIRST = 10  # lines that show whether translations end by themselves
-_TOLERANCE = 1e-3  # of scores, and of what counts as a tie
+_TOLERANCE = 1e-3  # of scores; a smaller difference also counts as a tie
 _TIES_PER_THOUSAND = 2
 _LONGEST_RANDOM = 25  # pieces of a random sentence
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What came out when both translated a sample."""
+    """The result when both models have translated a sample."""
 
-    num_sentences: int  # whose translations ended by themselves
+    num_sentences: int  # with translations that ended by themselves
     num_equal: int
     num_ties: int  # other translations, but of scores within the tolerance by our model
-    largest_difference: float  # of the scores that the two give to the same translation
+    largest_difference: float  # between the scores that the two give to the same translation
     mean_difference: float
     faults: list[str]  # sentences that differ beyond a tie
-    num_cut: int = (
-        0  # translations of either that were cut off at the limit: the scores of ours are compared alone
-    )
-    num_left_out: int = 0  # lines, because translations do not end
+    # Translations by one of the models that were cut off at the limit; only the scores of ours are compared.
+    num_cut: int = 0
+    num_left_out: int = 0  # lines that were left out because translations do not end
 
     def is_exact(self) -> bool:
-        """Whether the two models are the same, rounding aside."""
+        """Whether the two models are the same except for rounding."""
         most_ties = -(-self.num_sentences * _TIES_PER_THOUSAND // 1000)
         return not self.faults and self.num_ties <= most_ties and self.largest_difference <= _TOLERANCE
 
@@ -63,36 +62,36 @@ class Agreement:
 
 @dataclass(frozen=True)
 class OwnTranslations:
-    """What our model makes of a sample by beam search, to be compared with what others make of it."""
+    """Translations of a sample by our model with beam search, to compare with those of another model."""
 
     translations: list[Translation]
     longest: int  # the most tokens of each
     num_left_out: int = 0
 
     def is_cut(self, translation: Translation) -> bool:
-        """Return whether one did not end by itself."""
+        """Return whether a translation did not end by itself."""
         return len(translation.hypotheses[0].tokens) >= self.longest
 
 
 def own_translations(translator: Translator, sample: Sequence[str]) -> OwnTranslations:
     """Translate a sample with our model.
 
-    Those of a model that has not learned to end go on to the limit, which takes long and tells little: if most of
-    the first lines do, they are all that is taken. Every token of them has a score that is compared.
+    A model that has not learned to end translates up to the limit, which takes long and shows little. If it does
+    so for most of the first lines, only these lines are used. The scores of all their tokens are still compared.
 
     Args:
-        translator: Ours.
-        sample: Lines; those that are blank are passed over, and the ends of those that are too long.
+        translator: Our model.
+        sample: Lines. Blank lines are left out, and so is the end of a line that is too long.
 
     Raises:
         UserError: There is nothing to compare.
     """
     lines = [line for line in sample if not is_blank(line)]
     encoded = translator.source_segmenter.encode(lines)
-    # As long as translations may be unless one asks for more.
+    # The default length limit of translations.
     longest = 2 * min(max(map(len, encoded), default=0), translator.longest_source) + 10
     longest = min(longest, _LONGEST, translator.models[0].max_target_positions - 1)
-    # No shortest length: CTranslate2 takes the forbidden end out before the softmax, we (and fairseq) after it.
+    # No shortest length, because CTranslate2 forbids the end before the softmax, and we (and fairseq) after it.
     options = DecodingOptions(beam=_BEAM, min_len=0, max_len_a=0.0, max_len_b=longest)
 
     def translate(some: Sequence[str]) -> list[Translation]:
@@ -112,11 +111,11 @@ def own_translations(translator: Translator, sample: Sequence[str]) -> OwnTransl
 
 
 def compare(translator: Translator, other: Any, own: OwnTranslations) -> Agreement:
-    """Let another model score our translations, and translate those sources whose translation by us has ended.
+    """Let another model score our translations, and translate the sources whose own translation by us has ended.
 
     Args:
-        translator: Ours.
-        other: A `ctranslate2.Translator` of the same vocabularies.
+        translator: Our model.
+        other: A `ctranslate2.Translator` with the same vocabularies.
         own: From `own_translations`.
     """
     ours = sorted(own.translations, key=own.is_cut)
@@ -134,7 +133,7 @@ def compare(translator: Translator, other: Any, own: OwnTranslations) -> Agreeme
     )
     scored = other.score_batch(sources, own_tokens, max_batch_size=16, max_input_length=0)
     ids = {name_of(token): index for index, token in enumerate(target)}
-    # Whatever the search has made of it: what the two think of the same translation.
+    # This compares scores of the same translation, so it does not depend on the search.
     differences = [
         abs(_score(translator, x, x.hypotheses[0].tokens) - float(np.mean(score.log_probs)))
         for x, score in zip(ours, scored, strict=True)
@@ -149,7 +148,7 @@ def compare(translator: Translator, other: Any, own: OwnTranslations) -> Agreeme
             num_ties += 1
         elif (
             len(found) >= own.longest
-        ):  # theirs has not ended: at the limit the two count the end differently
+        ):  # theirs has not ended; at the limit the two count the end differently
             num_cut += 1
         else:
             other_text = translator.task.target_segmenter.decode([found])[0]
@@ -170,7 +169,7 @@ def compare(translator: Translator, other: Any, own: OwnTranslations) -> Agreeme
 
 
 def random_sentences(translator: Translator, count: int) -> list[str]:
-    """Return sentences of pieces, drawn as often as they came in the training text where that is known."""
+    """Return sentences of random pieces, drawn by their counts in the training text if these are known."""
     generator = np.random.default_rng(1)
     vocabulary = translator.task.source_vocabulary
     weights = np.array(vocabulary.counts, dtype=np.float64)
@@ -185,12 +184,12 @@ def random_sentences(translator: Translator, count: int) -> list[str]:
 
 
 def name_of(token: str) -> str:
-    """Return a token under CTranslate2's name."""
+    """Return CTranslate2's name of a token."""
     return _PAD if token == "<pad>" else token
 
 
 def _score(translator: Translator, translation: Translation, tokens: Sequence[int]) -> float:
-    """Return what our model thinks of CTranslate2's translation."""
+    """Return our model's score of CTranslate2's translation."""
     ((scored,),) = translator.score_ids(
         [np.append(translation.source_ids, EOS_ID)], [np.array([*tokens, EOS_ID])]
     )

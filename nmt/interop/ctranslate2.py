@@ -1,7 +1,8 @@
-"""Our Transformer as a model of CTranslate2, and the proof that it computes the same.
+"""Export our Transformer as a model of CTranslate2, and check that it computes the same.
 
-The weights go into CTranslate2's own specification classes, and its own converter writes the folder. Conventions
-that differ are few: it calls the padding token `<blank>`, and its tables of positions begin with the first one.
+The weights go into CTranslate2's own specification classes, and its own converter writes the folder. Few
+conventions differ: CTranslate2 calls the padding token `<blank>`, and its tables of positions begin with the first
+position.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from nmt.translation.translator import Translator
 
 Quantization = Literal["int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16"]
 
-_QUANTIZED_TOLERANCE = 0.1  # of the mean difference of scores: beyond it the model is broken, not coarse
+_QUANTIZED_TOLERANCE = 0.1  # of the mean difference of scores; beyond it the model is wrong, not just rounded
 _EXAMPLES = 5
 
 
 class DisagreementError(Exception):
-    """The two models do not translate alike; the text says where."""
+    """The two models translate differently; the text says where."""
 
 
 def export(
@@ -46,7 +47,7 @@ def export(
 
     Args:
         translator: One model, on the CPU.
-        output: The folder to write; it must not exist. It appears if the two agree.
+        output: The folder to write; it must not exist. It is made only if the two agree.
         sample: Lines to translate.
         quantization: How CTranslate2 is to store the weights; None for float32.
 
@@ -55,7 +56,7 @@ def export(
 
     Raises:
         UserError: CTranslate2 is missing or cannot hold the model, or the sample is blank.
-        DisagreementError: The two do not translate alike. Nothing is written then.
+        DisagreementError: The two translate differently. Nothing is written then.
     """
     check_new_folder(output, name="to")
     if all(map(is_blank, sample)):
@@ -157,7 +158,7 @@ def _variant(layer: EncoderLayer | DecoderLayer, embedding: Embedding) -> dict[s
 
 
 def _fill_ends(spec: Any, embeddings: Any, stack: Encoder | Decoder) -> None:
-    """Fill what comes before the layers of a stack, and the norm after them."""
+    """Fill the parts before the layers of a stack, and the norm after them."""
     embedding = stack.embedding
     embeddings.weight = _array(embedding.tokens.weight)
     spec.scale_embeddings = embedding.scale
@@ -197,15 +198,15 @@ def _fill_norm(spec: Any, norm: nn.Module) -> None:
 
 
 def _array(weight: Tensor) -> NDArray[np.float32]:
-    # A copy, because quantising works in place.
+    # A copy, because quantisation works in place.
     return np.array(weight.detach().float().cpu().numpy(), dtype=np.float32, order="C", copy=True)
 
 
 def _names(vocabulary: Vocabulary, lang: str) -> list[str]:
-    """Return the tokens under CTranslate2's names.
+    """Return CTranslate2's names of the tokens.
 
     Raises:
-        UserError: Two ids have one token, which CTranslate2 cannot tell apart.
+        UserError: Two ids have the same token, and CTranslate2 cannot tell them apart.
     """
     names = [name_of(token) for token in vocabulary.tokens]
     if len(set(names)) < len(names):

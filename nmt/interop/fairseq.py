@@ -1,8 +1,8 @@
-"""fairseq's translation models, turned into model folders.
+"""Convert fairseq's translation models to model folders.
 
-In scope is the `transformer` family of the task `translation`. Its settings are in the checkpoint, as `args`
-(until 2020) or as `cfg` (since). Names and meanings are those of fairseq's models/transformer. fairseq itself is
-not needed.
+Only the `transformer` family of the task `translation` can be converted. Its settings are in the checkpoint, as
+`args` (until 2020) or `cfg` (later). Names and meanings are those of fairseq's models/transformer. fairseq itself
+is not needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _EMBEDDINGS = (  # one matrix may be stored under several of these names
     "decoder.embed_tokens.weight",
     "decoder.output_projection.weight",
 )
-# Written into checkpoints, but no weights: versions, and sinusoids of old releases.
+# Entries of checkpoints that are not weights: versions, and sinusoids of old releases.
 _NO_WEIGHTS = re.compile(r"(encoder|decoder)\.(version|embed_positions\.(_float_tensor|weights))")
 _OLD_NORMS = {
     "encoder": ("self_attn_layer_norm", "final_layer_norm"),
@@ -46,29 +46,29 @@ _OLD_NORMS = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What has been converted, for the report."""
+    """A report on the converted model."""
 
     options: TransformerOptions
     source_lang: str
     target_lang: str
     num_parameters: int
-    is_guessed: bool  # which of the two languages is the source
+    is_guessed: bool  # whether it was guessed which of the two languages is the source
 
 
 def convert_checkpoint(
     checkpoint: Path, dict_dir: Path, output: Path, *, source_lang: str | None, target_lang: str | None
 ) -> Conversion:
-    """Write a model folder that computes what fairseq computes from a checkpoint.
+    """Write a model folder that computes the same as a fairseq checkpoint.
 
     Args:
         checkpoint: A file of fairseq's, such as checkpoint_best.pt.
         dict_dir: Holds `dict.<lang>.txt` of both languages.
         output: The model folder to write; it must not exist.
-        source_lang: Needed only where neither the checkpoint nor the names in `dict_dir` tell it.
-        target_lang: The same.
+        source_lang: Needed only if neither the checkpoint nor the file names in `dict_dir` tell it.
+        target_lang: As `source_lang`.
 
     Raises:
-        UserError: The checkpoint cannot be read, or its model is outside the family; the first reason is named.
+        UserError: The checkpoint cannot be read, or its model is not of this family; the first reason is named.
     """
     content = read_torch_file(checkpoint)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
@@ -100,7 +100,7 @@ def convert_checkpoint(
         model = task.build_model()
     _check_sizes(stored, model, options, checkpoint)
     available = convert_tensors(_load_tensors(stored), options, checkpoint=checkpoint)
-    converted = {name: available[name] for name in weights(model)}  # tied ones once
+    converted = {name: available[name] for name in weights(model)}  # tied weights once
     config = TrainConfig(task_options=task.options, save_dir=output)
     write_model_folder(output, converted, config=config, task=cast(Task[Any], task))
     return Conversion(options, source, target, sum(x.numel() for x in converted.values()), is_guessed)
@@ -109,10 +109,10 @@ def convert_checkpoint(
 def convert_tensors(
     tensors: Mapping[str, Tensor], options: TransformerOptions, *, checkpoint: Path
 ) -> dict[str, Tensor]:
-    """Return the weights under our names, from those under fairseq's, as float32.
+    """Return fairseq's weights under our names, as float32.
 
     Raises:
-        UserError: One is missing, there are others besides, or what must be shared is not.
+        UserError: A weight is missing, there are unknown ones, or weights that must be shared are different.
     """
     _check_versions(tensors, options, checkpoint)
     left = _modernise(tensors, checkpoint)
@@ -140,7 +140,7 @@ def _modernise(tensors: Mapping[str, Tensor], checkpoint: Path) -> dict[str, Ten
     """Return the weights under the names of fairseq's releases since 2019.
 
     Raises:
-        UserError: A matrix of query, key and value is not of three parts.
+        UserError: A matrix of query, key and value cannot be divided into three parts.
     """
     modern = {}
     for name, tensor in tensors.items():
@@ -161,7 +161,7 @@ def _modernise(tensors: Mapping[str, Tensor], checkpoint: Path) -> dict[str, Ten
 
 
 def _names(options: TransformerOptions) -> Iterator[tuple[str, list[str]]]:
-    """Yield each of our weights with fairseq's that it consists of, one below the other."""
+    """Yield the name of each of our weights, and the names of fairseq's weights that are stacked to make it."""
     for side in ("encoder", "decoder"):
         yield f"{side}.embedding.tokens.weight", [f"{side}.embed_tokens.weight"]
         if getattr(options, f"{side}_learned_pos"):
@@ -197,7 +197,7 @@ def _names(options: TransformerOptions) -> Iterator[tuple[str, list[str]]]:
 
 
 def _check_versions(tensors: Mapping[str, Tensor], options: TransformerOptions, checkpoint: Path) -> None:
-    """Old pre-norm stacks had no normalisation at their end: fairseq drops it where the version says so."""
+    """Refuse old pre-norm stacks without a normalisation at their end; fairseq's version number shows them."""
     for side, first in (("encoder", 2), ("decoder", 3)):
         if not getattr(options, f"{side}_normalize_before"):
             continue
@@ -212,8 +212,8 @@ def _languages(
 ) -> tuple[str, str, bool]:
     """Return source and target language, and whether their order is guessed.
 
-    They are told by the options or the checkpoint, by the names of binarised data beside the dictionaries, or
-    by the sizes of the dictionaries. Where both dictionaries are equal the order changes no translation.
+    The order comes from the options or the checkpoint, from the names of binarised data beside the dictionaries,
+    or from the sizes of the dictionaries. If both dictionaries are equal, the order changes no translation.
     """
     if source_lang and target_lang:
         return source_lang, target_lang, False
@@ -246,10 +246,10 @@ def _languages(
 
 
 def _stored_tensors(state: Mapping[Any, Any], checkpoint: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of the model, still unread.
+    """Return the tensors of the model, not yet read.
 
     Raises:
-        UserError: Something else is among them.
+        UserError: There is something else among them.
     """
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, StoredTensor):
@@ -270,7 +270,7 @@ def _vocabulary_size(tensors: Mapping[str, StoredTensor], side: str, checkpoint:
 
 
 def _check_layers(stored: Mapping[str, StoredTensor], options: TransformerOptions, checkpoint: Path) -> None:
-    """Raise `UserError` if the settings call for more layers than there are: making them would take its time."""
+    """Raise `UserError` if the settings want more layers than there are, before time is spent on making them."""
     for side in ("encoder", "decoder"):
         found = {match[1] for name in stored if (match := re.match(rf"{side}\.layers\.(\d+)\.", name))}
         for number in range(getattr(options, f"{side}_layers")):
@@ -284,7 +284,7 @@ def _check_sizes(
     options: TransformerOptions,
     checkpoint: Path,
 ) -> None:
-    """Raise `UserError` unless the file holds the tensors that the settings call for; none of them is read."""
+    """Raise `UserError` unless the file has the tensors that the settings want; reads none of them."""
     found = {name: torch.empty(x.shape, dtype=x.storage.dtype, device="meta") for name, x in stored.items()}
     modern = _modernise(found, checkpoint)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -307,7 +307,7 @@ def _check_sizes(
 
 
 def _load_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """Read the tensors; those that are stored once are read once."""
+    """Read the tensors. Tensors that share their storage are read once."""
     loaded: dict[tuple[object, ...], Tensor] = {}
     tensors = {}
     for name, x in stored.items():

@@ -1,7 +1,7 @@
 """The lines of fairseq-generate: S source, T reference, H hypothesis, D its text, P scores of its tokens.
 
-Columns are separated by tabs; the first is the letter and the number of the sentence, from 0. Scores are
-logarithms to the base 2. fairseq computes and prints them as float32, and so they are here.
+Columns are separated by tabs. The first column is the letter and the number of the sentence, from 0. Scores are
+logarithms to the base 2. They are computed and printed as float32, as in fairseq.
 """
 
 import math
@@ -16,7 +16,7 @@ from nmt.translation.request import Translation
 from nmt.translation.task import TranslationTask
 
 _LN2 = np.float32(math.log(2))
-_ESCAPED_UNK = "<<unk>>"  # so that an unknown token of the reference equals none of a hypothesis
+_ESCAPED_UNK = "<<unk>>"  # so that an unknown token of the reference never equals a token of a hypothesis
 
 
 def to_lines(
@@ -24,11 +24,11 @@ def to_lines(
 ) -> Iterator[str]:
     """Yield the lines of a sentence, best hypothesis first.
 
-    A line without pieces has one empty hypothesis of probability 1, so that every sentence has its H line.
+    A line without pieces gets one empty hypothesis of probability 1, so that every sentence has an H line.
 
     Args:
-        number: Of the sentence, from 0.
-        translation: What became of it.
+        number: The number of the sentence, from 0.
+        translation: The translation of the sentence.
         reference: Ids of the reference, eos at the end; None if there is none.
         task: The vocabularies.
     """

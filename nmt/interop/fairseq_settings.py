@@ -1,7 +1,7 @@
-"""The settings in a checkpoint of fairseq: what each may be, and what they say of the model.
+"""The settings in a fairseq checkpoint: their allowed values, and the model that they describe.
 
 They come from a pickle, so each may be anything. One table has the type and the bounds of every setting that is
-looked at; nothing is made of them before all are found to be right.
+used. No setting is used before all are checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout
 _DEFAULT_POSITIONS = 1024
 _POSITIONS = ("max_source_positions", "max_target_positions")
 
-# Variants that compute something else: each must be as in the plain Transformer.
+# Variants that compute something else. Each must have the value of the plain Transformer.
 _OUTSIDE = (
     "adaptive_input",
     "adaptive_softmax_cutoff",
@@ -46,7 +46,7 @@ _OUTSIDE = (
 _FLAG = Flag(takes_numbers=True)
 _MODEL_SETTINGS: dict[str, Schema] = {
     **{
-        f"{side}_{name}": Maybe(Whole(0, LARGEST[name]))  # 0 stands for the default, too
+        f"{side}_{name}": Maybe(Whole(0, LARGEST[name]))  # 0 also stands for the default
         for side in ("encoder", "decoder")
         for name in _DEFAULT_SIZES
     },
@@ -69,7 +69,7 @@ def read_settings(
     """Return the settings of the model and of the task, from old `args` or new `cfg`.
 
     Raises:
-        UserError: There are none, one is of another type or out of bounds, or the task is not translation.
+        UserError: There are no settings, one has a wrong type or is out of bounds, or the task is not translation.
     """
     config, arguments = content.get("cfg"), content.get("args")
     if isinstance(config, dict) and isinstance(config.get("model"), dict):
@@ -100,7 +100,7 @@ def read_options(settings: Mapping[str, Any], checkpoint: Path) -> TransformerOp
     """Return the options of the model that settings describe, after `read_settings` has checked them.
 
     Raises:
-        UserError: They describe something that this Transformer is not.
+        UserError: They describe a model that our Transformer cannot be.
     """
     for name in _OUTSIDE:
         if settings.get(name):
@@ -109,7 +109,7 @@ def read_options(settings: Mapping[str, Any], checkpoint: Path) -> TransformerOp
     flags: dict[str, Any] = {name: settings.get(name, False) for name in _FLAGS}
     for side in ("encoder", "decoder"):
         for name, default in _DEFAULT_SIZES.items():
-            # fairseq lets the decoder be as wide as the encoder where nothing else is said.
+            # In fairseq the decoder is as wide as the encoder unless the settings say something else.
             if side == "decoder" and name in ("embed_dim", "ffn_embed_dim"):
                 default = sizes[f"encoder_{name}"]
             sizes[f"{side}_{name}"] = settings.get(f"{side}_{name}") or default
@@ -142,7 +142,7 @@ def read_options(settings: Mapping[str, Any], checkpoint: Path) -> TransformerOp
 
 
 def outside(checkpoint: Path, why: str) -> UserError:
-    """Say that a checkpoint holds another kind of model."""
+    """Return the error for a checkpoint with another kind of model."""
     return UserError(
         f"`{checkpoint}` must hold a plain Transformer for translation, but {why}. Other models stay with fairseq."
     )

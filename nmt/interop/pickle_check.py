@@ -1,8 +1,8 @@
-"""A walk through a pickle that builds nothing, to find out where it ends and what it would cost.
+"""Walk through a pickle without building anything, to find where it ends and what it would cost.
 
-The interpreter of pickles follows whatever it is told: it makes room for a memo of any size, and hashes keys that
-are tuples of tuples, which takes for ever where each holds the one before twice. So what no checkpoint needs is
-refused before the interpreter sees it.
+Python's interpreter of pickles does everything that a pickle asks for. It allocates a memo of any size. It hashes
+keys that are tuples of tuples, which takes forever if each tuple holds the one before twice. So operations that no
+checkpoint needs are refused before the interpreter sees them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pickle
 import pickletools
 
 _REFUSED = ("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER")
-_LARGEST_KEY = 64  # items of a key, those of tuples within tuples counted as often as they are looked at
+_LARGEST_KEY = 64  # items of a key; items of tuples within tuples count as often as hashing reads them
 _ENOUGH = 10**6
 _MARK = -1
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
@@ -24,9 +24,9 @@ def end_of_pickle(file: io.BytesIO) -> int:
     """Walk through a pickle without building anything; return where it ends.
 
     Raises:
-        UnpicklingError: It uses the registry of extensions, which is shared by the process, or asks the
+        UnpicklingError: It uses the registry of extensions, which the whole process shares, or it asks the
             interpreter for more memory or time than a pickle of its size can need.
-        ValueError, IndexError, KeyError: It is no pickle.
+        ValueError, IndexError, KeyError: It is not a pickle.
     """
     start = file.tell()
     walk = _Walk(largest_memo=len(file.getbuffer()))
@@ -37,7 +37,7 @@ def end_of_pickle(file: io.BytesIO) -> int:
 
 
 class _Walk:
-    """The stack and the memo of the interpreter, each object only as what its hash costs."""
+    """The stack and the memo of the interpreter; each object is replaced by the cost of its hash."""
 
     def __init__(self, *, largest_memo: int) -> None:
         self._largest_memo = largest_memo
@@ -45,7 +45,7 @@ class _Walk:
         self._memo: dict[int, int] = {}
 
     def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
-        """Take in the next operation."""
+        """Follow the next operation."""
         name = opcode.name
         if name in _REFUSED:
             raise pickle.UnpicklingError(f"the opcode {name} is not used by torch.save")
@@ -66,7 +66,7 @@ class _Walk:
             self._apply(opcode)
 
     def _apply(self, opcode: pickletools.OpcodeInfo) -> None:
-        """Take what an operation consumes from the stack, and put what it makes there."""
+        """Remove from the stack what an operation consumes, and put its result there."""
         name, before = opcode.name, opcode.stack_before
         items: list[int] = []
         num_single = len(before)

@@ -1,12 +1,12 @@
-"""Files that `torch.save` wrote, read without running anything that they ask for.
+"""Read files of `torch.save` without running anything that they ask for.
 
 A pickle is a program: it may name any importable function and call it. Here every name is looked up in one table
-of inert stand-ins, and whatever is not there is refused by its name. What comes out are numbers, text, plain
-containers, and `StoredTensor`s, whose bytes are read only when they are asked for; torch is not involved before.
+of harmless stand-ins, and a name that is not in the table is refused. The result has only numbers, text, plain
+containers, and `StoredTensor`s. Their bytes are read only when they are asked for; torch is not used before.
 
-Two layouts exist. Since torch 1.6 a file is a zip archive: `NAME/data.pkl`, `NAME/data/KEY` for each storage.
-Before, it was five pickles back to back (magic number, protocol, machine, object, keys of the storages), then for
-each storage its number of elements as int64 and its bytes. Both are little endian.
+There are two layouts. Since torch 1.6 a file is a zip archive: `NAME/data.pkl`, and `NAME/data/KEY` for each
+storage. Older files are five pickles one after another (magic number, protocol, machine, object, keys of the
+storages), and then for each storage its number of elements as int64, and its bytes. Both are little endian.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MOST_DIMENSIONS = 16
 _COPIES_A_BYTE = 4  # values of a pickle that may be copied while it is read
-_LARGEST_SIZE = 2**62  # elements of a tensor, a dimension of 0 left aside
+_LARGEST_SIZE = 2**62  # elements of a tensor, where a dimension of 0 counts as 1
 _NUMBER = re.compile(r"[iuf][248]|[iub]1")  # numpy's names of the types of numbers
 
 _STORAGES = {
@@ -56,8 +56,8 @@ def read_torch_file(path: Path) -> Any:
     """Return the object in a file of `torch.save`, its tensors as `StoredTensor`.
 
     Raises:
-        UserError: The file is none of torch's, is damaged or cut short, or asks for anything that is not in the
-            table of stand-ins. Nothing of it has been executed then.
+        UserError: The file is not from torch, is damaged or cut short, or names something that is not in the table
+            of stand-ins. Nothing in it has been executed then.
     """
     try:
         with path.open("rb") as file:
@@ -70,12 +70,12 @@ def read_torch_file(path: Path) -> Any:
     except UserError:
         raise
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a damaged archive names places before its beginning
+        if error.errno != errno.EINVAL:  # EINVAL: a damaged archive names a place before its beginning
             raise
         raise UserError(
             f"`{path}` must be a complete checkpoint, but is damaged: {error.strerror}. {COPY_AGAIN}"
         ) from None
-    # Damaged bytes can mislead the interpreter of pickles in any way; none of them is a fault of ours.
+    # Damaged bytes can cause any error in the interpreter of pickles; none of these is a fault in our code.
     except Exception as error:
         raise UserError(
             f"`{path}` must be a checkpoint that torch.save wrote, but is another file, cut short or damaged "
@@ -129,20 +129,20 @@ class StoredTensor:
 
 
 class _Budget:
-    """How many values may be copied: a pickle can ask for the same ones to be copied over and over."""
+    """How many values may still be copied, because a pickle can ask for endless copies of the same values."""
 
     def __init__(self, num_values: int) -> None:
         self._left = num_values
 
     def spend(self, values: Sized) -> None:
-        """Take the cost of a copy away; raise `UnpicklingError` if there is no more."""
+        """Subtract the cost of a copy; raise `UnpicklingError` if the budget is used up."""
         self._left -= len(values)
         if self._left < 0:
             raise pickle.UnpicklingError("it copies the same values over and over")
 
 
 def _record_type(budget: _Budget) -> type[dict[Any, Any]]:
-    """Make what stands for a class whose objects are named values: they become the items of a dict."""
+    """Make the stand-in for a class whose objects are named values; they become the items of a dict."""
 
     class Record(dict[Any, Any]):
         def __new__(cls, *_: object, **__: object) -> Record:
@@ -161,7 +161,7 @@ def _record_type(budget: _Budget) -> type[dict[Any, Any]]:
 
 
 def _mapping_type(budget: _Budget) -> type[dict[Any, Any]]:
-    """Make what stands for `collections.OrderedDict`; attributes (torch's `_metadata`) are left out."""
+    """Make the stand-in for `collections.OrderedDict`; attributes (torch's `_metadata`) are left out."""
 
     class Mapping(dict[Any, Any]):
         def __init__(self, items: object = ()) -> None:
@@ -179,7 +179,7 @@ def _mapping_type(budget: _Budget) -> type[dict[Any, Any]]:
 
 
 def _plain_key(key: object) -> object:
-    if not isinstance(key, (str, bytes, int, float)):  # a tuple can take for ever to be hashed
+    if not isinstance(key, (str, bytes, int, float)):  # hashing a tuple can take forever
         raise pickle.UnpicklingError("a key must be text or a number")
     return key
 
@@ -212,7 +212,7 @@ class _Function:
 
 @dataclass(frozen=True)
 class _StorageType:
-    """Stands for `torch.FloatStorage` and its like."""
+    """Stands for `torch.FloatStorage` and similar classes."""
 
     dtype: torch.dtype
 
@@ -267,7 +267,7 @@ def _numpy_scalar(dtype: object, data: object) -> int | float | bool:
 
 
 def _encode(budget: _Budget, text: object, encoding: object = "latin1") -> bytes:
-    """Protocol 2 has no bytes: they are text that is encoded back."""
+    """Return bytes from text: protocol 2 has no bytes, and stores them as text to be encoded again."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("bytes must be encoded as latin1")
     budget.spend(text)
@@ -286,9 +286,9 @@ def _as_tuple(items: object = ()) -> tuple[int, ...]:
 
 
 def _stand_ins(budget: _Budget) -> dict[tuple[str, str], Any]:
-    """Return what the names in a pickle stand for: fresh for each file, so that none can change another's."""
+    """Return the stand-ins by name; new for each file, so that no file can change those of another."""
     record = _record_type(budget)
-    # Only what is created by NEWOBJ has to be a class; a class is safe from BUILD by its unbound __setstate__.
+    # Only objects made by NEWOBJ need a class. Its unbound __setstate__ keeps BUILD from changing the class.
     table: dict[tuple[str, str], Any] = {
         ("argparse", "Namespace"): record,
         ("collections", "OrderedDict"): _mapping_type(budget),
@@ -303,7 +303,7 @@ def _stand_ins(budget: _Budget) -> dict[tuple[str, str], Any]:
         table[module, "set"] = _Function(partial(_as_set, budget))
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         table[module, "scalar"] = _Function(_numpy_scalar)
-    # fairseq of 2018 and 2019 pickled its meters, which are records of numbers.
+    # fairseq of 2018 and 2019 also stored its meters, which are records of numbers.
     for module in ("fairseq.meters", "fairseq.logging.meters"):
         for name in ("AverageMeter", "TimeMeter", "StopwatchMeter"):
             table[module, name] = record
@@ -313,7 +313,7 @@ def _stand_ins(budget: _Budget) -> dict[tuple[str, str], Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Build what a pickle describes, of stand-ins alone."""
+    """Build the object of a pickle from stand-ins only."""
 
     def __init__(
         self, data: bytes, *, path: Path, find_storage: Callable[[str, int], Callable[[], bytes]]
@@ -385,7 +385,7 @@ def _read_zip(path: Path) -> Any:
 
 def _read_legacy(path: Path) -> Any:
     file = io.BytesIO(path.read_bytes())
-    places: dict[str, tuple[int, int]] = {}  # of the bytes of each storage
+    places: dict[str, tuple[int, int]] = {}  # where the bytes of each storage are
 
     def no_storage(key: str, num_bytes: int) -> NoReturn:
         raise pickle.UnpicklingError("there must be no tensor here")

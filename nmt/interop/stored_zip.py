@@ -1,4 +1,4 @@
-"""Zip archives whose entries are stored as they are, as torch writes them: listed once, then read one by one."""
+"""Zip archives with uncompressed entries, as torch writes them: listed once, then read entry by entry."""
 
 from __future__ import annotations
 

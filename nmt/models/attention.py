@@ -40,9 +40,9 @@ class SelfAttention(nn.Module):
         Args:
             x: (R, T, D).
             attention_mask: bool, True where attention is allowed, broadcastable to (R, H, T, T); or the parts of a
-                packed row, with nothing else beside them.
+                packed row. With these, `is_causal` and `state` are not used.
             is_causal: Position t attends to the positions up to t only.
-            state: The positions before `x`, which every position of `x` may attend to; `x` is added to it.
+            state: The positions before `x`. Every position of `x` may attend to them. `x` is added to the state.
 
         Returns:
             (R, T, D).
@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
         if state is not None:
             num_new = x.size(1)
             keys, values = state.append(keys, values)
-            if is_causal and num_new > 1:  # a single new token may see all of them and needs no mask
+            if is_causal and num_new > 1:  # a single new token may see all positions, so it needs no mask
                 everything = torch.ones(num_new, state.length, dtype=torch.bool, device=x.device)
                 # Query t stands at position length - num_new + t.
                 attention_mask = everything.tril(diagonal=state.length - num_new)
@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the target to the source, whose keys and values are projected once per sentence."""
 
-    # Methods that use weights and are called apart from `forward` (`nmt/update/sharded.py` asks).
+    # Methods besides `forward` that use weights. `nmt/update/sharded.py` reads this list.
     entrances = ("project_memory", "attend_packed")
 
     def __init__(self, dim: int, memory_dim: int, num_heads: int, *, dropout: float) -> None:
@@ -118,19 +118,19 @@ class CrossAttention(nn.Module):
         return self.out_proj(attended).view(num_rows, length, dim)  # (B, K*T, D) -> (R, T, D)
 
     def weights(self, x: Tensor, keys: Tensor, *, padding_mask: Tensor) -> Tensor:
-        """Return what (B, T, D) attends to of (B, H, S, E), the mean over the heads: (B, T, S) float32."""
+        """Return the attention weights of x (B, T, D) on keys (B, H, S, E): (B, T, S) float32, mean over heads."""
         (queries,) = split_heads(self.q_proj(x), 1, self.num_heads)  # (B, T, D) -> (B, H, T, E)
         scores = queries @ keys.transpose(2, 3) / queries.size(-1) ** 0.5  # (B, H, T, S)
         scores = scores.float().masked_fill(padding_mask[:, None, None, :], -torch.inf)
         return scores.softmax(dim=-1).mean(dim=1)
 
     def attend_packed(self, x: Tensor, memory: Tensor, spans: Spans) -> Tensor:
-        """Let each part of a packed row attend to that of another row.
+        """Let each part of a packed row attend to the same part of another row.
 
         Args:
             x: (1, N, D).
             memory: (1, M, memory_dim): the other row.
-            spans: Between the two.
+            spans: Which parts of the two rows belong together.
 
         Returns:
             (1, N, D).

@@ -31,14 +31,14 @@ class Residual(nn.Module):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
-        """(R, T, D) -> (R, T, D), as the block."""
+        """(R, T, D) -> (R, T, D); the block has the same shapes."""
         if self.pre_norm:
             return x + self.dropout(block(self.norm(x)))
         return self.norm(x + self.dropout(block(x)))
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them, at each position alone."""
+    """Two linear layers with an activation between them, applied to each position separately."""
 
     def __init__(self, dim: int, ffn_dim: int, *, options: TransformerOptions) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int, *, options: TransformerOptions) -> None:
         super().__init__()
-        self.expand = Linear(dim, 2 * ffn_dim)  # the gates first
+        self.expand = Linear(dim, 2 * ffn_dim)  # the first half of the outputs are the gates
         self.contract = Linear(ffn_dim, dim)
         self.dropout = Dropout(options.activation_dropout)
 
@@ -67,21 +67,21 @@ class GatedFeedForward(nn.Module):
         return self.contract(self.dropout(F.silu(gates) * values))
 
 
-# What may stand in the place of another part: the plain one first, which is all that kernels and exporters know.
+# The choices for each kind of part. The plain one comes first; kernels and exporters know only that one.
 NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm)
 FEED_FORWARDS: tuple[type[nn.Module], ...] = (FeedForward, GatedFeedForward)
 RESIDUALS: tuple[type[nn.Module], ...] = (Residual,)
 
 
 def make_norm(dim: int, options: TransformerOptions) -> Any:
-    """Make the normalisation of (..., D) that the options name, of `NORMS`."""
+    """Make the normalisation of (..., D) that the options name, one of `NORMS`."""
     if options.norm_fn == "rms":
-        return nn.RMSNorm(dim, eps=1e-6)  # torch's own is that of the type: 0.008 in bfloat16
+        return nn.RMSNorm(dim, eps=1e-6)  # torch's default depends on the type: 0.008 in bfloat16, too large
     return nn.LayerNorm(dim)
 
 
 def make_feed_forward(dim: int, ffn_dim: int, options: TransformerOptions) -> Any:
-    """Make the feed-forward block that the options name, of `FEED_FORWARDS`."""
+    """Make the feed-forward block that the options name, one of `FEED_FORWARDS`."""
     kind = GatedFeedForward if options.activation_fn == "swiglu" else FeedForward
     return kind(dim, ffn_dim, options=options)
 
@@ -92,9 +92,9 @@ def make_residual(dim: int, *, pre_norm: bool, options: TransformerOptions) -> A
 
 
 def left_in(layers: nn.ModuleList, probability: float) -> Iterator[tuple[int, nn.Module]]:
-    """Yield layers with their numbers, each left out with a probability: LayerDrop (Fan et al., 2020) in training.
+    """Yield layers with their numbers; leave each out with this probability (LayerDrop, Fan et al., 2020).
 
-    The draw is of the CPU's generator, which is seeded for each update, wherever the layers compute.
+    The draw uses the CPU's generator on every device, because that generator is seeded for each update.
     """
     draws = torch.rand(len(layers)).tolist() if probability else [1.0] * len(layers)
     for number, (layer, draw) in enumerate(zip(layers, draws, strict=True)):
@@ -103,10 +103,11 @@ def left_in(layers: nn.ModuleList, probability: float) -> Iterator[tuple[int, nn
 
 
 def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Call a layer of which only the inputs are kept; the backward pass computes the rest once more.
+    """Call a layer and keep only its inputs; the backward pass computes the layer a second time.
 
-    Dropout draws the same masks then. The weights must be the same too: where copies in low precision stand in the
-    layer now, they are gone by the time of the backward pass. Parameters stay, or FSDP gathers them again.
+    Dropout draws the same masks the second time. The weights must be the same, too. Low-precision copies that
+    now stand in place of the parameters are gone by then, so they are kept here. Parameters need no such care:
+    they stay, or FSDP gathers them again.
     """
     copies: dict[str, Tensor] = {
         name: weight for name, weight in layer.named_parameters() if not isinstance(weight, nn.Parameter)
@@ -121,7 +122,7 @@ def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 class Embedding(nn.Module):
     """Token embeddings plus positions, sinusoidal or learned.
 
-    fairseq's conventions, so that its models load: tokens are scaled by sqrt(D); the first position is
+    The conventions are fairseq's, so that its models load: tokens are scaled by sqrt(D), and the first position is
     row pad_id + 1 of the table of positions.
     """
 
@@ -155,8 +156,8 @@ class Embedding(nn.Module):
 
         Args:
             token_ids: (R, T) integers.
-            start: The position of the first of each row, from 0; the others follow.
-            positions: (T,) integers, the position of each token of a packed row instead.
+            start: The position of the first token of each row, from 0; the others follow.
+            positions: (T,) integers, used instead of `start` for a packed row: the position of each token.
 
         Returns:
             (R, T, D).
@@ -167,7 +168,7 @@ class Embedding(nn.Module):
             first = self.first_position + start
             table = self.positions[first : first + token_ids.size(1)]
         else:
-            # Parts that only fill a packed row may be longer than the table.
+            # A packed row ends with filling, which may be longer than the table; its result is not used.
             rows = (positions + self.first_position).clamp(max=self.positions.size(0) - 1)
             table = F.embedding(rows, self.positions)
         positions = table.to(tokens.dtype)
@@ -175,10 +176,10 @@ class Embedding(nn.Module):
 
 
 def sinusoids(num_positions: int, dim: int) -> Tensor:
-    """Return a (num_positions, dim) float32 table of sines, then cosines, of each position.
+    """Return a (num_positions, dim) float32 table: for each position its sines, then its cosines.
 
-    As fairseq's modules/sinusoidal_positional_embedding.py: the frequencies fall from 1 to 1/10000 in dim/2
-    geometric steps; sines fill the first half of a row and cosines the second (not interleaved).
+    The layout is that of fairseq's modules/sinusoidal_positional_embedding.py. The frequencies fall from 1 to
+    1/10000 in dim/2 geometric steps. Sines fill the first half of a row, cosines the second (not interleaved).
     """
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float64) * -(math.log(10000) / max(half - 1, 1)))

@@ -1,4 +1,4 @@
-"""What the decoder knows besides its input: the memory of the source, and the state of the prefix.
+"""What the decoder reads besides its input: the memory of the source, and the state of the target prefix.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, H heads, E head size.
 """
@@ -28,7 +28,7 @@ class Memory:
     padding_mask: Tensor
 
     def keep(self, sentences: Tensor) -> Memory:
-        """Return the memory of the sentences that go on; the others are not needed any more."""
+        """Return the memory of the sentences (B',) that go on; the other sentences are not needed any more."""
         return self.select(sentences)
 
     def select(self, sentences: Tensor) -> Memory:
@@ -42,10 +42,10 @@ class Memory:
 
 @dataclass
 class LayerState:
-    """The self-attention keys and values of one decoder layer, in buffers with room to grow.
+    """The self-attention keys and values of one decoder layer, in buffers that are larger than needed so far.
 
     Attributes:
-        keys: (R, H, capacity, E), of which the first `length` positions are filled; None before the first.
+        keys: (R, H, capacity, E), filled in the first `length` positions; None before the first position.
         values: the same for values.
         length: number of target positions held.
     """
@@ -55,7 +55,7 @@ class LayerState:
     length: int = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in new positions and return all so far.
+        """Store new positions, and return all positions so far.
 
         Args:
             keys: (R, H, T, E), the keys of the new positions.
@@ -71,7 +71,7 @@ class LayerState:
         return self.keys[:, :, :new_length], self.values[:, :, :new_length]
 
     def reorder_(self, rows: Tensor) -> None:
-        """Let new row i go on from old row `rows[i]`."""
+        """Let new row i continue old row `rows[i]`."""
         if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(0, rows)
             self.values = self.values.index_select(0, rows)
@@ -79,7 +79,7 @@ class LayerState:
 
 @dataclass
 class DecoderState:
-    """What the decoder remembers of the target prefixes of R rows: one `LayerState` a layer."""
+    """What the decoder remembers of the target prefixes of R rows: one `LayerState` for each layer."""
 
     layers: list[LayerState] = field(default_factory=list)
 
@@ -89,13 +89,13 @@ class DecoderState:
         return self.layers[0].length
 
     def reorder_(self, rows: Tensor) -> None:
-        """Let new row i go on from old row `rows[i]`; `rows` is (R',) int64, R' may differ from R."""
+        """Let new row i continue old row `rows[i]`; `rows` is (R',) int64, and R' may differ from R."""
         for layer in self.layers:
             layer.reorder_(rows)
 
 
 def _write(buffer: Tensor | None, new: Tensor, start: int) -> Tensor:
-    """Write `new` (R, H, T, E) at position `start` of the buffer, which grows by doubling."""
+    """Write `new` (R, H, T, E) at position `start` of the buffer; double the buffer when it is too small."""
     rows, heads, num_new, head_size = new.shape
     end = start + num_new
     if buffer is None or buffer.size(2) < end:

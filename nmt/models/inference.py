@@ -1,9 +1,11 @@
-"""The Transformer for inference alone: the same results, sooner. `Transformer` is its plain twin.
+"""A faster Transformer for inference only, with the same results. `Transformer` is the plain form.
 
-What makes it faster, in a decoder that takes one position at a time: products packed for the CPU, in float32,
-bfloat16 or 8-bit integers (`inference_int8.py`); a past that stays where it was written (`inference_state.py`), so
-that attention is one product for all K hypotheses of a sentence; and a first position that is computed once for a
-sentence.
+Its decoder takes one position at a time. Three things make it faster:
+
+- Products are packed for the CPU, in float32, bfloat16 or 8-bit integers (`inference_int8.py`).
+- Keys and values stay where they were written (`inference_state.py`), so that attention is one product for all K
+  hypotheses of a sentence.
+- The first position is computed once for a sentence.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, N columns of the past, L layers, D model, H heads,
 E head size, V vocabulary.
@@ -26,21 +28,21 @@ from nmt.models.known_parts import find_stranger
 from nmt.models.training_ops import LEAST_WIDTH
 from nmt.models.transformer import DecoderLayer, Transformer
 
-_TOKENS_AT_ONCE = 1024  # of the source, on a CPU
-_MANY_SENTENCES = 64  # from so many on, attention is faster in bfloat16 than in float32 on a CPU
+_TOKENS_AT_ONCE = 1024  # source tokens that are encoded at once on a CPU
+_MANY_SENTENCES = 64  # from this number on, attention on a CPU is faster in bfloat16 than in float32
 
 
 class InferenceTransformer:
     """Encode sources, then decode position by position, with a trained model's weights as they are now."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype | None = None, *, packs: bool = True) -> None:
-        """Take over the weights of a model in evaluation mode, which is not changed.
+        """Take over the weights of a model in evaluation mode. The model is not changed.
 
         Args:
-            model: The model, whose parts are known (`search_form`).
-            dtype: Of weights and hidden states; the model's own if it is left out. With `torch.int8` most of
-                the decoder's products are of 8-bit integers, all others of bfloat16; hidden states are float32.
-            packs: Whether to pack weights for faster products. Without it few are copied.
+            model: The model. Its parts must be known (`search_form`).
+            dtype: The type of weights and hidden states; the model's own type if left out. With `torch.int8` most
+                of the decoder's products use 8-bit integers and all others bfloat16; hidden states are float32.
+            packs: Whether to pack weights for faster products. Without packing, few weights are copied.
         """
         assert not model.training
         in_integers = dtype == torch.int8
@@ -69,7 +71,7 @@ class InferenceTransformer:
         if in_integers:
             inputs, last_input = decoder_inputs(model.decoder)
             last_ranges = ranges(last_input)
-        # Of parts, such as another normalisation: they are run as they are.
+        # Whether a part is a variant, such as another normalisation. Variants run as they are.
         self.has_variants = find_stranger(model, within_encoder=False) is not None
         self.layers = [
             FastLayer(layer, self.product_dtype, self.dtype, x, packs=packs)
@@ -90,7 +92,7 @@ class InferenceTransformer:
 
     @property
     def widest_product(self) -> int:
-        """How many numbers a row has at most in what a step makes anew, logits aside."""
+        """The most numbers a row has in any new tensor of a step, except in the logits."""
         widest = max(x.out_features for x in self.plain.modules() if isinstance(x, nn.Linear))
         return max(
             widest, 2 * len(self.layers) * self.plain.output_weight.size(1)
@@ -119,16 +121,16 @@ class InferenceTransformer:
         return InferenceMemory(parts, _additive(padding_mask, mask_dtype))
 
     def start_state(self) -> BeamState:
-        """Return the state of rows of which nothing has been decoded."""
+        """Return the state before anything has been decoded."""
         return BeamState()
 
     def step(self, tokens: Tensor, memory: InferenceMemory, state: BeamState) -> Tensor:
-        """Take one new token a row into the state.
+        """Decode one new token for each row, and add it to the state.
 
         Args:
             tokens: (R,) int64; the K rows of a sentence lie side by side.
             memory: The encoded sources of B sentences.
-            state: What has been decoded before.
+            state: The tokens decoded before; changed in place.
 
         Returns:
             (R, D), the last hidden states.
@@ -139,7 +141,7 @@ class InferenceTransformer:
         first = tokens[::beam_size]
         if not torch.equal(tokens, first.repeat_interleave(beam_size)):
             return self._step(tokens, memory, state, beam_size, later=beam_size)
-        # All rows of a sentence are alike, as a search begins: one is computed.
+        # All rows of a sentence are equal when a search begins, so only one is computed.
         features = self._step(first, memory, state, 1, later=beam_size)
         state.branch(beam_size)
         return features.repeat_interleave(beam_size, dim=0)
@@ -155,10 +157,10 @@ class InferenceTransformer:
 
 
 def _groups(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:
-    """Cut a batch (B, S) into groups: yield their sentences, and how many columns the longest of each takes.
+    """Cut a batch (B, S) into groups: yield the sentences of each group, and the length of its longest sentence.
 
-    On a CPU they have few tokens, so that what lies between layers stays in its caches. Of sentences that are
-    sorted by length, hardly any padding remains in them.
+    On a CPU a group has few tokens, so that hidden states stay in the CPU's caches. If the sentences are sorted by
+    length, a group has hardly any padding.
     """
     num_sentences, length = padding_mask.shape
     if padding_mask.device.type != "cpu":
@@ -166,7 +168,7 @@ def _groups(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:
         return
     num_groups = max(1, -(-padding_mask.numel() // _TOKENS_AT_ONCE))
     at_once = max(1, -(-num_sentences // num_groups))
-    # The last place that is no padding: a piece in the middle may have its id.
+    # The last place that is not padding. Places cannot be counted: a token in the middle may have the pad id.
     ends = ((~padding_mask) * torch.arange(1, length + 1)).amax(dim=1).clamp_(min=1)
     for first in range(0, num_sentences, at_once):
         some = slice(first, first + at_once)
@@ -175,10 +177,11 @@ def _groups(padding_mask: Tensor) -> Iterator[tuple[slice, int]]:
 
 @torch.inference_mode()
 def _typical_normalizer(model: Transformer) -> float:
-    """Return about how large log(sum(exp(logits))) is, by tokens from all over the vocabularies as sentences.
+    """Estimate log(sum(exp(logits))), from one-token sentences with tokens from all over the vocabularies.
 
-    A logit of 11 in bfloat16 stands for all between 10.97 and 11.03. What is subtracted before it is rounded
-    changes no probability, and leaves the likely tokens, which decide, near 0, where numbers lie close.
+    It is subtracted from logits before they are rounded to bfloat16, where 11 stands for all numbers from 10.97 to
+    11.03. Subtracting the same number from all logits changes no probability. It moves the logits of likely
+    tokens, which decide the search, near 0, where bfloat16 is finer.
     """
     vocabularies = (model.encoder.embedding.tokens.weight, model.output_weight)
     source, prefix = (
@@ -191,5 +194,5 @@ def _typical_normalizer(model: Transformer) -> float:
 
 
 def _additive(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return -inf at padding and else 0: as attention takes masks, so that it need not convert them."""
+    """Return -inf at padding and else 0: the form in which attention adds masks, so nothing is converted later."""
     return torch.zeros_like(padding_mask, dtype=dtype).masked_fill_(padding_mask, -torch.inf)

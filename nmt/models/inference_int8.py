@@ -1,15 +1,14 @@
-"""Products of 8-bit integers on a CPU, of numbers whose range the weights tell.
+"""Products of 8-bit integers on a CPU, with ranges of rounding that come from the weights.
 
-Behind layer normalisation a number is g*n + b with the weights g and b of its place, where n has mean 0 and
-variance 1 over a row. So the range in which it is rounded is known before any sentence is seen: nothing is
-calibrated, no largest number is looked for at each step, and what becomes of a row depends neither on its
-neighbours nor on their number. Each place has a range of its own, and so has each output's weights. Sums of
-integers are exact.
+After layer normalisation a number is g*n + b. Here g and b are the weights of its place, and n has mean 0 and
+variance 1 over a row. So the range for rounding is known before any sentence is seen. Nothing is calibrated, no
+step looks for its largest number, and the result of a row depends neither on the other rows nor on their number.
+Each place has its own range, and so have the weights of each output. Sums of integers are exact.
 
-Rounding as in Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", where the ranges are learnt.
+Rounding follows Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference"; their ranges are learnt.
 
-Shapes: D inputs, O outputs.
+Shapes: D inputs (places), O outputs.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from nmt.models.blocks import Embedding, FeedForward
 from nmt.models.transformer import Decoder, DecoderLayer
 from nmt.system import onednn
 
-# What lies beyond is cut off. Of two trained models the largest numbers behind each normalisation were 3.3 to 6.4
-# standard deviations of its widest place, and 3.0 to 6.7 of their own before ReLU.
+# Ranges in standard deviations; larger numbers are cut off. In two trained models the largest numbers were 3.3 to
+# 6.4 standard deviations (of the widest place) after a normalisation, and 3.0 to 6.7 (of their own) before ReLU.
 _DEVIATIONS = 6.0
 _DEVIATIONS_BEFORE_RELU = 8.0
-_LEAST_RANGE = 1e-6  # of what is always 0, or, before ReLU, never above
-_ZERO = 128  # stands for 0 in inputs: processors multiply signed weights by unsigned inputs
+_LEAST_RANGE = 1e-6  # for numbers that are always 0, or, before ReLU, never above 0
+_ZERO = 128  # stands for 0 in inputs, because processors multiply signed weights by unsigned inputs
 
 
 @cache
 def is_available() -> bool:
-    """Return whether this machine multiplies 8-bit integers as it should, and bfloat16 for what is left.
+    """Return whether this machine multiplies 8-bit integers correctly, and bfloat16 for the other products.
 
-    Without VNNI or what is like it, sums of two products are cut off at 32,767.
+    Without VNNI or something like it, sums of two products are cut off at 32,767.
     """
     if not onednn.has_integers():
         return False
@@ -47,7 +46,7 @@ def is_available() -> bool:
 
 
 def check_int8(device: torch.device) -> None:
-    """Raise `UserError` if products of integers are not to be had on a device."""
+    """Raise `UserError` if a device has no products of 8-bit integers."""
     if device.type != "cpu":
         raise UserError(
             f"`precision` int8 must be used on a CPU, but the device is {device}. Take bf16, or `--device cpu`."
@@ -60,7 +59,10 @@ def check_int8(device: torch.device) -> None:
 
 
 class Inputs(NamedTuple):
-    """Where the inputs of a decoder layer's products come from, those of queries, keys and values first."""
+    """The parts whose results are the inputs of a decoder layer's blocks.
+
+    The first one is the input to queries, keys and values.
+    """
 
     self_attention: nn.LayerNorm | Embedding
     cross_attention: nn.LayerNorm
@@ -68,7 +70,7 @@ class Inputs(NamedTuple):
 
 
 def decoder_inputs(decoder: Decoder) -> tuple[list[Inputs], nn.LayerNorm | Embedding]:
-    """Return the inputs of each layer, and where those of the output projection come from."""
+    """Return the `Inputs` of each layer, and the part whose result is the input of the output projection."""
     before: nn.LayerNorm | Embedding = decoder.embedding
     inputs = []
     for layer in decoder.layers:
@@ -84,10 +86,10 @@ def decoder_inputs(decoder: Decoder) -> tuple[list[Inputs], nn.LayerNorm | Embed
 
 
 def ranges(source: nn.LayerNorm | Embedding) -> Tensor:
-    """Return for each place (D,) the largest number that is kept of a normalisation, or that can be embedded.
+    """Return the range of each place (D,): the largest number that is kept, after a normalisation or an embedding.
 
     Raises:
-        UserError: The normalisation is of a kind that does not tell.
+        UserError: The range cannot be read from this kind of normalisation.
     """
     norm = source.norm if isinstance(source, Embedding) else source
     if isinstance(norm, nn.LayerNorm):
@@ -109,10 +111,10 @@ def int8_map(
     """Return the map x -> x W^T + b for weights (O, D).
 
     Args:
-        weight: With the ranges of inputs as factors, rounded to 255 values for each output.
+        weight: Multiplied by the ranges of the inputs, then rounded to 255 values for each output.
         bias: (O,); not rounded.
         input_ranges: (D,): inputs are rounded to multiples of 1/127 of these, and cut off beyond them.
-        dtype: Of the result, float32 or bfloat16.
+        dtype: The type of the result, float32 or bfloat16.
 
     Returns:
         A function (..., D) float32 -> (..., O).
@@ -123,11 +125,11 @@ def int8_map(
 
 
 def int8_feed_forward(feed_forward: FeedForward, norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    """Return the map of a feed-forward block with ReLU, for what a layer normalisation returns.
+    """Return the map of a feed-forward block with ReLU whose inputs come from a layer normalisation.
 
-    Hidden numbers stay integers, in steps of 1/255 of a range of their own: the mean plus 8 standard deviations
-    that they would have if the normalised inputs were independent. The first weights are divided by these ranges,
-    and the second ones multiplied.
+    Hidden numbers stay integers, in steps of 1/255 of their range. The range of a hidden number is its mean plus 8
+    standard deviations, as if the normalised inputs were independent. The first weights are divided by these
+    ranges, and the second ones are multiplied by them.
 
     Returns:
         A function (..., D) float32 -> (..., D) float32.
@@ -155,7 +157,7 @@ def int8_feed_forward(feed_forward: FeedForward, norm: nn.LayerNorm) -> Callable
 
 
 def _quantized(x: Tensor, steps_per_unit: Tensor) -> Tensor:
-    """Return numbers (..., D) as uint8, counted in the steps of their places (D,) from `_ZERO`."""
+    """Return numbers (..., D) as uint8: `_ZERO` plus the number of steps; each place has its own step size."""
     # There is no fast conversion to uint8, but one to int8; the first bit turns -128..127 into 0..255.
     steps = (x * steps_per_unit).round_().clamp_(-127, 127).to(torch.int8)
     return steps.bitwise_xor_(-128).view(torch.uint8)
@@ -171,10 +173,12 @@ def _multiplied_by(
     output_step: float = 1.0,
     activation: str = "none",
 ) -> Callable[[Tensor], Tensor]:
-    """Return the product of uint8 inputs, counted in steps from zero, and weights (O, D) that are rounded here.
+    """Return the function that multiplies uint8 inputs, counted in steps from `zero`, by weights (O, D).
+
+    The weights are rounded here.
 
     Raises:
-        UserError: A weight is not finite, which integers could not tell later.
+        UserError: A weight is not finite. Integers could not show this later.
     """
     weight = weight.detach().float()
     bias = None if bias is None else bias.detach().float()

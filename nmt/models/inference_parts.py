@@ -1,4 +1,4 @@
-"""The parts of the Transformer for inference: what `inference.py` puts in the places of a model's own.
+"""The parts of the Transformer for inference, which `inference.py` uses in place of a model's own parts.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, N columns of the past, D model, H heads,
 E head size.
@@ -26,9 +26,9 @@ Map = Callable[[Tensor], Tensor]
 
 
 class FastLayer:
-    """A decoder layer whose parts are in their forms for one new position a row.
+    """A decoder layer made of the fast parts, for one new position a row.
 
-    What it does with them is written once, in the plain layer.
+    Its `forward` is that of the plain layer, so that the order of the parts is written only once.
     """
 
     forward: Callable[..., Tensor] = DecoderLayer.forward
@@ -47,9 +47,9 @@ class FastLayer:
 
         Args:
             layer: The layer.
-            dtype: Of products.
-            hidden_dtype: Of hidden states.
-            inputs: Where inputs come from whose products shall be of 8-bit integers, which takes float32.
+            dtype: The type of products.
+            hidden_dtype: The type of hidden states.
+            inputs: For products of 8-bit integers, the parts that the inputs come from; hidden states are float32.
             packs: Whether to pack weights.
         """
         for name, part in layer.named_children():
@@ -67,7 +67,7 @@ class FastLayer:
 
 
 class _PastAttention:
-    """`SelfAttention` to tables that stay where they were written."""
+    """`SelfAttention` to keys and values that stay where they were written."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class _PastAttention:
         make = partial(linear_map, dtype=dtype, packs=packs)
         weight, bias = attention.qkv_proj.weight, attention.qkv_proj.bias
         dim = weight.size(1)
-        # Queries are divided by sqrt(E) beforehand, by their weights.
+        # The weights of the queries are divided by sqrt(E) here, so that no step has to divide.
         scales = torch.cat(
             [weight.new_full((dim,), (dim // attention.num_heads) ** -0.5), weight.new_ones(2 * dim)]
         )
@@ -89,7 +89,7 @@ class _PastAttention:
         self.out = make(attention.out_proj.weight, attention.out_proj.bias)
 
     def __call__(self, y: Tensor, *, is_causal: bool, state: tuple[Past, Tensor | None]) -> Tensor:
-        """(R, D) -> (R, D). The newest columns of the past are filled; the mask (B, 1, K, N) goes with it."""
+        """(R, D) -> (R, D). Fills the newest columns of the past; the mask is (B, 1, K, N)."""
         past, mask = state
         num_sentences, num_heads, _, head_size = past.keys.shape
         # (R, 3D) -> (3, B, H, K, E)
@@ -106,28 +106,28 @@ class _MemoryAttention:
     ) -> None:
         make = partial(linear_map, dtype=dtype, packs=packs)
         weight, bias = attention.q_proj.weight, attention.q_proj.bias
-        scale = (weight.size(0) // attention.num_heads) ** -0.5  # as there
+        scale = (weight.size(0) // attention.num_heads) ** -0.5  # as in `_PastAttention`
         input_ranges = None if source is None else ranges(source)
         self.query = make(weight * scale, bias * scale, input_ranges=input_ranges)
         self.out = make(attention.out_proj.weight, attention.out_proj.bias)
 
     def __call__(self, y: Tensor, keys: Tensor, values: Tensor, *, attention_mask: Tensor) -> Tensor:
-        """(R, D) -> (R, D). Keys and values are (B, H, S, E), the mask (B, 1, 1, S) is added to scores."""
+        """(R, D) -> (R, D). Keys and values are (B, H, S, E); the mask (B, 1, 1, S) is added to the scores."""
         num_sentences, num_heads, _, head_size = keys.shape
         query = self.query(y).view(num_sentences, -1, num_heads, head_size).transpose(1, 2)
         return self.out(_attend(query, keys, values, attention_mask))
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend with scaled queries (B, H, K, E) to keys and values (B, H, N, E), whose type may be another.
+    """Attend with scaled queries (B, H, K, E) to keys and values (B, H, N, E), which may have another type.
 
-    Plain products: for a handful of queries they are faster on a CPU than the fused attention.
+    For a handful of queries, plain products are faster on a CPU than PyTorch's fused attention.
 
     Returns:
         (R, D), of the queries' type.
     """
     if multiplied_by_onednn(keys.dtype, keys.device):
-        # It takes keys as they lie on the left of a product; on the right it would first reorder them.
+        # oneDNN takes keys as they are on the left of a product; on the right it would reorder them first.
         products = (keys @ query.contiguous().transpose(2, 3)).transpose(2, 3)  # (B, H, N, K) -> (B, H, K, N)
         scores = torch.empty(products.shape, dtype=torch.float32)
         torch.add(products, 0.0 if mask is None else mask, out=scores)
@@ -143,7 +143,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
 def _feed_forward(
     feed_forward: nn.Module, dtype: torch.dtype, *, input_norm: nn.LayerNorm | None, packs: bool
 ) -> Map:
-    """Return the map of a feed-forward block; of 8-bit integers if the normalisation of its inputs is given."""
+    """Return the map of a feed-forward block; with 8-bit integers if the normalisation before it is given."""
     if not isinstance(feed_forward, FeedForward):
         return _copied(feed_forward, dtype, packs=packs)
     expand, contract, activation = feed_forward.expand, feed_forward.contract, feed_forward.activation
@@ -165,12 +165,12 @@ def linear_map(
     input_ranges: Tensor | None = None,
     packs: bool = True,
 ) -> Map:
-    """Return the map x -> activation(x W^T + b) for weights (out, in) and inputs of a type.
+    """Return the map x -> activation(x W^T + b) for weights (out, in) and inputs of type `dtype`.
 
-    With ranges of the inputs (in,) it is made of 8-bit integers; then the type is that of the result, and inputs
-    are float32.
+    With `input_ranges` (in,), products use 8-bit integers; then `dtype` is the type of the result, and inputs are
+    float32.
 
-    On a CPU oneDNN's packed products are used, where this build of PyTorch has them: those of few rows gain most.
+    On a CPU, oneDNN's packed products are used if this build of PyTorch has them. Inputs of few rows gain most.
     """
     if input_ranges is not None:
         linear: Map = int8_map(weight, bias, input_ranges, dtype=dtype)
@@ -186,7 +186,7 @@ def linear_map(
 
 
 class _Product(nn.Module):
-    """A linear map, or a feed-forward block, that computes in another type than it takes and returns."""
+    """A linear map or a feed-forward block that computes in its own type and returns the type of its input."""
 
     def __init__(self, function: Map, dtype: torch.dtype) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class _Product(nn.Module):
 
 
 def replace_products_(module: nn.Module, dtype: torch.dtype, *, packs: bool) -> None:
-    """Put `_Product`s in the places of an encoder's linear maps and feed-forward blocks, where these are known."""
+    """Replace the known linear maps and feed-forward blocks of an encoder by `_Product`s."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear) and is_known(child, LINEAR):
             setattr(module, name, _Product(linear_map(child.weight, child.bias, dtype, packs=packs), dtype))
@@ -211,14 +211,14 @@ def replace_products_(module: nn.Module, dtype: torch.dtype, *, packs: bool) -> 
 
 
 def _copied(part: nn.Module, dtype: torch.dtype, *, packs: bool) -> nn.Module:
-    """Return a copy of a part that is run as it is, in another type, with faster products."""
+    """Return a copy of a part that runs as it is, but in another type and with faster products."""
     part = copy.deepcopy(part)
     replace_products_(part, dtype, packs=packs)
     return part.to(dtype)
 
 
 def fast_norm(norm: nn.Module, dtype: torch.dtype) -> Map:
-    """Return layer normalisation, or what stands in its place, in another type."""
+    """Return layer normalisation in another type, or a copy of the part that stands in its place."""
     if not isinstance(norm, nn.LayerNorm):
         return _copied(norm, dtype, packs=False)
     weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
@@ -232,10 +232,10 @@ def _residual(residual: nn.Module, dtype: torch.dtype) -> Callable[[Tensor, Map]
     norm = fast_norm(residual.norm, dtype)
     if residual.pre_norm:
         return lambda x, block: x + block(norm(x))
-    # What a block returns is not needed any more. It may be of lower precision, to which the sum is not rounded.
+    # The block's output may be overwritten. If it is bfloat16 and x float32, the sum stays float32.
     return lambda x, block: norm(_sum(block(x), x))
 
 
 def _sum(y: Tensor, x: Tensor) -> Tensor:
-    """Return y + x, of the type of x, in the place of y if it has that type."""
+    """Return y + x; computed in place of y if both have the same type."""
     return y.add_(x) if y.dtype == x.dtype else y + x

@@ -1,4 +1,4 @@
-"""Which parts of a Transformer are just what their classes say, so that their weights tell what they compute."""
+"""Find parts of a Transformer that compute something else than their classes and weights say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINEAR = (Linear, nn.Linear)
 _DROPOUT = (Dropout, nn.Dropout)
 _NORM = (nn.LayerNorm,)
 
-# What stands where in a part whose weights are taken over.
+# For each part whose weights are read: its attributes, and the classes that they may have.
 _PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
     Transformer: {"encoder": (Encoder,), "decoder": (Decoder,)},
     Encoder: {"embedding": (Embedding,), "layers": (nn.ModuleList,), "final_norm": (*_NORM, nn.Identity)},
@@ -46,24 +46,24 @@ _VARIANTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     FeedForward: FEED_FORWARDS,
     Residual: RESIDUALS,
 }
-# Parts whose linear maps may be replaced by faster ones: they do nothing with them but call them.
+# Parts whose linear maps may be replaced by faster ones, because these parts only call them.
 CONTAINERS = (Encoder, nn.ModuleList, EncoderLayer, SelfAttention, *FEED_FORWARDS[1:])
 
 
 def find_stranger(model: object, *, within_encoder: bool, with_variants: bool = False) -> str | None:
-    """Return the first part of a model, by name and class, that is not just what its class says.
+    """Return the name and class of the first stranger: a part that is not exactly what its class says.
 
     Args:
-        model: The model; one of another class than the Transformer is a stranger as a whole.
-        within_encoder: Whether what stands in the encoder counts, too, or only the encoder as such.
-        with_variants: Whether the variants of a part are known, such as another normalisation.
+        model: The model. If it is not a `Transformer`, it is a stranger as a whole.
+        within_encoder: Whether to look at the parts of the encoder, too, or only at the encoder as a whole.
+        with_variants: Whether variants of a part count as known, such as another normalisation.
     """
     runs_as_it_is = () if within_encoder else (Encoder,)
     return next(_strangers(model, (Transformer,), "the model", runs_as_it_is, with_variants), None)
 
 
 def why_padded(model: nn.Module) -> str | None:
-    """Return what of a model may know padded batches alone, as a line says it; None if it takes packed ones."""
+    """Return, as text for a message, which part may need padded batches; None if the model takes packed ones."""
     if not isinstance(model, Transformer):
         return f"the model ({type(model).__name__}) is not the Transformer of this package"
     if not model.is_whole:
@@ -73,12 +73,12 @@ def why_padded(model: nn.Module) -> str | None:
 
 
 def is_known(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    """Return whether a part, with all that is in it, is just what one of these classes makes."""
+    """Return whether a part, with all parts in it, is exactly what one of these classes makes."""
     return next(_strangers(module, types, ""), None) is None
 
 
 def is_as_its_class(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    """Return whether a part itself is of one of these classes, not of a subclass, and unchanged."""
+    """Return whether a part itself is unchanged and of one of these classes, not of a subclass."""
     return type(module) in types and _fault(module) is None
 
 
@@ -89,7 +89,7 @@ def _strangers(
     runs_as_it_is: tuple[type[nn.Module], ...] = (),
     with_variants: bool = False,
 ) -> Iterator[str]:
-    """Yield what is strange about a part that should be of one of these classes, and about the parts in it."""
+    """Yield what is strange about a part that should have one of these classes, and about the parts in it."""
     if with_variants:
         types = tuple(variant for type_ in types for variant in _VARIANTS.get(type_, (type_,)))
     if type(module) not in types:
@@ -113,7 +113,7 @@ def _strangers(
 
 
 def _fault(module: nn.Module) -> str | None:
-    """Return in what a module computes something else than its class and its weights say, if it does."""
+    """Return why a module may compute something else than its class and weights say, or None."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "has hooks"
     for name, value in vars(module).items():
@@ -132,7 +132,7 @@ def _fault(module: nn.Module) -> str | None:
 
 
 def _is_its_own(value: object, module: nn.Module, name: str) -> bool:
-    """Return whether an attribute that hides a method calls just that: so `torch.compile` is put around it."""
+    """Return whether an attribute that hides a method only calls that method, as `torch.compile` does."""
     method = inspect.unwrap(value) if callable(value) else value
     return (
         inspect.ismethod(method)

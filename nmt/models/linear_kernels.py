@@ -1,7 +1,7 @@
-"""Linear layers of rows whose gradient of the bias, and of a ReLU behind them, is a kernel for GPUs (in Triton).
+"""Linear layers of rows; the gradients of the bias and of a ReLU after the layer are a Triton kernel for GPUs.
 
-The products are PyTorch's own. A column is summed in two stages, in float32 and in one order, so that its sum has
-the same bits each time.
+The products are PyTorch's own. A column is summed in two stages, in float32 and always in the same order, so that
+its sum has the same bits each time.
 
 Shapes: N rows, I and O widths of inputs and outputs, C columns, P partial sums.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_ROWS, _COLUMNS = 16, 128  # of a program at once
+_ROWS, _COLUMNS = 16, 128  # that a program takes at once
 _PROGRAMS_A_PROCESSOR = 8
 _PARTIALS_AT_ONCE, _SUMS_AT_ONCE = 128, 32
 
@@ -61,14 +61,14 @@ def _sum_partials(
 
 @cache
 def num_processors(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has; a few for Triton's interpreter."""
+    """Return how many multiprocessors a GPU has; 2 for Triton's interpreter on a CPU."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum the rows of (P, C) float32, in one order: (C,)."""
+    """Sum the rows of (P, C) float32, always in the same order: (C,)."""
     num_partials, num_columns = partials.shape
     sums = torch.empty(num_columns, dtype=dtype, device=partials.device)
     launch: Any = _sum_partials[(triton.cdiv(num_columns, _SUMS_AT_ONCE),)]
@@ -79,14 +79,15 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sum_columns(grad: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sum the rows of a gradient, in float32; first set it to zero where a ReLU did so to `hidden`.
+    """Sum the rows of a gradient, in float32; before that, set it to zero where a ReLU has set `hidden` to zero.
 
     Args:
         grad: (N, C) float, rows side by side.
         hidden: (N, C): what the ReLU returned.
 
     Returns:
-        The gradient (N, C) before the ReLU, or `grad` itself, and the sums (C,), both in its type.
+        The gradient (N, C) of the ReLU's input, or `grad` itself without a ReLU; and the sums (C,). Both have the
+        type of `grad`.
     """
     assert grad.is_contiguous() and (hidden is None or hidden.is_contiguous())
     num_rows, num_columns = grad.shape
@@ -105,7 +106,7 @@ def sum_columns(grad: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, has_relu: bool = False) -> Tensor:
-    """Return x W^T + b, or where `has_relu` max(x W^T + b, 0), with gradients.
+    """Return x W^T + b, or max(x W^T + b, 0) if `has_relu`, with gradients.
 
     Args:
         x: (N, I).
@@ -122,7 +123,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, has_relu: bool = False) -
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, has_relu: bool) -> Tensor:
-        # cuBLAS applies the ReLU to what it writes.
+        # cuBLAS applies the ReLU while it writes the product.
         multiply = torch._addmm_activation if has_relu else torch.addmm
         out = multiply(bias, x, weight.t())
         ctx.save_for_backward(x, weight, out if has_relu else None)
@@ -143,7 +144,7 @@ class _Linear(torch.autograd.Function):
 
 
 def try_out(dtype: torch.dtype, device: torch.device) -> None:
-    """Run each kernel once; raise what Triton raises where it, or a C compiler, is not in order."""
+    """Run each kernel once; raise Triton's error if Triton or the C compiler does not work."""
     x, weight = (torch.zeros(16, 16, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
     bias = torch.zeros(16, dtype=dtype, device=device, requires_grad=True)
     with torch.enable_grad():

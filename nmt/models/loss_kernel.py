@@ -1,4 +1,4 @@
-"""What the cross-entropy needs of a chunk of logits, as a kernel for GPUs (in Triton): two passes, in place.
+"""The cross-entropy of a chunk of logits and its gradient, in place, as a Triton kernel for GPUs of two passes.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -47,11 +47,11 @@ def softmax_gradient_(
     Args:
         z: (N, V) float of any width, rows side by side.
         target: (N,) int64.
-        extra: What the target's probability has beyond that of the others.
-        ignored: A target, or None.
+        extra: By how much the target's probability is above that of the others in the smoothed distribution.
+        ignored: A target that does not count, or None.
 
     Returns:
-        Of each row the logarithm of its normaliser, and the logit of its target: (N,) float32 each.
+        For each row the logarithm of its normaliser, and the logit of its target: (N,) float32 each.
     """
     assert z.stride(1) == 1
     log_normalizers = torch.empty(z.size(0), dtype=torch.float32, device=z.device)

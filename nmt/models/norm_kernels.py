@@ -1,13 +1,14 @@
-"""Dropout, residual connection and layer normalisation of rows, as one kernel each way for GPUs (in Triton).
+"""Dropout, residual connection and layer normalisation of rows, as one Triton kernel for GPUs in each direction.
 
-With p, b what a linear layer computed and its bias, x what goes past it, and w, c the normalisation's:
+Here p is the product of a linear layer and b its bias; x goes past the layer; w and c are the weight and the bias
+of the normalisation:
 
     s = x + dropout(p + b)      y = w * (s - mean(s)) / sqrt(var(s) + eps) + c
 
-`add_and_norm` computes both and returns y, `norm_beside` y of a given s, `add` only s. The backward pass reads s,
-in the type of the rows, and draws the mask of dropout anew from its seed. Gradients of w, c and b are sums over
-all rows. Each program sums those that it works on, in float32, and then these sums are summed: in one order, so
-that they have the same bits each time.
+`add_and_norm` computes both and returns y. `norm_beside` computes y from a given s = x. `add` computes only s. The
+backward pass reads s in the type of the rows, and draws the dropout mask again from its seed. Gradients of w, c
+and b are sums over all rows. Each program sums its own rows in float32, and then these sums are summed, always in
+the same order, so that the results have the same bits each time.
 
 Shapes: N rows, D model.
 """
@@ -28,9 +29,9 @@ _PROGRAMS_A_PROCESSOR = 2
 
 @triton.jit
 def _is_kept(seed_at, rows, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Say what dropout keeps of some rows: a function of the seed and the place alone, (ROWS, BLOCK) bool.
+    """Return what dropout keeps of some rows, (ROWS, BLOCK) bool; depends only on the seed and the place.
 
-    A call of Philox serves eight numbers, of 16 random bits each. Seven rounds are enough to pass the tests of
+    One call of Philox gives eight numbers of 16 random bits each. Seven rounds are enough to pass the tests of
     randomness that its authors ran (Salmon et al., 2011).
     """
     places = tl.arange(0, BLOCK // 8)[None, :] + tl.zeros((ROWS, 1), tl.int32)
@@ -60,7 +61,7 @@ def _forward(
             added = tl.where(_is_kept(seed_at, rows, threshold, ROWS, BLOCK), added * keep_scale, 0.0)
         rounded = (s + added).to(total.dtype.element_ty)
         tl.store(total + at, rounded, mask=is_in)
-        s = rounded.to(tl.float32)  # as the backward pass reads it
+        s = rounded.to(tl.float32)  # the same rounded numbers that the backward pass reads
     if NORMS:
         mean = tl.sum(s, 1) / num_columns
         centered = tl.where(is_in, s - mean[:, None], 0.0)
@@ -108,7 +109,7 @@ def _backward(
             level = tl.sum(g, 1) / num_columns
             slope = tl.sum(g * normed, 1) / num_columns
             g = (g - level[:, None] - normed * slope[:, None]) * scale[:, None]
-            if HAS_BESIDE and not ADDS:  # a gradient of s
+            if HAS_BESIDE and not ADDS:  # here `beside` is a gradient of s
                 g += beside
             tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), mask=is_in)
         if ADDS:
@@ -125,7 +126,7 @@ def _backward(
 
 
 class Product(NamedTuple):
-    """What a linear layer returns, in parts: its bias is added where the rows are read again."""
+    """The result of a linear layer in two parts. The next kernel, which reads the rows anyway, adds the bias."""
 
     rows: Tensor
     """(N, D)."""
@@ -144,12 +145,12 @@ class Norm(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Dropout by a seed."""
+    """Dropout from a seed."""
 
     probability: float
     """Rounded to a multiple of 2**-16."""
     seed: Tensor
-    """int64, of which the first number is read; none where the probability is 0."""
+    """int64; only the first number is read, and none if the probability is 0."""
 
 
 class _Dropping(NamedTuple):
@@ -163,21 +164,21 @@ class _Dropping(NamedTuple):
 
 
 def add_and_norm(x: Tensor, product: Product, norm: Norm, drop: Drop) -> tuple[Tensor, Tensor]:
-    """Compute y of the file's head, all (N, D).
+    """Compute y as in the head of this file; x and the product are (N, D).
 
     Returns:
-        It twice, in the same memory: for two readers, whose gradients are read by the kernel as they are.
+        y (N, D) twice, in the same memory, for two readers. The kernel adds the gradients of both.
     """
     return cast(Callable[..., tuple[Tensor, Tensor]], _AddAndNorm.apply)(x, *product, *norm, *drop)
 
 
 def norm_beside(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Compute y of s = x; return it and x, whose gradient the kernel adds to that of y: (N, D) each."""
+    """Compute y from s = x; return y and x, (N, D) each. The kernel adds the gradients of both."""
     return cast(Callable[..., tuple[Tensor, Tensor]], _NormBeside.apply)(x, *norm)
 
 
 def add(x: Tensor, product: Product, drop: Drop) -> Tensor:
-    """Compute s alone: (N, D)."""
+    """Compute only s: (N, D)."""
     return cast(Callable[..., Tensor], _Add.apply)(x, *product, *drop)
 
 
@@ -244,7 +245,7 @@ class _Add(torch.autograd.Function):
 
 
 def _sizes(num_columns: int, num_numbers: int) -> tuple[int, int]:
-    """Return how many rows a program takes at once, for about so many numbers, and the width of its block."""
+    """Return how many rows a program takes at once, to have about `num_numbers` numbers, and its block's width."""
     block = max(16, triton.next_power_of_2(num_columns))
     return max(1, min(16, num_numbers // block)), block
 
@@ -252,7 +253,10 @@ def _sizes(num_columns: int, num_numbers: int) -> tuple[int, int]:
 def _run_forward(
     x: Tensor, product: Product | None, norm: Norm | None, drop: Drop | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return s, y, and of each row its mean and 1 / sqrt(var(s) + eps), (N,) float32; some may be of no use."""
+    """Return s, y, and for each row its mean and 1 / sqrt(var(s) + eps), (N,) float32.
+
+    Without a product s is x. Without a norm y is x, and the last two are not filled.
+    """
     x = x.contiguous()
     num_rows, num_columns = x.shape
     total = torch.empty_like(x) if product else x
@@ -274,13 +278,13 @@ def _run_forward(
 def _run_backward(
     grad: Tensor, beside: Tensor | None, normed: tuple[Tensor, ...] | None, drop: Drop | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Return the gradients of x and of the product, and those of w, c and b as far as they are there.
+    """Return the gradients of x, of the product, and of w and c (with a norm) and b (with a product).
 
     Args:
-        grad: (N, D): the gradient of y, or of s where nothing was normalised.
-        beside: (N, D): a second one of y, or of s where nothing was added.
-        normed: s, means and scales of `_run_forward`, and w.
-        drop: Where something was added.
+        grad: (N, D): the gradient of y, or of s if nothing was normalised.
+        beside: (N, D): a second gradient of y, or of s if nothing was added.
+        normed: s, means and scales of `_run_forward`, and w; None if nothing was normalised.
+        drop: The dropout of the product; None if nothing was added.
     """
     grad = grad.contiguous()
     beside = None if beside is None else beside.contiguous()
@@ -307,7 +311,7 @@ def _run_backward(
 
 
 def try_out(dtype: torch.dtype, num_columns: int, device: torch.device) -> None:
-    """Run the kernels once each way; raise what Triton raises where it, or a C compiler, is not in order."""
+    """Run the kernels once in each direction; raise Triton's error if Triton or the C compiler does not work."""
     x, rows = (torch.zeros(16, num_columns, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
     bias = torch.zeros(num_columns, dtype=dtype, device=device, requires_grad=True)
     drop = Drop(0.5, torch.zeros(1, dtype=torch.int64, device=device))

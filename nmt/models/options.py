@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FIXED = {"fixed": True}  # may not change when a run is resumed
 
-# Beyond any model that has been trained; a file that says more would cost memory and time before it is refused.
+# Larger than any model that has been trained. A damaged file with larger sizes would cost memory and time.
 LARGEST = {
     "layers": 1000,
     "embed_dim": 2**16,
@@ -28,10 +28,10 @@ _LARGEST_TABLE = 2**27  # numbers in a table of positions
 
 
 class ModelOptions(Protocol):
-    """The options of a translation model: a frozen dataclass that makes it.
+    """The options of a translation model: a frozen dataclass that makes the model.
 
-    Sizes have `metadata={"fixed": True}`, so that a run is not resumed with others. If there is a field
-    `share_all_embeddings` that is true, both languages must have one vocabulary.
+    Sizes have `metadata={"fixed": True}`, so that a run cannot be resumed with other sizes. If there is a field
+    `share_all_embeddings` and it is true, both languages must have the same vocabulary.
     """
 
     @property
@@ -43,7 +43,7 @@ class ModelOptions(Protocol):
         """The most tokens of a target, its eos counted."""
 
     def build(self, *, source_vocabulary_size: int, target_vocabulary_size: int, pad_id: int) -> nn.Module:
-        """Make a model with fresh parameters; what it must be able to do, `nmt/models/protocols.py` says."""
+        """Make a model with fresh parameters; `nmt/models/protocols.py` says what it must be able to do."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sentences one after another in one row, and attention that stays within each of them.
+"""Sentences packed one after another into one row, and attention that stays within each sentence.
 
 Shapes: N, M tokens of the rows of queries and keys, P parts, I items, H heads, E head size, D = H*E model.
 """
@@ -17,7 +17,7 @@ from nmt.system.slower import warn_slower
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """A row of token ids that is made of parts: sentences, and what fills the row."""
+    """A row of token ids that is made of parts: sentences, and filling at the end."""
 
     ids: Tensor
     """(N,) integers."""
@@ -26,25 +26,25 @@ class PackedTokens:
     parts: Tensor
     """(N,) int32: the number of each token's part."""
     starts: Tensor
-    """(P+1,) int32: where each part begins, and N; a part may be empty."""
+    """(P+1,) int32: where each part begins, and at the end N; a part may be empty."""
     longest: int
-    """No part has more tokens."""
+    """No part has more tokens than this."""
     items: Tensor
     """(I, 6) int32: blocks of tokens for kernels (`nmt/data/packing.py`)."""
     is_target: bool
-    """On which side of the items' groups this row stands."""
+    """Whether this row is the target side of `items`, and not the source side."""
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Which tokens attend to which: those of part i of one row to those of part i of another, or of the same."""
+    """Which tokens attend to which: part i of one row attends to part i of another row, or of the same row."""
 
     queries: PackedTokens
     keys: PackedTokens
     is_causal: bool = False
-    """Each token attends to those up to itself (a row to itself)."""
+    """Each token attends to tokens up to itself (both rows are the same then)."""
     by_kernels: bool = False
-    """Whether our own kernels compute it, see `have_kernels`."""
+    """Whether our own kernels compute the attention, see `have_kernels`."""
     has_layer_kernels: bool = False
     """Whether our own kernels may compute the rest of a layer, see `packed_layers.have_kernels`."""
 
@@ -54,7 +54,7 @@ def attend_to_self(projected: Tensor, spans: Spans, *, num_heads: int, dropout: 
 
     Args:
         projected: (1, N, 3*D): queries, keys and values side by side.
-        spans: The row's, to itself.
+        spans: Of the row to itself.
         num_heads: H.
         dropout: Probability with which an attention weight is dropped.
 
@@ -70,12 +70,12 @@ def attend_to_self(projected: Tensor, spans: Spans, *, num_heads: int, dropout: 
 def attend_to_other(
     query: Tensor, projected: Tensor, spans: Spans, *, num_heads: int, dropout: float
 ) -> Tensor:
-    """Compute the same between the parts of one row and those of another.
+    """Compute softmax(Q K^T / sqrt(E)) V for each head, from the parts of one row to those of another.
 
     Args:
         query: (1, N, D).
         projected: (1, M, 2*D): keys and values side by side.
-        spans: Of the row of queries to that of keys.
+        spans: Of the row of queries to the row of keys.
         num_heads: H.
         dropout: Probability with which an attention weight is dropped.
 
@@ -92,9 +92,9 @@ def attend_to_other(
 
 @cache
 def have_kernels(dtype: torch.dtype, head_size: int, device: torch.device) -> bool:
-    """Return whether our own kernels attend here: in half precision on a GPU, where Triton and a C compiler work.
+    """Return whether our own kernels compute attention: in half precision on a GPU with Triton and a C compiler.
 
-    They are tried out the first time; a warning says why they cannot be used.
+    The first call tries them out. If they fail, a warning says why.
     """
     is_half = dtype in (torch.bfloat16, torch.float16)
     if device.type != "cuda" or not is_half or head_size not in (16, 32, 64, 128):
@@ -103,19 +103,19 @@ def have_kernels(dtype: torch.dtype, head_size: int, device: torch.device) -> bo
 
 
 def works(what: str, try_out: Callable[[], None]) -> bool:
-    """Return whether kernels of ours can be used; a warning says why not."""
+    """Return whether our own kernels can be used; if not, a warning says why."""
     try:
         try_out()
     except (
         Exception
-    ) as error:  # of Triton, of the compiler that it calls, of the driver: there is no common type
+    ) as error:  # Triton, the compiler that it calls and the driver raise errors without a common type
         warn_slower(what, error)
         return False
     return True
 
 
 def _kernels() -> ModuleType:
-    from nmt.models import packed_kernels  # Triton is where PyTorch is built for GPUs
+    from nmt.models import packed_kernels  # here, because only PyTorch's builds for GPUs come with Triton
 
     return packed_kernels
 
@@ -125,12 +125,12 @@ def _by_kernels(
 ) -> Tensor:
     """(N, 3*D), or (N, D) and (M, 2*D) -> (1, N, D).
 
-    Rows come by `flatten`, whose gradient is a view; that of an index is filled with zeros and copied into.
+    The rows come from `flatten`, whose gradient is a view. The gradient of an index would be a copy into zeros.
     """
     kernels = _kernels()
     queries, keys = spans.queries, spans.keys
     device = query.device
-    # Nothing reads the seed where nothing is dropped.
+    # Without dropout nothing reads the seed, so any tensor will do.
     seed = torch.randint(2**62, (1,), device=device) if dropout else queries.starts
     tables = (queries.items, keys.items, queries.parts, keys.parts, seed)
     sides = [kernels.TARGET if row.is_target else kernels.SOURCE for row in (queries, keys)]
@@ -141,9 +141,9 @@ def _by_kernels(
 def _attend(query: Tensor, keys: Tensor, values: Tensor, spans: Spans, *, dropout: float) -> Tensor:
     """Attend with PyTorch's own operations: (1, H, N, E) and twice (1, H, M, E) -> (1, N, D).
 
-    On a GPU by FlashAttention (Dao, 2023) in half precision, and by the memory-efficient kernels (Rabe and Staats,
-    2021) in float32: both take starts of parts, and neither plans anew for another shape. Elsewhere by a mask over
-    the whole rows: the reference for tests.
+    A GPU uses FlashAttention (Dao, 2023) in half precision, and the memory-efficient kernels (Rabe and Staats,
+    2021) in float32. Both take the starts of parts, and neither has to prepare for each new shape. Other devices
+    use a mask over the whole rows, which is also the reference for tests.
     """
     is_causal = spans.is_causal
     if not query.is_cuda:

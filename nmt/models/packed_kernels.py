@@ -1,11 +1,17 @@
-"""Attention within the sentences of packed rows, as kernels for GPUs (in Triton).
+"""Attention within the sentences of packed rows, as Triton kernels for GPUs.
 
-FlashAttention gives every sentence a program of its own, of 128 queries and 128 keys, however short it is, and as
-many programs as the longest sentence has blocks. Here neighbouring sentences share a program as long as they fit
-into a block, and a table says what each program works on. Scores are recomputed in the backward pass (Dao et al.,
-2022): once where all queries of a group are in one block, which then forms all gradients, and once more for the
-keys of longer ones. Gradients are written where the gradient of the projection is read, so that nothing is copied;
-and sums have one order, so that they are the same bits each time.
+FlashAttention gives every sentence, however short, its own program of 128 queries and 128 keys, and as many
+programs as the longest sentence has blocks. Here neighbouring sentences share a program as long as they fit into a
+block. A table of items says which tokens each program works on:
+
+    row of tokens   | sentence 0 | sentence 1 | sentence 2 |   sentence 3, longer than a block   |
+    groups          |               group 0                |              group 1                |
+    items           |               block 0                |       block 1      |    block 2     |
+
+The backward pass recomputes scores (Dao et al., 2022). If all queries of a group are in one block, one program
+computes all gradients of the group. The keys of longer groups take a second recomputation. Gradients are written
+where the gradient of the projection is read, so that nothing is copied. Sums are always in the same order, so that
+they have the same bits each time.
 
 Shapes: N, M tokens of the rows of queries and keys, H heads, E head size, I items of a table.
 """
@@ -18,13 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128
-# Keys that a block of queries meets at once: so few that what it computes stays in registers.
+# Keys that a block of queries takes at once: few enough for the results to stay in registers.
 FORWARD_KEYS, BACKWARD_KEYS = 32, 32
 
 
 @triton.jit
 def _keep(seed, head, rows, columns, num_columns, dropout):
-    """Say which attention weights are kept: a function of the seed and their place alone."""
+    """Return which attention weights dropout keeps; depends only on the seed and on their place."""
     return tl.rand(seed + head, rows * num_columns + columns) >= dropout
 
 
@@ -38,7 +44,7 @@ def _allowed(q_part, k_part, q_at, k_at, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _is_alone(items, item, Q_SIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Say whether one block holds all queries of an item's group."""
+    """Return whether one block holds all queries of an item's group."""
     num_queries = tl.load(items + item * 6 + Q_SIDE + 1) - tl.load(items + item * 6 + Q_SIDE)
     return (num_queries > 0) & (num_queries <= BLOCK)
 
@@ -74,7 +80,8 @@ def _forward(
             scores = tl.dot(query, tl.trans(key)) * scale
             scores = tl.where(_allowed(q_part, k_part, q_at, k_at, CAUSAL), scores, -float("inf"))
             higher = tl.maximum(highest, tl.max(scores, 1))
-            # A row that may attend to nothing so far stays at minus infinity, from which nothing is subtracted.
+            # A row that has found no key so far stays at minus infinity. Then 0 is subtracted instead, because
+            # infinity minus infinity is not a number.
             base = tl.where(higher == -float("inf"), 0.0, higher)
             weights = tl.exp(scores - base[:, None])
             shrink = tl.exp(highest - base)
@@ -89,7 +96,7 @@ def _forward(
         summed = summed / total[:, None]
         place = q_at[:, None] * out_stride + head * E + sizes[None, :]
         tl.store(out + place, summed.to(out.dtype.element_ty), mask=q_in[:, None])
-        # The weights of a row without keys are zero in the backward pass too.
+        # With infinity here, the weights of a row without keys are zero in the backward pass, too.
         tl.store(
             lse + head * num_q + q_at, tl.where(is_empty, float("inf"), highest + tl.log(total)), mask=q_in
         )
@@ -105,7 +112,7 @@ def _backward_queries(
     item, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
     if start < end:
-        # Where all queries of a group are in this block, nothing else adds to the gradients of its keys.
+        # If all queries of a group are in this block, no other block adds to the gradients of its keys.
         is_alone = _is_alone(items, item, OWN, BLOCK)
         first, last = tl.load(items + item * 6 + OTHER), tl.load(items + item * 6 + OTHER + 1)
         sizes = tl.arange(0, E)
@@ -198,7 +205,8 @@ def _backward_keys(
         tl.store(grad_v + place, sum_v.to(grad_v.dtype.element_ty), mask=k_in[:, None])
 
 
-# Columns of an item: its own start and end; then those of its group of parts, of the source and of the target.
+# The six columns of an item: start and end of the block; start and end of its group of parts in the source; the
+# same in the target. These two numbers are the columns of the two group starts.
 SOURCE, TARGET = 2, 4
 
 
@@ -207,25 +215,25 @@ def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, q_items: Tensor, k_items: Tensor, q_parts: Tensor, k_parts: Tensor,
     seed: Tensor, num_heads: int, q_side: int, k_side: int, is_causal: bool, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute softmax(Q K^T / sqrt(E)) V for each head, each token within its part.
+    """Compute softmax(Q K^T / sqrt(E)) V for each head; each token attends only within its part.
 
     Args:
-        q: (N, H*E) bfloat16 or float16; its columns lie side by side, its rows anywhere.
-        k: (M, H*E), rows as far apart as those of `v`.
+        q: (N, H*E) bfloat16 or float16; columns side by side, rows with any stride.
+        k: (M, H*E), with the same stride between rows as `v`.
         v: (M, H*E).
-        q_items: (I, 6) int32: blocks of at most 128 queries, those that are left empty.
+        q_items: (I, 6) int32: blocks of at most 128 queries; unused items are empty.
         k_items: (I, 6) int32: blocks of keys.
         q_parts: (N,) int32: the part of each query.
-        k_parts: (M,) int32.
-        seed: (1,) int64, of dropout.
+        k_parts: (M,) int32: the part of each key.
+        seed: (1,) int64, for dropout.
         num_heads: H.
-        q_side: SOURCE or TARGET: where an item says which queries its group has.
+        q_side: SOURCE or TARGET: the column of an item where the queries of its group begin.
         k_side: The same for keys.
-        is_causal: Each token attends to those up to itself.
+        is_causal: Each token attends to tokens up to itself.
         dropout: Probability with which an attention weight is dropped.
 
     Returns:
-        (N, H*E), and for the backward pass the logarithms of the normalisers (H, N) float32.
+        (N, H*E), and, for the backward pass, the logarithms of the normalisers (H, N) float32.
     """
     num_q, size = q.size(0), q.size(1) // num_heads
     out = torch.empty((num_q, q.size(1)), dtype=q.dtype, device=q.device)
@@ -252,13 +260,13 @@ def attend_packed_backward(
     q_items: Tensor, k_items: Tensor, q_parts: Tensor, k_parts: Tensor, seed: Tensor,
     num_heads: int, q_side: int, k_side: int, is_causal: bool, dropout: float, is_self: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of queries, and of keys and values side by side; if `is_self` of all three so.
+    """Return the gradient of queries, and that of keys and values side by side; if `is_self`, all three together.
 
     Args:
-        grad: (N, H*E): the gradient of what `attend_packed` returned, `out`.
+        grad: (N, H*E): the gradient of `out`, which `attend_packed` returned.
         is_self: Whether queries, keys and values are columns of one tensor.
 
-    All others are as there.
+    All others are those of `attend_packed`.
 
     Returns:
         (N, H*E) and (M, 2*H*E); if `is_self` (N, 3*H*E) and nothing.
@@ -304,13 +312,13 @@ def _(grad: Tensor, q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]
 def attend(
     q: Tensor, kv: Tensor | None, tables: tuple[Tensor, ...], settings: tuple[int | bool | float, ...]
 ) -> Tensor:
-    """Attend, with gradients: a row to itself, or to another one.
+    """Let a row attend to itself or to another row, with gradients.
 
     Args:
-        q: (N, H*E); or where `kv` is None (N, 3*H*E): queries, keys and values side by side.
+        q: (N, H*E); or, if `kv` is None, (N, 3*H*E): queries, keys and values side by side.
         kv: (M, 2*H*E): keys and values side by side.
-        tables: `q_items` to `seed` of `attend_packed`.
-        settings: `num_heads` to `dropout` of it.
+        tables: The arguments `q_items` to `seed` of `attend_packed`.
+        settings: The arguments `num_heads` to `dropout` of `attend_packed`.
 
     Returns:
         (N, H*E).
@@ -338,7 +346,7 @@ class _Attend(torch.autograd.Function):
 
 
 def try_out(dtype: torch.dtype, head_size: int, device: torch.device) -> None:
-    """Attend once, forward and backward; raise what Triton raises where it, or a C compiler, is not in order."""
+    """Attend once, forward and backward; raise Triton's error if Triton or the C compiler does not work."""
     length = 16
     items = torch.tensor([[0, length, 0, length, 0, length]], dtype=torch.int32, device=device)
     parts = torch.zeros(length, dtype=torch.int32, device=device)

@@ -1,9 +1,18 @@
-"""The layers of the Transformer for packed rows on a GPU: all but their products in kernels of our own.
+"""The layers of the Transformer for packed rows on a GPU: everything except the products in our own kernels.
 
 PyTorch reads and writes the rows once for each of dropout, residual connection, normalisation and ReLU, and for
-each sum over them in the backward pass. Here a residual connection is one kernel each way (`norm_kernels.py`), and
-so is the gradient of a bias (`linear_kernels.py`). What is computed is what the modules say (`blocks.py`,
-`attention.py`), whose weights are read; a layer of which a part is anything else runs as it is.
+each sum over them in the backward pass. Here a residual connection is one kernel in each direction
+(`norm_kernels.py`), and so is the gradient of a bias (`linear_kernels.py`). The result is that of the modules
+(`blocks.py`, `attention.py`), whose weights are read. A layer with any unknown part runs as it is.
+
+Two tensors go from one sublayer to the next: `read`, the input of the block, and `past`, which goes past the block
+to the sum. The last product of a block leaves its bias to the next kernel, which reads the rows anyway.
+
+    post-norm   read --> block ----> add_and_norm --> read, past (the same y twice)
+                past -----------------^
+
+    pre-norm    past --> norm_beside --> read --> block --> add --> past
+                              +--> past ---------------------^
 
 Shapes: N, M tokens of a row, D model.
 """
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
     from nmt.models.norm_kernels import Product
 
 Block = Callable[[Tensor], "Product"]
-"""(N, D) -> (N, D), the bias of its last product apart."""
+"""(N, D) -> (N, D), with the bias of its last product not yet added."""
 Sublayer = tuple[Residual, Block]
 """A block within its residual connection."""
 
@@ -38,13 +47,13 @@ _PARTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     Residual: (nn.LayerNorm, *_DROPOUT),
 }
 _RELU = F.relu
-_WIDEST = 4096  # a program holds some whole rows
+_WIDEST = 4096  # of D, because a program of a kernel holds whole rows
 
 
 def can_run(layer: nn.Module, x: Tensor, spans: Spans) -> bool:
-    """Return whether a layer's parts are what is computed here, and our kernels work for its input (1, N, D).
+    """Return whether all parts of a layer are known here, and our kernels work for its input (1, N, D).
 
-    torch.compile makes kernels of its own from the modules.
+    Under torch.compile they are not used: it makes its own kernels from the modules.
     """
     if not spans.has_layer_kernels or torch.compiler.is_compiling():
         return False
@@ -57,14 +66,14 @@ def can_run(layer: nn.Module, x: Tensor, spans: Spans) -> bool:
 
 
 def can_run_all(layers: nn.ModuleList, kind: type[nn.Module], x: Tensor, spans: Spans) -> bool:
-    """Return whether all layers of a stack can be run as one: each of this class, and just what that says."""
+    """Return whether all layers of a stack can run together: each is exactly of this class, and unchanged."""
     return all(
         type(layer) is kind and _is_plain(layer, x.dtype) and can_run(layer, x, spans) for layer in layers
     )
 
 
 def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Return whether nothing but its class and its weights, all of this type, says what a module computes."""
+    """Return whether a module computes just what its class and its weights say, and all weights have this type."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     if any(hooks) or module._backward_pre_hooks or "forward" in vars(module):
         return False
@@ -75,16 +84,16 @@ def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _is_as_written(cls: type[nn.Module], name: str) -> bool:
-    """Return whether nobody has put another function in the place of a method, if there is one."""
+    """Return whether nobody has replaced a method; True if the class has no such method."""
     method = getattr(cls, name, None)
     return method is None or (method.__module__ == cls.__module__ and not hasattr(method, "__wrapped__"))
 
 
 @cache
 def have_kernels(dtype: torch.dtype, width: int, device: torch.device) -> bool:
-    """Return whether layers of this width are computed here: in half precision on a GPU, where Triton works.
+    """Return whether layers of this width run here: in half precision on a GPU, where Triton works.
 
-    The kernels are tried out the first time; a warning says why they cannot be used.
+    The first call tries the kernels out. If they fail, a warning says why.
     """
     is_half = dtype in (torch.bfloat16, torch.float16)
     if device.type != "cuda" or not is_half or width > _WIDEST:
@@ -99,7 +108,7 @@ def have_kernels(dtype: torch.dtype, width: int, device: torch.device) -> bool:
 
 
 def _linear_kernels() -> ModuleType:
-    from nmt.models import linear_kernels  # Triton is where PyTorch is built for GPUs
+    from nmt.models import linear_kernels  # here, because only PyTorch's builds for GPUs come with Triton
 
     return linear_kernels
 
@@ -111,22 +120,22 @@ def _norm_kernels() -> ModuleType:
 
 
 def run(x: Tensor, layers: Sequence[Sequence[Sublayer]]) -> Tensor:
-    """Compute a layer, or some one after the other.
+    """Compute one layer, or several one after another.
 
     Args:
         x: (1, N, D).
-        layers: The sublayers of each, with blocks of `self_attention`, `cross_attention` and `feed_forward`.
+        layers: The sublayers of each, with blocks from `self_attention`, `cross_attention` and `feed_forward`.
 
     Returns:
         (1, N, D).
     """
     kernels = _norm_kernels()
-    # What a block reads, and what goes past it: one tensor, but two gradients.
+    # What a block reads, and what goes past it. Often the same tensor, but each has its own gradient.
     read = past = x.flatten(0, 1)
     for sublayers in layers:
         drops = [_probability(around.dropout) for around, _ in sublayers]
-        # Two numbers each, of which one is read: Triton compiles a kernel once more for what does not begin at a
-        # multiple of 16 bytes. Where nothing is dropped nothing is read.
+        # Two numbers for each seed, of which one is read. So each begins at a multiple of 16 bytes; for other
+        # addresses Triton would compile a kernel again. Without dropout no seed is read.
         seeds = torch.empty(len(drops), 2, dtype=torch.int64, device=x.device)
         if any(drops):
             seeds.random_(2**62)
@@ -141,7 +150,7 @@ def run(x: Tensor, layers: Sequence[Sequence[Sublayer]]) -> Tensor:
 
 
 def self_attention(attention: SelfAttention, spans: Spans) -> Block:
-    """Return the block that lets each part of a row attend to itself."""
+    """Return the block by which each part of a row attends to itself."""
 
     def block(x: Tensor) -> "Product":
         projected = _linear(attention.qkv_proj, x)
@@ -153,7 +162,7 @@ def self_attention(attention: SelfAttention, spans: Spans) -> Block:
 
 
 def cross_attention(attention: CrossAttention, memory: Tensor, spans: Spans) -> Block:
-    """Return the block that lets each part of a row attend to that of another, `memory` (1, M, memory_dim)."""
+    """Return the block by which each part of a row attends to its part of `memory` (1, M, memory_dim)."""
 
     def block(x: Tensor) -> "Product":
         query, projected = _linear(attention.q_proj, x), _linear(attention.kv_proj, memory.flatten(0, 1))

@@ -1,7 +1,7 @@
-"""What the rest of the package asks of a translation model: in training, in a search, and what only some can do.
+"""What the rest of the package asks of a translation model: for training, for a search, and for optional uses.
 
-A model is an `nn.Module` with the methods of `TranslationModel`, made by its options (`ModelOptions`). It needs to
-know nothing else: the loss, the search, checkpoints and BLEU take whatever has them.
+A model is an `nn.Module` with the methods of `TranslationModel`. Its options (`ModelOptions`) make it. Nothing
+else is needed: the loss, the search, checkpoints and BLEU accept every model with these methods.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, N and M tokens of packed rows,
 D model, V vocabulary. Sequences are padded on the right.
@@ -16,7 +16,7 @@ from nmt.models.packed import PackedTokens
 
 
 class TrainedModel(Protocol):
-    """What a loss asks of a model, and what scores given translations."""
+    """What a loss asks of a model; enough to score given translations, too."""
 
     training: bool
 
@@ -30,14 +30,14 @@ class TrainedModel(Protocol):
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D), whose product with hidden states are the logits: losses take it apart, to save memory."""
+        """(V, D). Its product with hidden states gives the logits. Losses compute it in parts, to save memory."""
 
     def __call__(self, source: Tensor, target_input: Tensor, /) -> Tensor:
-        """Run the model in one pass: its `forward`.
+        """Run the model in one pass (its `forward`).
 
         Args:
             source: (B, S) int64, each sentence ending in eos.
-            target_input: (B, T) int64, the target shifted right and begun with eos.
+            target_input: (B, T) int64, the target shifted right, with eos at its start.
 
         Returns:
             (B, T, D), the hidden states that predict the next tokens.
@@ -48,24 +48,24 @@ class TrainedModel(Protocol):
 
 
 class SourceMemory(Protocol):
-    """What `encode` makes of B sources. All K rows of a sentence read the same, so it is not repeated for them."""
+    """The result of `encode` for B sources. All K rows of a sentence read the same memory, without copies."""
 
     def select(self, sentences: Tensor, /) -> Self:
-        """Return the memory of the sentences at the places (B',) int64, which may come several times."""
+        """Return the memory of the sentences at the places (B',) int64; a place may be named several times."""
 
     def keep(self, sentences: Tensor, /) -> Self:
-        """Return the same for sentences that go on, fewer than B; the old memory is not used again."""
+        """Return the memory of the sentences that go on, fewer than B; the old memory may be overwritten."""
 
 
 class PrefixState(Protocol):
     """What a model remembers of the tokens that R rows have taken so far."""
 
     def reorder_(self, rows: Tensor, /) -> None:
-        """Let new row i go on from old row `rows[i]`, (R',) int64; the rows of a sentence stay together."""
+        """Let new row i continue old row `rows[i]`, (R',) int64; the rows of a sentence stay together."""
 
 
 class SearchModel(Protocol):
-    """What a search asks of a model, one new token a row at a time."""
+    """What a search asks of a model, which takes one new token for each row at a time."""
 
     @property
     def max_target_positions(self) -> int:
@@ -73,25 +73,25 @@ class SearchModel(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states; sums of log-probabilities are float64 if it is, and else float32."""
+        """The type of hidden states. If it is float64, sums of log-probabilities are float64, else float32."""
 
     @property
     def logit_offset(self) -> float:
-        """By how much all logits of `project` are less than the model's: 0, or what changes no probability."""
+        """The number that `project` subtracts from all logits, or 0. It changes no probability."""
 
     def encode(self, source: Tensor, /) -> Any:
         """Encode sources (B, S) int64, each ending in eos, to a `SourceMemory`."""
 
     def start_state(self) -> Any:
-        """Return a `PrefixState` of rows that have taken nothing; how many there are, the first step shows."""
+        """Return a `PrefixState` of rows without tokens; the first step shows how many rows there are."""
 
     def step(self, tokens: Tensor, memory: Any, state: Any, /) -> Tensor:
-        """Take one new token a row into the state.
+        """Decode one new token for each row, and add it to the state.
 
         Args:
-            tokens: (R,) int64, eos at first; the K rows of a sentence lie side by side.
+            tokens: (R,) int64, eos in the first step; the K rows of a sentence lie side by side.
             memory: From `encode`, of B sentences.
-            state: From `start_state`; it is changed in place.
+            state: From `start_state`; changed in place.
 
         Returns:
             (R, D), the hidden states that predict the next tokens.
@@ -102,7 +102,7 @@ class SearchModel(Protocol):
 
 
 class TranslationModel(TrainedModel, SearchModel, Protocol):
-    """A model that is trained and then searches as it is."""
+    """A model that can be trained, and that a search can use without another form."""
 
 
 @runtime_checkable
@@ -111,10 +111,10 @@ class AttendingModel(Protocol):
 
     @property
     def num_attention_layers(self) -> int:
-        """How many layers can tell it."""
+        """The number of layers that can tell it."""
 
     def attention_weights(self, source: Tensor, target_input: Tensor, /, *, layer: int) -> Tensor:
-        """Return what each target position looks at in the source.
+        """Return how much each target position attends to each source position.
 
         Args:
             source: (B, S), as for `forward`.
@@ -122,7 +122,7 @@ class AttendingModel(Protocol):
             layer: From 0; negative numbers count from the last one.
 
         Returns:
-            (B, T, S) float32; each row sums to 1, and padding of the source has 0.
+            (B, T, S) float32; each row sums to 1, and source padding has weight 0.
         """
 
 

@@ -1,6 +1,6 @@
-"""Memory that stays in place: tensors of many sizes, of each one at a time, are cut out of the same storage.
+"""Memory that stays in place: tensors of different sizes are cut out of the same storage, one after the other.
 
-What is recorded on a GPU (`nmt/system/cuda_graphs.py`) finds its tensors at the addresses that they had.
+A recording of a GPU (`nmt/system/cuda_graphs.py`) needs its tensors at the addresses that they had.
 """
 
 import math
@@ -11,23 +11,23 @@ from torch import Tensor
 
 
 class Reserve:
-    """Storage by name, which grows to the largest tensor that was asked for under the name."""
+    """Storages by name. A storage grows to the largest tensor that was asked for under its name."""
 
     def __init__(self, device: torch.device, on_move: Callable[[], None]) -> None:
         """Begin with nothing.
 
         Args:
             device: Where the storage is.
-            on_move: Called before storage is replaced: whoever knows the old addresses must forget them.
+            on_move: Called before a storage is replaced. It must forget all old addresses.
         """
         self.device = device
         self._on_move = on_move
         self._storages: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a tensor, whose values are whatever the last one of the name has left, and zeros at first.
+        """Return a tensor of this name. It holds zeros at first, later what the last tensor of the name has left.
 
-        Tensors that were taken under the name before lie in the same place, or keep theirs if it was too small.
+        Earlier tensors of the same name lie in the same memory. If that memory was too small, they keep it.
         """
         num_needed = math.prod(shape)
         storage = self._storages.get(name)

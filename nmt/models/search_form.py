@@ -1,12 +1,12 @@
-"""Which form of a model searches for translations: a fast one if it is sure to compute the same, else the model.
+"""Choose the form of a model that searches: a fast form if it surely computes the same, else the model itself.
 
-Any `SearchModel` searches as it is. The Transformer has a fast form; a model of another package may have its own,
-by `@search_form.register(ItsClass)`.
+Any `SearchModel` can search as it is. The Transformer has a fast form. A model of another package can have its own
+fast form, by `@search_form.register(ItsClass)`.
 
-`inference.py` copies weights out of a model's parts, so it must know what these compute. A part of another class,
-or one that is parametrised, hooked or patched, is a stranger. In the encoder strangers run as they are; with one
-in the decoder the whole model does. Where there is anything that the tests of this package do not know
-(`untouched.py`), both forms compute a small batch first.
+`inference.py` copies weights out of a model's parts, so it must know what these parts compute. A part of another
+class, or one that is parametrised, hooked or patched, is a stranger. Strangers in the encoder run as they are.
+With a stranger in the decoder, the whole model runs as it is. If anything is unknown to the tests of this package
+(`untouched.py`), both forms first compute a small batch, and their results are compared.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source length, T target length, D model, V vocabulary.
 """
@@ -29,13 +29,13 @@ from nmt.system.out_of_memory import is_out_of_memory
 
 _BEAM = 2
 _SOURCE_LENGTH = 3
-_NUM_STEPS = 2  # the one that is computed once a sentence, and one that looks at a past
-# Of the largest hidden state: rounding is far below, and what changes a translation far above.
+_NUM_STEPS = 2  # the first, which is computed once for a sentence, and one that attends to earlier tokens
+# Shares of the largest hidden state. Rounding is far below them; a difference that changes translations far above.
 _TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
-_TOLERANCE = 0.1  # of types with less digits
-_TOLERANCE_OF_OTHER_TYPES = 0.3  # of a block alone: products that are wrong are wrong altogether
-_TOLERANCE_OF_TF32 = 0.03  # products on a GPU that leave out digits
-# What a part says that is called in a way, or with sizes, that it does not know.
+_TOLERANCE = 0.1  # for types with fewer digits
+_TOLERANCE_OF_OTHER_TYPES = 0.3  # for one block in another type: wrong products are very wrong
+_TOLERANCE_OF_TF32 = 0.03  # for products on a GPU that leave out digits
+# What a part may raise if it is called in a way, or with sizes, that it does not know.
 _FAULTS = (
     TypeError,
     AttributeError,
@@ -48,7 +48,7 @@ _FAULTS = (
 
 
 class SearchForm(NamedTuple):
-    """What searches, and why it is not what was asked for, if it is not."""
+    """The form that searches; and a remark if it is not the form that was asked for."""
 
     model: SearchModel
     remark: str | None
@@ -56,14 +56,14 @@ class SearchForm(NamedTuple):
 
 @singledispatch
 def search_form(model: TranslationModel, dtype: torch.dtype | None = None) -> SearchForm:
-    """Return what searches with a model: the model itself, unless its class has a form of its own.
+    """Return the form of a model that searches: the model itself, unless its class has its own fast form.
 
     Args:
         model: In evaluation mode. It is not changed.
-        dtype: What to compute in; the model's own type if it is left out. The model itself keeps its own.
+        dtype: The type to compute in; the model's own type if left out. The model as it is keeps its own type.
 
     Raises:
-        UserError: The model cannot search, or not in 8-bit integers, or cannot compute a batch.
+        UserError: The model cannot search, or not in 8-bit integers, or it cannot compute a batch.
     """
     name = type(model).__name__
     missing = [part for part in vars(SearchModel) if part[0] != "_" and not hasattr(model, part)]
@@ -85,7 +85,7 @@ def search_form(model: TranslationModel, dtype: torch.dtype | None = None) -> Se
 
 @search_form.register(Transformer)
 def _of_transformer(model: Transformer, dtype: torch.dtype | None = None) -> SearchForm:
-    """Return the fast form of a Transformer, or the model itself where that would be another model."""
+    """Return the fast form of a Transformer, or the model itself if the fast form would not compute the same."""
     assert not model.training, "call model.eval() before"
     if (stranger := find_stranger(model, within_encoder=False, with_variants=True)) is not None:
         _compute_small_batch(model)
@@ -120,18 +120,19 @@ def _compared(model: Transformer, dtype: torch.dtype | None) -> tuple[InferenceT
     """Return the fast form of a model, how far it is from the model, and how far it may be."""
     form = InferenceTransformer(model, dtype)
     if is_untouched(model):
-        # Only what the packed products of this machine compute is left to be seen.
+        # Then only the packed products of this machine are still to be checked.
         if dtype == torch.int8:
             return form, 0.0, 0.0
         return form, block_difference(form, model), _tolerance(model.output_weight, form.product_dtype)
-    # Other types round by design. What is copied, and how it is put together, shows in the model's own type.
+    # Other types round by design. So the copied weights, and how they are combined, are checked in the model's own
+    # type.
     same_type = form if dtype is None else InferenceTransformer(model, packs=False)
     return form, relative_difference(same_type, model), _tolerance(model.output_weight)
 
 
 @torch.inference_mode()
 def block_difference(form: InferenceTransformer, model: Transformer) -> float:
-    """Let one feed-forward block compute two rows in both forms; return how far they are apart, likewise."""
+    """Let one feed-forward block compute two rows in both forms; return their difference, as a share as well."""
     layer = cast(DecoderLayer, model.decoder.layers[0])
     table = model.decoder.embedding.tokens.weight
     rows = model.decoder.embedding(_some_tokens(table, (2, 1), model.pad_id))[:, 0]  # (2, D)
@@ -141,11 +142,11 @@ def block_difference(form: InferenceTransformer, model: Transformer) -> float:
 
 
 def bytes_of_a_row(form: SearchModel, model: TranslationModel) -> tuple[int, int]:
-    """Return how large the largest tensors are that a step makes anew: bytes a row, of logits and of all others.
+    """Return the size of the largest new tensors of a step, in bytes a row: of the logits, and of all others.
 
     Args:
-        form: What searches.
-        model: Of which it is a form.
+        form: The form that searches.
+        model: The model that it is a form of.
     """
     vocabulary_size = model.output_weight.size(0)
     if isinstance(form, InferenceTransformer):
@@ -159,9 +160,9 @@ def bytes_of_a_row(form: SearchModel, model: TranslationModel) -> tuple[int, int
 
 @torch.inference_mode()
 def relative_difference(form: InferenceTransformer, model: Transformer) -> float:
-    """Let both encode and decode a small batch; return how far they are apart, as a share of the largest number.
+    """Let both encode and decode a small batch; return their difference, as a share of the largest number.
 
-    Two sources of different lengths, for each two hypotheses that branch after their first token.
+    The batch has two sources of different lengths. Each has two hypotheses that branch after their first token.
     """
     source, target = _small_batch(model)
     with torch.autocast(source.device.type, enabled=False):
@@ -169,14 +170,14 @@ def relative_difference(form: InferenceTransformer, model: Transformer) -> float
         memory, state = form.encode(source), form.start_state()
         found = torch.stack([form.step(x, memory, state) for x in target.unbind(dim=1)], dim=1)
         parts = [(found, expected)]
-        # Logits of the last position alone, since all would take most of the time.
+        # Only the logits of the last position: those of all positions would take most of the time.
         parts.append((form.project(found[:, -1]) + form.logit_offset, model.project(expected[:, -1])))
     return max(_difference(a.double(), b.double()) for a, b in parts)
 
 
 @torch.inference_mode()
 def _compute_small_batch(model: Transformer) -> None:
-    """Raise `UserError` if a model cannot compute at all, as with a part that does not take what it is given."""
+    """Raise `UserError` if a model cannot compute at all, for example if a part does not fit its inputs."""
     try:
         source, target = _small_batch(model)
         with torch.autocast(source.device.type, enabled=False):
@@ -211,7 +212,7 @@ def _small_batch(model: Transformer) -> tuple[Tensor, Tensor]:
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    if not expected.isfinite().all():  # of such a model nothing can be said
+    if not expected.isfinite().all():  # nothing can be said about such a model
         return 0.0
     return (
         ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).nan_to_num(torch.inf).item()
@@ -226,7 +227,7 @@ def _some_tokens(table: Tensor, shape: tuple[int, int], pad_id: int) -> Tensor:
 
 
 def _tolerance(weight: Tensor, dtype: torch.dtype | None = None) -> float:
-    """Return how far two forms may be apart; `dtype` is that of the products, unless it is the weight's."""
+    """Return how far two forms may be apart; `dtype` is the type of the products, if not that of the weight."""
     if dtype is not None and dtype != weight.dtype:
         return _TOLERANCE_OF_OTHER_TYPES
     if (

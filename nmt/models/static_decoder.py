@@ -1,13 +1,15 @@
-"""The decoder for GPUs: a step whose shapes and addresses stay, so that it can be recorded and replayed.
+"""The decoder for GPUs: the shapes and addresses of a step never change, so that it can be recorded and replayed.
 
-`inference.py` has its twin for CPUs, and the encoder of both. As there, what a hypothesis wrote stays where it was
-written: the K hypotheses of a sentence share tables of K*C columns, of which step t fills those from t*K on, and a
-mask says which columns are a hypothesis's own past. The step's number is a tensor: nothing that the host knows
-changes from step to step. Of few small kernels a step is most of its time, so there are few of them:
+`inference.py` has the decoder for CPUs, and the encoder of both. As there, keys and values stay where they were
+written (`inference_state.py` has a picture). The K hypotheses of a sentence share tables of K*C columns. Step t
+fills the K columns from t*K on, and a mask says which columns are a hypothesis's own past. The number of the step
+is a tensor, so that nothing on the host changes from step to step. A step is made of small kernels, and their
+number decides its time. So there are few of them:
 
-- keys and values are written by one copy a layer, into tables that no step moves;
-- with post-norm, a block's product is added to its input in place. The bias of that product is already there: the
-  layer normalisation before has it in its own, and the products that read its output take it off theirs.
+- One copy a layer writes keys and values, into tables that no step moves.
+- With post-norm, a block's last product is added to the block's input in place. The bias of this product is
+  already in that input, because the layer normalisation before has it added to its own bias. The products that
+  read the input have its effect taken off their biases.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source columns, C steps for which there is room, N = K*C columns,
 D model, H heads, E head size, F feed-forward, V vocabulary.
@@ -29,13 +31,13 @@ from nmt.models.inference import InferenceTransformer
 from nmt.models.reserve import Reserve
 from nmt.models.transformer import DecoderLayer, EncoderLayer
 
-# All but cuDNN's attention, which makes a plan of half a second for every new shape.
+# Everything except cuDNN's attention, which takes half a second to prepare for every new shape.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a step is recorded for."""
+    """The sizes that a step is recorded for."""
 
     num_sentences: int  # B
     beam_size: int  # K
@@ -48,13 +50,13 @@ class DecoderTables:
     """What a decoder reads and writes in place, for one choice of sizes."""
 
     sizes: Sizes
-    past: list[Tensor]  # of each layer (B, N, 2, H, E): keys and values of the hypotheses
-    memory: list[Tensor]  # of each layer (B, S, 2, H, E): those of the source
+    past: list[Tensor]  # for each layer (B, N, 2, H, E): keys and values of the hypotheses
+    memory: list[Tensor]  # for each layer (B, S, 2, H, E): keys and values of the source
     mask: (
         Tensor  # (B, 1, K, N) 0 where a column belongs to the hypothesis, else -inf; with K = 1 (1, 1, 1, N)
     )
     padding: Tensor  # (B, 1, 1, S) -inf at padding of the source, else 0
-    places: Tensor  # (K,) int64, counting up
+    places: Tensor  # (K,) int64: 0, 1, 2 ...
     diagonal: Tensor  # (B, 1, K, K) the mask of the columns that a step fills; with K = 1 (1, 1, 1, 1)
 
 
@@ -62,7 +64,7 @@ class StaticDecoder:
     """The encoder and decoder of an `InferenceTransformer`, for steps in place."""
 
     def __init__(self, model: InferenceTransformer) -> None:
-        """Take over the weights of a model whose products and hidden states are of one type."""
+        """Take over the weights of a model whose products and hidden states have the same type."""
         assert model.dtype == model.product_dtype
         self.model = model
         self.dtype = model.dtype
@@ -79,11 +81,11 @@ class StaticDecoder:
 
     @property
     def vocabulary_size(self) -> int:
-        """V."""
+        """The vocabulary size V."""
         return self._outer.output.size(0)
 
     def bytes_of(self, *, source_length: int, num_columns: int) -> int:
-        """Return how much memory a sentence takes in the tables, and about as much as it takes to be encoded."""
+        """Return about how many bytes a sentence takes, in the tables and while it is encoded."""
         tables = 2 * len(self._layers) * self.dim * (source_length + num_columns) * self.dtype.itemsize
         encoder = cast(EncoderLayer, self.model.plain.encoder.layers[0])
         dim, ffn_dim = encoder.feed_forward.expand.in_features, encoder.feed_forward.expand.out_features
@@ -122,17 +124,17 @@ class StaticDecoder:
             projected = F.linear(encoded, layer.memory, layer.memory_bias)  # (B, S, 2D)
             table[:, :width].copy_(projected.view(-1, width, *table.shape[2:]))
             if width < table.size(1):
-                table[:, width:].zero_()  # what is masked must be a number all the same
+                table[:, width:].zero_()  # masked columns must hold numbers, because 0 times NaN is NaN
         tables.padding.zero_().masked_fill_(padding_mask[:, None, None], -torch.inf)
 
     def start_(self, tables: DecoderTables) -> None:
         """Forget the past."""
         for table in tables.past:
-            table.zero_()  # what is masked must be a number all the same
+            table.zero_()  # masked columns must hold numbers, because 0 times NaN is NaN
         tables.mask.fill_(-torch.inf)
 
     def move_(self, old: DecoderTables, new: DecoderTables, sentences: Tensor | None) -> None:
-        """Go on in tables of other sizes: with the sentences at the places (B',), or with all and more room."""
+        """Copy to tables of other sizes: the sentences at the places (B',), or all of them to larger tables."""
         for before, after in zip((*old.past, old.padding), (*new.past, new.padding), strict=True):
             move_(before, after, dim=0, places=sentences)
         for before, after in zip(old.memory, new.memory, strict=True):
@@ -142,13 +144,13 @@ class StaticDecoder:
         new.mask.fill_(-torch.inf)[:, :, :, :num_columns].copy_(mask)
 
     def features(self, tables: DecoderTables, tokens: Tensor, step: Tensor, *, width: int) -> Tensor:
-        """Take one new token a row into the past.
+        """Decode one new token for each row, and add it to the past.
 
         Args:
-            tables: Of the sentences.
+            tables: Those of the sentences.
             tokens: (R,) int64; the K rows of a sentence lie side by side.
-            step: () int64, how many tokens each row has taken before; less than C.
-            width: The past of so many steps is attended to, which is masked where there is none; above `step`.
+            step: () int64, how many tokens each row had before; less than C.
+            width: Attention reads the columns of this many steps, and masks those not yet filled; above `step`.
 
         Returns:
             (R, D), the last hidden states.
@@ -170,13 +172,13 @@ class StaticDecoder:
         return self._normalize(x, outer.final_norm, outer.final_norm_bias) if self._final_norm else x
 
     def project(self, features: Tensor) -> Tensor:
-        """(R, D) -> (R, V) logits, less `logit_offset`."""
+        """(R, D) -> (R, V) logits minus `logit_offset`."""
         if self.logit_offset == 0.0:
             return F.linear(features, self._outer.output)
         return F.linear(features, self._outer.output, self._outer.output_bias)
 
     def reorder_(self, tables: DecoderTables, parents: Tensor, *, width: int) -> None:
-        """Let each hypothesis (B, K) of a sentence go on from one of them; with K = 1 there is nothing to do."""
+        """Let each hypothesis continue its parent (B, K) in the same sentence. Not needed with K = 1."""
         mask = tables.mask[:, :, :, : tables.sizes.beam_size * width]
         mask.copy_(mask.gather(2, parents[:, None, :, None].expand_as(mask)))
 
@@ -208,17 +210,17 @@ class StaticDecoder:
     def _add(
         self, x: Tensor, inner: Tensor, weight: Tensor, bias: Tensor, norm: Tensor, norm_bias: Tensor
     ) -> Tensor:
-        """Add a block's last product to its input x, which is not used any more; post-norm then normalises."""
+        """Add a block's last product to its input x, which is overwritten; with post-norm, then normalise."""
         if self._is_pre_norm:
             return x.add_(F.linear(inner, weight, bias))
-        return self._normalize(x.addmm_(inner, weight.t()), norm, norm_bias)  # x has the bias already
+        return self._normalize(x.addmm_(inner, weight.t()), norm, norm_bias)  # x already contains the bias
 
     def _normalize(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, weight.shape, weight, bias, _EPS)
 
     @torch.inference_mode()
     def _weights(self) -> tuple[_Outer, list[_Layer]]:
-        """Compute what the products of a step need, in the type of the steps."""
+        """Return the weights that a step needs, in its type."""
         decoder = self.model.plain.decoder
         layers = [_layer(cast(DecoderLayer, layer)) for layer in decoder.layers]
         embedding = decoder.embedding
@@ -258,40 +260,40 @@ class StaticDecoder:
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Let attention be computed by any kernels but cuDNN's."""
+    """Compute attention with any kernels except cuDNN's."""
     with sdpa_kernel(_ATTENTION):
         yield
 
 
 def move_(old: Tensor, new: Tensor, *, dim: int, places: Tensor | None) -> None:
-    """Copy into another tensor, which may lie in the same storage, what it has room for.
+    """Copy values into another tensor, which may be larger, and may lie in the same storage.
 
     Args:
         old: The values.
-        new: Has as much room as they need or more; room that is left over becomes 0.
-        dim: That of the places.
-        places: Which of the old ones to take; all if it is left out.
+        new: At least as large as the copied values in each dimension; the rest becomes 0.
+        dim: The dimension that `places` belongs to.
+        places: Which of the old places to copy; all if None.
     """
     if places is None and (old.data_ptr(), old.shape) == (new.data_ptr(), new.shape):
         return
     values = old.clone() if places is None else old.index_select(dim, places)
-    room = new
+    corner = new
     for i, size in enumerate(values.shape):
-        room = room.narrow(i, 0, size)
+        corner = corner.narrow(i, 0, size)
     if values.numel() < new.numel():
         new.zero_()
-    room.copy_(values)
+    corner.copy_(values)
 
 
-_EPS = 1e-5  # of nn.LayerNorm, whose default the model takes
+_EPS = 1e-5  # the default of nn.LayerNorm, which the model uses
 
 
 @dataclass
 class _Outer:
-    """What stands around the layers."""
+    """The weights before and after the layers."""
 
     tokens: Tensor  # (V, D)
-    positions: Tensor  # (positions, D), the first of which is that of the first token
+    positions: Tensor  # (positions, D), from the position of the first token on
     embedding_norm: Tensor
     embedding_norm_bias: Tensor
     final_norm: Tensor
@@ -358,7 +360,10 @@ def _layer(layer: DecoderLayer) -> _Layer:
 
 
 def _move_biases(layer: _Layer, following: _Layer | None) -> None:
-    """Let the input of each block of a post-norm layer contain the bias of the block's last product."""
+    """Let the input of each block of a post-norm layer already contain the bias of the block's last product.
+
+    The normalisation before the block adds it, and the products that read the input subtract it again.
+    """
     layer.qkv_bias = layer.qkv_bias - layer.qkv @ layer.past_out_bias
     layer.query_bias = layer.query_bias - layer.query @ layer.source_out_bias
     layer.expand_bias = layer.expand_bias - layer.expand @ layer.contract_bias

@@ -1,6 +1,7 @@
-"""A model's operations, each as is best for the device; plain forms of those for a CPU are in tests/test_fused.py.
+"""A model's operations, each in the best form for the device.
 
-Training on a CPU has forms of its own. On other devices PyTorch's are taken, but for the loss.
+Training on a CPU has its own forms; tests/test_fused.py has plain ones to compare with. Other devices use
+PyTorch's operators, except for the loss.
 
 Shapes: B sentences, T and S lengths, N tokens, D model, H heads, E head size, V vocabulary.
 """
@@ -18,38 +19,37 @@ from torch.autograd.function import once_differentiable
 from nmt.system import onednn
 from nmt.system.slower import warn_slower
 
-# Logits that are held at once. On a CPU few enough for its caches (8 MB in float32: 250 tokens of 8,000
-# classes), elsewhere enough to keep the device busy.
+# The most logits in memory at a time. On a CPU they fit into its caches (8 MB in float32: 250 tokens of 8,000
+# classes); elsewhere there are enough to keep the device busy.
 _LOGITS_AT_ONCE = {"cpu": 2_000_000}
 _LOGITS_AT_ONCE_ELSEWHERE = 64_000_000
-_LOGITS_OF_KERNEL_AT_ONCE = 192_000_000  # of two bytes each, and nothing beside them
+_LOGITS_OF_KERNEL_AT_ONCE = 192_000_000  # of two bytes each; the kernel needs no other memory
 
 LEAST_WIDTH = 16
-"""Rows of attention scores are best at least so wide: PyTorch's softmax on a CPU takes narrower ones one by one,
-ten times as slowly."""
+"""Least width of rows of attention scores: on a CPU, PyTorch's softmax is ten times slower on narrower rows."""
 
 
 def is_elsewhere(x: Tensor) -> bool:
-    """Return whether PyTorch's own operations are to be taken: on other devices, and by its compiler."""
+    """Return whether to use PyTorch's own operators: on devices other than a CPU, and under its compiler."""
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     if is_elsewhere(x) or not x.dtype == weight.dtype == torch.float32:
         return False
-    # It has no products without any multiplication.
+    # oneDNN does not take empty products.
     return x.numel() > 0 and weight.numel() > 0 and onednn.has_fast_float32()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply (M, K) by (K, N), each of any strides."""
+    """Multiply (M, K) by (K, N); both may have any strides."""
     if _is_for_onednn(a, b):
         return onednn.product(a, b.t(), None)
     return torch.mm(a, b)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, in training with the products of oneDNN where they are faster."""
+    """`nn.Linear` that uses oneDNN's products in training where they are faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and _is_for_onednn(x, self.weight)):
@@ -85,8 +85,8 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
 class Dropout(nn.Dropout):
     """Dropout whose mask is drawn from random bytes on the CPU.
 
-    PyTorch draws one 32-bit random number an element there; cutting 64-bit numbers into four is several
-    times as fast. The probability is rounded to a multiple of 2**-16. A mask takes a byte an element.
+    PyTorch draws a 32-bit random number for each element on a CPU. Cutting 64-bit numbers into four is several
+    times as fast. The probability is rounded to a multiple of 2**-16. A mask takes one byte for each element.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Dropout(nn.Dropout):
 
 
 def random_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Draw a uint8 mask of x's shape, 0 with probability `p` and else 1, and the scale of what is kept."""
+    """Draw a uint8 mask of x's shape, 0 with probability `p` and else 1; also return the scale of kept numbers."""
     threshold = min(round(p * 65536), 65535)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     numbers = words.view(torch.int16)[: x.numel()].view(x.shape)
@@ -107,10 +107,10 @@ def random_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 
 def embed(token_ids: Tensor, weight: Tensor, *, pad_id: int) -> Tensor:
-    """Look up rows of (V, D); on a CPU the gradient of a row is summed in float32 at least."""
+    """Look up rows of (V, D); on a CPU the gradient of a row is summed in float32 or better."""
     if not torch.is_grad_enabled() or is_elsewhere(token_ids):
         return F.embedding(token_ids, weight, pad_id)
-    # PyTorch sums in the type of the weights. No vector is changed by the way to float32 and back.
+    # PyTorch sums in the type of the weights. Conversion to float32 and back changes no vector.
     accurate = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return F.embedding(token_ids, accurate, pad_id).to(weight.dtype)
 
@@ -158,18 +158,18 @@ def attend(
 def split_heads(x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """(B, T, num_parts * D) -> num_parts times (B, H, T, E)."""
     parts = x.unflatten(-1, (num_parts, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    if _is_for_fused(x):  # its batched products, and their gradients, read each head's rows side by side
+    if _is_for_fused(x):  # the batched products of `attention` read the rows of each head side by side
         parts = parts.contiguous()
     return parts.unbind()
 
 
 def _is_for_fused(x: Tensor) -> bool:
-    """Return whether this is training on a CPU, for which the fused operations are made."""
+    """Return whether this is training on a CPU; `attention` is made for it."""
     return torch.is_grad_enabled() and not is_elsewhere(x)
 
 
 def _bias(query: Tensor, keys: Tensor, attention_mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """Return what is added to the scores (B, H, T, S), of a shape that broadcasts to theirs."""
+    """Return the mask as numbers to add to the scores: 0 or -inf, broadcastable to (B, H, T, S)."""
     if is_causal:
         future = query.new_full((query.size(2), keys.size(2)), -torch.inf)
         return future.triu(diagonal=1)[None, None]
@@ -181,7 +181,7 @@ def _bias(query: Tensor, keys: Tensor, attention_mask: Tensor | None, *, is_caus
 def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *, dropout: float) -> Tensor:
     """Compute softmax(Q K^T / sqrt(E) + bias) V for each head by plain batched products.
 
-    For sentences this is faster on a CPU than PyTorch's, whose backward pass is made for long sequences.
+    On a CPU this is faster for sentences than PyTorch's operator, whose backward pass is made for long sequences.
 
     Args:
         query: (B, H, T, E).
@@ -239,16 +239,16 @@ def linear_cross_entropy(
     """Project features to the vocabulary and take the label-smoothed cross-entropy, summed over tokens.
 
     The loss is fairseq's (criterions/label_smoothed_cross_entropy.py): the target class has probability
-    1 - eps and each of the V - 1 others eps / (V - 1). The (N, V) logits are never held as a whole:
-    both gradients are formed chunk by chunk in the forward pass. The softmax and the sums are formed in
-    float32 at least, whatever the type of the products.
+    1 - eps, and each of the V - 1 others has eps / (V - 1). The (N, V) logits are never in memory as a whole:
+    the forward pass computes both gradients chunk by chunk. The softmax and the sums are computed in float32
+    or better, whatever the type of the products.
 
     Args:
         features: (N, D) float.
         weight: (V, D), the output embeddings.
         target: (N,) int64.
         label_smoothing: eps, 0 <= eps < 1.
-        ignored: A target that counts for nothing, nor does its token.
+        ignored: Tokens with this target do not count; None if all tokens count.
 
     Returns:
         The loss and the negative log-likelihood, summed over the tokens, in nats: scalars in float32 (float64 for
@@ -262,9 +262,9 @@ def linear_cross_entropy(
 
 @cache
 def _loss_kernel(device: torch.device) -> ModuleType | None:
-    """Return `nmt.models.loss_kernel`, or None where Triton, or the C compiler that it calls, does not work.
+    """Return `nmt.models.loss_kernel`, or None if Triton, or the C compiler that it calls, does not work.
 
-    It is tried out the first time; a warning says why it cannot be used.
+    The first call tries the kernel out. If it fails, a warning says why.
     """
     try:
         from nmt.models import loss_kernel
@@ -272,7 +272,7 @@ def _loss_kernel(device: torch.device) -> ModuleType | None:
         logits, target = torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         loss_kernel.softmax_gradient_(logits, target, extra=1.0, ignored=None)
         torch.cuda.synchronize(device)
-    except Exception as error:  # of Triton, of the compiler, of the driver: there is no common type
+    except Exception as error:  # Triton, the compiler and the driver raise errors without a common type
         warn_slower("Triton's kernel of the loss", error)
         return None
     return loss_kernel
@@ -285,7 +285,7 @@ def _softmax_gradient(
     z = product(h, weight.t()).to(accurate)
     z_target, z_max = z.gather(1, y).squeeze(1), z.amax(dim=1)
     p = torch.softmax(z, dim=1, out=z)
-    # log p_max instead of log p_y: the largest probability cannot underflow.
+    # By log p_max and not log p_y, because the largest probability cannot underflow.
     log_normalizer = z_max - p.amax(dim=1).log()
     return log_normalizer, z_target, p.scatter_(1, y, p.gather(1, y) - extra).to(h.dtype)
 
@@ -294,8 +294,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Write z = Wh, q for the smoothed target distribution, s = eps / (V - 1) and c = 1 - eps - s.
 
     loss = logsumexp(z) - sum_v q_v z_v = logsumexp(z) - s * (h . sum_v W_v) - c * z_y
-    d loss / dz = softmax(z) - q. The c at y is subtracted before the products, so that the difference is what is
-    rounded to their type; the constant s is subtracted after them, where it is a rank-one term.
+    d loss / dz = softmax(z) - q. The c at y is subtracted before the products, so that the difference is rounded
+    to their type, and not its two terms. The constant s is subtracted after them, where it is a rank-one term.
     """
 
     @staticmethod
@@ -322,7 +322,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if kernel is not None:
             at_once = _LOGITS_OF_KERNEL_AT_ONCE
         chunk = max(1, at_once // vocabulary_size)
-        chunk = max(1, -(-num_tokens // max(1, -(-num_tokens // chunk))))  # as many parts, of one size
+        chunk = max(1, -(-num_tokens // max(1, -(-num_tokens // chunk))))  # as many parts, equally large
         is_counted = None if ignored is None else (target != ignored)[:, None]  # (N, 1)
         for start in range(0, num_tokens, chunk):
             part = slice(start, start + chunk)
@@ -335,7 +335,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 log_normalizer, z_target, grad = _softmax_gradient(h, weight, y, extra, accurate)
             if is_counted is not None:
-                # What is not counted is taken from the narrow factors of the products, not from (N, V).
+                # Ignored tokens are set to zero in the narrow factors of the products, not in (N, V).
                 h = h * is_counted[part]
                 log_normalizer, z_target = (x * is_counted[part, 0] for x in (log_normalizer, z_target))
             nll += (log_normalizer - z_target).sum()

@@ -21,7 +21,7 @@ from nmt.models.packed import PackedTokens, Spans, have_kernels
 class Transformer(nn.Module):
     """Encode a source once, then decode a target in one pass (`forward`) or token by token (`step`)."""
 
-    logit_offset = 0.0  # `project` leaves nothing away
+    logit_offset = 0.0  # `project` returns the logits unshifted
 
     def __init__(
         self,
@@ -34,7 +34,8 @@ class Transformer(nn.Module):
         super().__init__()
         assert not options.share_all_embeddings or source_vocabulary_size == target_vocabulary_size
         self.pad_id = pad_id
-        self.is_whole = not (options.encoder_layerdrop or options.decoder_layerdrop)  # in each pass
+        # Whether each pass runs all layers.
+        self.is_whole = not (options.encoder_layerdrop or options.decoder_layerdrop)
         self.max_source_positions = options.max_source_positions
         self.max_target_positions = options.max_target_positions
         self.encoder = Encoder(options, vocabulary_size=source_vocabulary_size, pad_id=pad_id)
@@ -49,7 +50,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and hidden states."""
+        """The type of weights and hidden states."""
         return self.output_weight.dtype
 
     def forward(self, source: Tensor, target_input: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class Transformer(nn.Module):
         return self.features(target_input, self.encode(source))
 
     def encode(self, source: Tensor) -> Memory:
-        """Encode sources, and project them to what each decoder layer attends to.
+        """Encode sources, and project them to the keys and values of each decoder layer.
 
         Args:
             source: (B, S) int64 token ids, each sentence ending in eos and padded on the right.
@@ -70,11 +71,11 @@ class Transformer(nn.Module):
         return self.decoder(target_input, memory, state)
 
     def step(self, tokens: Tensor, memory: Memory, state: DecoderState) -> Tensor:
-        """Take one new token a row, (R,) int64, into the state: (R, D) hidden states; see `decode`."""
+        """Decode one new token for each row, (R,) int64, and add it to the state: (R, D) hidden states."""
         return self.features(tokens[:, None], memory, state).squeeze(1)
 
     def packed_features(self, source: PackedTokens, target_input: PackedTokens) -> Tensor:
-        """Encode sources and decode their targets, packed into a row each: how a GPU trains.
+        """Encode sources and decode their targets, each side packed into one row, as in training on a GPU.
 
         Args:
             source: N tokens; each sentence ends in eos.
@@ -89,10 +90,10 @@ class Transformer(nn.Module):
         """Predict the token that follows each position.
 
         Args:
-            target_input: (R, T) int64, the target shifted right. With a state only the tokens that are new
-                since the last call (one, usually); the state takes them in.
-            memory: The encoded sources of B sentences; the R = B*K rows of a sentence lie side by side.
-            state: What has been decoded before, from `start_state`; None when `target_input` is whole.
+            target_input: (R, T) int64, the target shifted right. With a state, only the tokens that are new
+                since the last call (usually one); they are added to the state.
+            memory: The encoded sources of B sentences; the K rows of a sentence lie side by side.
+            state: What has been decoded before, from `start_state`; None if `target_input` is the whole target.
 
         Returns:
             (R, T, V) logits.
@@ -104,19 +105,19 @@ class Transformer(nn.Module):
         return F.linear(features, self.output_weight)
 
     def start_state(self) -> DecoderState:
-        """Return the state of rows of which nothing has been decoded."""
+        """Return the state before anything has been decoded."""
         return DecoderState([LayerState() for _ in self.decoder.layers])
 
     @property
     def num_attention_layers(self) -> int:
-        """How many decoder layers there are to tell what a target attends to."""
+        """The number of decoder layers, each of which has attention weights."""
         return len(self.decoder.layers)
 
     def attention_weights(self, source: Tensor, target_input: Tensor, *, layer: int) -> Tensor:
-        """Run sources (B, S) and targets (B, T) through the model, and return what a decoder layer attends to.
+        """Run sources (B, S) and targets (B, T) through the model; return the attention of a layer to the source.
 
         Returns:
-            (B, T, S) float32, the mean over the heads; each row sums to 1, and padding of the source has 0.
+            (B, T, S) float32, the mean over the heads; each row sums to 1, and source padding has weight 0.
         """
         attention = cast(DecoderLayer, self.decoder.layers[layer]).cross_attention
         inputs: list[Tensor] = []
@@ -193,7 +194,7 @@ class Decoder(nn.Module):
         self.final_norm = make_norm(dim, options) if options.decoder_normalize_before else nn.Identity()
 
     def project_memory(self, encoded: Tensor, padding_mask: Tensor) -> Memory:
-        """Project the encoder's output (B, S, D) to what each layer attends to."""
+        """Project the encoder's output (B, S, D) to the keys and values of each layer."""
         projected = [
             cast(DecoderLayer, layer).cross_attention.project_memory(encoded) for layer in self.layers
         ]
@@ -201,7 +202,8 @@ class Decoder(nn.Module):
 
     def forward(self, target_input: Tensor, memory: Memory, state: DecoderState | None) -> Tensor:
         """(R, T) int64 -> (R, T, D); see `Transformer.decode`."""
-        # Memory and its mask have B sentences, x has their R = B*K rows: more queries, to CrossAttention.
+        # The memory and its mask have B sentences, but x has R = B*K rows: CrossAttention takes the K rows of a
+        # sentence as more queries.
         attention_mask = ~memory.padding_mask[:, None, None, :]  # (B, 1, 1, S)
         x = self.embedding(target_input, start=0 if state is None else state.length)
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and state is None
@@ -246,14 +248,14 @@ class EncoderLayer(nn.Module):
         self.around_feed_forward = make_residual(dim, pre_norm=pre_norm, options=options)
 
     def forward(self, x: Tensor, attention_mask: Tensor | Spans) -> Tensor:
-        """(B, S, D) -> (B, S, D); the mask is True where attention is allowed, or says so of packed rows."""
+        """(B, S, D) -> (B, S, D); the mask is True where attention is allowed. Packed rows have spans instead."""
         if isinstance(attention_mask, Spans) and packed_layers.can_run(self, x, attention_mask):
             return packed_layers.run(x, [self.sublayers(attention_mask)])
         x = self.around_attention(x, lambda y: self.self_attention(y, attention_mask=attention_mask))
         return self.around_feed_forward(x, self.feed_forward)
 
     def sublayers(self, spans: Spans) -> list[packed_layers.Sublayer]:
-        """Return the same for a packed row, in the form of kernels."""
+        """Return the layer's blocks for a packed row, in the form that runs in our own kernels."""
         return [
             (self.around_attention, packed_layers.self_attention(self.self_attention, spans)),
             (self.around_feed_forward, packed_layers.feed_forward(self.feed_forward)),
@@ -263,7 +265,7 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Causal self-attention, attention to the source, then feed-forward.
 
-    `forward` also serves the fast form of the decoder, whose parts have the same names (`inference_parts.py`).
+    The fast form of the decoder (`inference_parts.py`) uses this `forward`, too; its parts have the same names.
     """
 
     def __init__(self, options: TransformerOptions) -> None:
@@ -292,11 +294,11 @@ class DecoderLayer(nn.Module):
 
         Args:
             x: (R, T, D).
-            memory: What `project_memory` made of the source for this layer, keys and values; of packed rows the
+            memory: The keys and values of the source for this layer, from `project_memory`; for packed rows the
                 encoder's output itself.
-            attention_mask: The memory's.
-            state: This layer's.
-            spans: Of packed rows instead: the row's to itself, and to its source.
+            attention_mask: That of the memory.
+            state: That of this layer.
+            spans: For packed rows, instead of the mask: of the target row to itself, and to its source row.
 
         Returns:
             (R, T, D).
@@ -307,7 +309,8 @@ class DecoderLayer(nn.Module):
         def attend_to_past(y: Tensor) -> Tensor:
             if spans is not None:
                 return self.self_attention(y, attention_mask=spans[0])
-            # No padding mask: padding stands on the right, so no token sees it, and its own outputs do not count.
+            # No padding mask is needed. Padding is on the right, so no real token sees it; the outputs at padding
+            # do not count.
             return self.self_attention(y, is_causal=True, state=state)
 
         def attend_to_source(y: Tensor) -> Tensor:
@@ -321,7 +324,7 @@ class DecoderLayer(nn.Module):
         return self.around_feed_forward(x, self.feed_forward)
 
     def sublayers(self, memory: Tensor, spans: tuple[Spans, Spans]) -> list[packed_layers.Sublayer]:
-        """Return the same for a packed row, in the form of kernels."""
+        """Return the layer's blocks for a packed row, in the form that runs in our own kernels."""
         to_past = packed_layers.self_attention(self.self_attention, spans[0])
         to_source = packed_layers.cross_attention(self.cross_attention, memory, spans[1])
         return [
@@ -332,7 +335,10 @@ class DecoderLayer(nn.Module):
 
 
 def _kernels_for(x: Tensor, head_size: int) -> dict[str, bool]:
-    """Say, for `Spans`, which kernels of ours work for packed rows (1, N, D); they may be tried out now."""
+    """Return, as arguments of `Spans`, which of our own kernels work for packed rows (1, N, D).
+
+    The first call tries the kernels out.
+    """
     return {
         "by_kernels": have_kernels(x.dtype, head_size, x.device),
         "has_layer_kernels": packed_layers.have_kernels(x.dtype, x.size(-1), x.device),

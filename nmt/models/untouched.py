@@ -1,8 +1,8 @@
-"""Whether all that a Transformer computes stands in code of this package and of PyTorch that nobody has changed.
+"""Find out whether a Transformer is computed only by unchanged code of this package and of PyTorch.
 
-`known_parts.py` looks at the parts of one model; here are their classes, and the functions that these call. What
-was put in the place of a method or a function was compiled from another file, whenever that was done and however
-it is wrapped.
+`known_parts.py` looks at the parts of one model. This module looks at their classes, and at the functions that
+these call. A replacement for a method or a function was compiled from another file. This shows whenever the
+replacement was made, and however it is wrapped.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ _HELPERS = {str(module.__file__) for module in (dataclasses, functools, typing, 
 
 
 def is_untouched(model: Transformer) -> bool:
-    """Return whether a model in evaluation mode computes just what its options and weights say.
+    """Return whether a model in evaluation mode computes exactly what its options and weights say.
 
-    Then its fast form is one rewriting of one piece of code, and the tests of this package hold just these two
-    against each other, over all options. There is nothing about this model that they do not know.
+    Then both forms are code of this package, and its tests compare just these two over all options. Nothing about
+    such a model is unknown to the tests.
     """
     return (
         find_stranger(model, within_encoder=True) is None
@@ -74,7 +74,7 @@ def is_untouched(model: Transformer) -> bool:
 
 
 def is_code_untouched() -> bool:
-    """Return whether nobody has put a method or a function of their own in the place of one that models call."""
+    """Return whether nobody has replaced a method or a function that models call."""
     of_torch = (
         *((name, vars(cls)[name]) for cls, name in _METHODS_OF_TORCH),
         *((name, getattr(F, name)) for name in _FUNCTIONS_OF_TORCH),
@@ -99,7 +99,7 @@ def _is_module_untouched(module: ModuleType) -> bool:
 
 
 def _is_as_written(name: str, value: Any) -> bool:
-    """Return whether what has a name in one of our modules or classes was made by ourselves, or is no function."""
+    """Return whether the value of a name in our modules or classes is our own, or is not a function."""
     if isinstance(value, property):
         value = value.fget
     value = getattr(value, "__wrapped__", value) if isinstance(value, functools._lru_cache_wrapper) else value
@@ -110,20 +110,20 @@ def _is_as_written(name: str, value: Any) -> bool:
             *_HELPERS,
         }  # of dataclasses and named tuples
         return own or (is_generated and not hasattr(value, "__wrapped__"))
-    # Classes are looked at where a model is made of them.
+    # Classes are checked by `known_parts.py`, where a model is made of them.
     return not callable(value) or isinstance(value, type) or type(value).__module__ in _OF_TYPES
 
 
 def _is_of(function: Any, *folders: str) -> bool:
-    """Return whether a function, and all that it is wrapped in, was compiled from files in some folders."""
-    if not isinstance(function, FunctionType):  # of C++
+    """Return whether a function and all its wrappers were compiled from files in these folders."""
+    if not isinstance(function, FunctionType):  # written in C++
         return type(function).__name__ == "builtin_function_or_method"
     inner = getattr(function, "__wrapped__", None)
     return function.__code__.co_filename.startswith(folders) and (inner is None or _is_of(inner, *folders))
 
 
 def _has_usual_sizes(model: Transformer) -> bool:
-    """Return whether all decoder layers have the same heads, and products of the sizes that their classes give."""
+    """Return whether all decoder layers have as many heads, and products of the sizes that their classes make."""
     layers = [cast(DecoderLayer, layer) for layer in model.decoder.layers]
     dim = model.decoder.embedding.tokens.embedding_dim
     heads = {x.num_heads for layer in layers for x in (layer.self_attention, layer.cross_attention)}

@@ -1,7 +1,8 @@
-"""Which word of the source a word of the translation comes from, as the model's attention tells.
+"""Find the word of the source that a word of the translation comes from, by the model's attention.
 
-It is the attention of one decoder layer, the last unless another is chosen, when the model predicts the token.
-docs/decoding.md says how well that agrees with statistical word alignment, and what the other layers give.
+Alignment uses the attention of one decoder layer when the model predicts the token. This is the last layer unless
+another one is chosen. docs/decoding.md says how well this agrees with statistical word alignment, and what the
+other layers give.
 
 Shapes: S source length, T target length, both without the end of sentence; W words.
 """
@@ -29,11 +30,11 @@ _WORD = re.compile(r"\S+")
 Links = list[tuple[int, int]]
 Weights = NDArray[np.float32]
 Membership = NDArray[np.bool_]
-"""(W, N): whether a word has a part in a piece. A piece may have parts of several words."""
+"""(W, N): whether a piece contains a part of a word. A piece may contain parts of several words."""
 
 
 def check_layer(translator: Translator, layer: int) -> None:
-    """Raise a `UserError` unless all models have attention, and this layer of it."""
+    """Raise a `UserError` unless all models have attention in this layer."""
     for model in translator.models:
         if not isinstance(model, AttendingModel):
             raise UserError(
@@ -54,17 +55,16 @@ def _attending(translator: Translator) -> list[AttendingModel]:
 def align(translator: Translator, translations: Sequence[Translation], *, layer: int) -> list[list[Links]]:
     """Align each hypothesis of each translation with its source.
 
-    Words are what white space separates in the source line and in the text, as they are given and not as they are
-    normalised; where the input is in pieces, they are pieces. Each word of the text is linked to the word of the
-    source that it attends to most.
+    Words are separated by white space in the source line and in the text, before any normalisation. If the input
+    is in pieces, the words are pieces. Each word of the text is linked to the source word that it attends to most.
 
     Args:
-        translator: Its models are asked, the mean of them.
-        translations: As it has found them.
-        layer: Of the decoder.
+        translator: The mean attention of its models is used.
+        translations: From this translator.
+        layer: The decoder layer.
 
     Returns:
-        For each hypothesis pairs (place in the source, place in the text), from 0, in the order of the text.
+        For each hypothesis, pairs (place in the source, place in the text), from 0, in the order of the text.
     """
     pairs = [(x.source_ids, hypothesis.tokens) for x in translations for hypothesis in x.hypotheses]
     weights = iter(attention(translator, pairs, layer=layer))
@@ -91,16 +91,16 @@ def align(translator: Translator, translations: Sequence[Translation], *, layer:
 def attention(
     translator: Translator, pairs: Sequence[tuple[Sequence[int] | NDArray[Any], Sequence[int]]], *, layer: int
 ) -> list[Weights]:
-    """Return what each token of a translation looks at in its source.
+    """Return how much each token of a translation attends to each token of its source.
 
     Args:
-        translator: Its models are asked, the mean of them.
-        pairs: Ids of a source and of its translation; eos stands between the parts of those that were split.
-        layer: Of the decoder.
+        translator: The mean attention of its models is used.
+        pairs: Ids of a source and of its translation, with eos between the parts of a split sentence.
+        layer: The decoder layer.
 
     Returns:
-        For each pair (T, S+1), the last column being the attention to the end of the sentence. A part of a split
-        sentence has 0 outside its own block, and so has the row of an eos between two parts.
+        For each pair (T, S+1); the last column is the attention to the end of the sentence. A part of a split
+        sentence has 0 outside its own block. The row of an eos between two parts has only 0.
     """
     parts = [
         (number, np.array([*source, EOS_ID]), np.array([*target, EOS_ID]))
@@ -132,7 +132,7 @@ def attention(
 
 
 def _block_diagonal(blocks: Sequence[Weights]) -> Weights:
-    """Put the parts of a split sentence together: a row and a column of eos stand between them."""
+    """Put the parts of a split sentence together, with a row and a column of eos between them."""
     if len(blocks) == 1:
         return blocks[0]
     num_rows = sum(len(block) + 1 for block in blocks) - 1
@@ -146,7 +146,7 @@ def _block_diagonal(blocks: Sequence[Weights]) -> Weights:
 
 
 def words_of_source(translation: Translation, segmenter: Segmenter | PieceSegmenter) -> Membership:
-    """Return which words of the source line its pieces belong to; those of eos between parts to none."""
+    """Return which words of the source line its pieces belong to; an eos between parts belongs to none."""
     if isinstance(segmenter, PieceSegmenter):
         return _pieces_as_words(translation.source_ids)
     spans: list[Span | None] = []
@@ -166,7 +166,7 @@ def words_of_source(translation: Translation, segmenter: Segmenter | PieceSegmen
 def words_of_text(
     text: str, tokens: Sequence[int], segmenter: Segmenter | PieceSegmenter, language: str
 ) -> Membership:
-    """Return which words of a translation its tokens belong to; those of eos between parts to none."""
+    """Return which words of a translation its tokens belong to; an eos between parts belongs to none."""
     if isinstance(segmenter, PieceSegmenter):
         return _pieces_as_words(tokens)
     spans: list[Span | None] = []
@@ -174,7 +174,7 @@ def words_of_text(
     for number, ids in enumerate(split_ids(tokens)):
         spans += [None] * (number > 0)
         (part,) = segmenter.decode([ids])
-        # Parts without text are not joined to the others.
+        # Parts without text are not in the joined text.
         start += len(joiner(language)) if part and start else 0
         spans += [(start + a, start + b) for a, b in segmenter.decoded_spans(ids)]
         start += len(part)
@@ -184,7 +184,7 @@ def words_of_text(
 def words_of_given_text(
     text: str, tokens: Sequence[int], segmenter: Segmenter | PieceSegmenter
 ) -> Membership:
-    """Return which words of a text the tokens belong to that it was split into."""
+    """Return which words of a text its tokens belong to."""
     if isinstance(segmenter, PieceSegmenter):
         return _pieces_as_words(tokens)
     return _membership(text, segmenter.spans(text)[: len(tokens)])
@@ -196,11 +196,12 @@ def _pieces_as_words(ids: Sequence[int] | NDArray[Any]) -> Membership:
 
 
 def _membership(text: str, spans: Sequence[Span | None]) -> Membership:
-    """Return which words of a text stand where.
+    """Return which words of a text each piece belongs to.
 
     Args:
-        text: A line, whose words are separated by white space.
-        spans: Of the pieces. One of white space alone, or of nothing, belongs to the next word, or the last.
+        text: A line, with words separated by white space.
+        spans: Where the pieces are in the text. An empty span, or one of only white space, belongs to the next
+            word, or to the last word.
     """
     words = [match.span() for match in _WORD.finditer(text)]
     membership = np.zeros((len(words), len(spans)), dtype=np.bool_)
@@ -219,9 +220,9 @@ def link_words(weights: Weights, source_words: Membership, target_words: Members
     """Link each word of a text to the word of the source that its pieces attend to most.
 
     Args:
-        weights: (T, S+1), as `attention` gives them.
-        source_words: (W, S), which of the source's words each piece belongs to.
-        target_words: (W', T), likewise.
+        weights: (T, S+1), from `attention`.
+        source_words: (W, S): which words of the source each piece belongs to.
+        target_words: (W', T): the same for the text.
     """
     if not len(source_words):
         return []

@@ -1,4 +1,4 @@
-"""What translating needs besides the weights: two languages, their vocabularies, and how text becomes pieces."""
+"""What translation needs besides the weights: two languages, their vocabularies, and how to split text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TranslationAssets:
 
     @classmethod
     def of_model(cls, folder: Path) -> TranslationAssets:
-        """Find those of a model folder.
+        """Find the assets of a model folder.
 
         Raises:
             UserError: A file is missing or damaged.
@@ -50,7 +50,7 @@ class TranslationAssets:
 
     @classmethod
     def of_data(cls, directory: DataDirectory) -> TranslationAssets:
-        """Find those of a data directory."""
+        """Find the assets of a data directory."""
         return cls(
             directory.source_lang,
             directory.target_lang,
@@ -63,7 +63,7 @@ class TranslationAssets:
         return Vocabulary.load(self.folder / dictionary_name(lang))
 
     def make_segmenter(self, vocabulary: Vocabulary) -> Segmenter | PieceSegmenter:
-        """Return what turns text into ids of a vocabulary, and back."""
+        """Return the object that turns text into ids of a vocabulary, and back."""
         return PieceSegmenter(vocabulary) if self.segmenter is None else Segmenter(self.segmenter, vocabulary)
 
     def save(self, folder: Path) -> None:
@@ -79,9 +79,10 @@ class TranslationAssets:
 
 
 def is_same_file(before: Path, now: Path) -> bool:
-    """Return whether a file of assets means the same to a model as another one of its name.
+    """Return whether two files of assets with the same name mean the same to a model.
 
-    The counts in a dictionary say how often a token stood in some text; a model knows tokens and their order.
+    A model needs only the tokens of a dictionary and their order. The counts, which say how often a token was in
+    some text, do not matter.
     """
     if before.read_bytes() == now.read_bytes():
         return True

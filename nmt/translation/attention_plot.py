@@ -1,4 +1,4 @@
-"""A picture of what each piece of a translation looks at in its source."""
+"""A picture of how each piece of a translation attends to its source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nmt.errors import UserError
 
-# The first font that is installed and has a character shows it; the first one always is.
+# Each character is shown in the first of these fonts that is installed and has it. The first font is always there.
 _FONTS = (
     "DejaVu Sans",
     "Noto Sans CJK SC",
@@ -21,7 +21,7 @@ _FONTS = (
     "Noto Sans",
 )
 _INCHES_PER_PIECE = 0.24
-_MARGIN_INCHES = 0.7  # besides the labels
+_MARGIN_INCHES = 0.7  # in addition to the labels
 _INCHES_PER_CHARACTER = 0.095  # of a label
 _LONGEST_SIDE = 40.0  # inches; labels of very long sentences shrink
 _FONT_SIZE = 9.0
@@ -47,9 +47,9 @@ def plot_attention(
         weights: (T, S), each row summing to 1.
         source: The S pieces of the source.
         target: The T pieces of the translation.
-        title: Stands below.
+        title: Shown below the heatmap.
     """
-    # Without pyplot, so that no window system is looked for and no figure stays in memory.
+    # Without pyplot, which would look for a window system and keep the figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

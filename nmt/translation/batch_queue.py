@@ -1,8 +1,9 @@
-"""Sentences that wait for the same thing to be done to them, as batches: which one is run next.
+"""Batches of sentences that wait for the same work, and the choice of the next batch to run.
 
-Batches are of sentences of like length, the longest first, so that the last ones to end are short. What a batch
-gives up because it takes much longer than the rest comes into batches of its own at the end, and so do the longest
-sentences if they are too few for a batch. Nothing here runs, and nothing is locked: see `engine.py`.
+Sentences in a batch have similar lengths. The longest run first, so that the last batches to end are short. A
+batch may give up stragglers, which take much longer than its other sentences. These go into batches of their own
+at the end, and so do the longest sentences if they are too few for a batch. This file runs and locks nothing;
+`engine.py` does.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from nmt.data.batching import cut_batches, padded_size
 from nmt.errors import UserError
 
 Run = Callable[[list[Any], bool], Sequence[Any | None]]
-"""Takes items, and whether it may give up those that take much longer than the others; returns a result for each,
-or None for what it gave up."""
+"""Takes items, and whether it may give up those that take much longer than the others. Returns a result for each
+item, or None for an item that it gave up."""
 
 
 class Limits(NamedTuple):
-    """Of a batch."""
+    """The limits of a batch."""
 
     max_tokens: int  # its padded size
     max_sentences: int | None = None
@@ -33,37 +34,37 @@ class Limits(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """One or several items whose results belong together."""
+    """One or more items whose results belong together."""
 
     items: Sequence[Any]
-    finish: Callable[[list[Any]], Any]  # of the results of all items makes that of the job
+    finish: Callable[[list[Any]], Any]  # makes the result of the job from the results of all items
     future: Future[Any] = field(default_factory=Future)
     results: dict[int, Any] = field(default_factory=dict)  # by the place of the item
     is_withdrawn: bool = False
 
     @property
     def is_wanted(self) -> bool:
-        """Whether anybody still waits for it."""
+        """Whether anybody still waits for the job."""
         return not (self.is_withdrawn or self.future.done())
 
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """An item that waits, or runs."""
+    """An item that waits or runs."""
 
     job: Job
     place: int  # of the item in its job
-    lengths: tuple[int, ...]  # on each of its sides
+    lengths: tuple[int, ...]  # of each side of the item (source, target)
 
     @property
     def item(self) -> Any:
-        """What is run."""
+        """The item itself."""
         return self.job.items[self.place]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What is run at once."""
+    """Items that run at once."""
 
     queue: BatchQueue
     tickets: list[Ticket]
@@ -77,22 +78,22 @@ class Batch:
 
 
 class BatchQueue:
-    """The batches that wait, and what is known of the memory for them."""
+    """The batches that wait, and the largest size that the memory allows."""
 
     def __init__(self, run: Run, limits: Limits) -> None:
-        """Take what is done to a batch, and what batches are cut by."""
+        """Take the function that runs a batch, and the limits of batches."""
         self.run = run
-        self.largest: float = np.inf  # padded size that is tried
+        self.largest: float = np.inf  # no batch of a larger padded size is tried
         self.num_halved = 0
         self._limits = limits
         self._waiting: deque[list[Ticket]] = deque()
         self._dropped: list[Ticket] = []
-        self._given_up: set[Ticket] = set()  # once; they are not given up again
+        self._given_up: set[Ticket] = set()  # items that were given up once; they are not given up again
         self._may_drop = False
 
     @property
     def num_batches(self) -> int:
-        """How many there are, those of sentences that were given up counted as one."""
+        """The number of batches that wait; all sentences that were given up count as one batch."""
         return len(self._waiting) + bool(self._dropped)
 
     @property
@@ -101,27 +102,27 @@ class BatchQueue:
         return bool(self._waiting)
 
     def add(self, tickets: Sequence[Ticket], *, is_running: bool) -> None:
-        """Cut batches of new sentences and of those that wait already.
+        """Cut new batches from new sentences and from those that wait already.
 
         Args:
             tickets: At least one.
-            is_running: Whether there is a batch of this queue on its way.
+            is_running: Whether a batch of this queue is running now.
         """
         together = [ticket for batch in self._waiting for ticket in batch] + list(tickets)
         self._waiting = deque(self._cut(together))
-        # Else there is nothing that stragglers could be joined with.
+        # If this is the only batch, there are no other sentences that stragglers could be joined with.
         self._may_drop = len(self._waiting) > 1 or is_running or bool(self._dropped)
         if len(self._waiting) > 1:
             longest, next_longest = (Batch(self, self._waiting[i], True).size for i in (0, 1))
             if 2 * longest <= next_longest:
-                # Few, and the longest: they may take as long as stragglers.
+                # These few are the longest sentences, and may take as long as stragglers.
                 self._dropped += self._waiting.popleft()
 
     def plan(self, *, num_free: int, num_at_once: int) -> None:
-        """Make batches of what was given up, if it is time to.
+        """Make batches of the sentences that were given up, if it is time for it.
 
-        They are long searches for few sentences. So they begin while the other cores have other work, after which
-        there are no new stragglers; those there still are in the end are shared by the cores.
+        Such a batch is a long search for few sentences. So it begins while the other cores still have other work.
+        After that work there are no new stragglers, and the cores share those that are left.
         """
         if not self._dropped or num_free <= 0:
             return
@@ -132,7 +133,7 @@ class BatchQueue:
         self._dropped, self._may_drop = [], False
 
     def take(self) -> Batch | None:
-        """Take the next batch away, or None if none waits; what nobody waits for any more is left out."""
+        """Take the next batch out of the queue, without items that nobody waits for; None if no batch waits."""
         while self._waiting:
             tickets = [ticket for ticket in self._waiting.popleft() if _begins(ticket.job)]
             if tickets:
@@ -142,22 +143,22 @@ class BatchQueue:
         return None
 
     def give_back(self, tickets: Sequence[Ticket]) -> None:
-        """Take in sentences that a batch has given up."""
+        """Take back sentences that a batch has given up."""
         self._dropped += tickets
         self._given_up.update(tickets)
 
     def put_first(self, tickets: list[Ticket]) -> None:
-        """Take in a batch that was not run."""
+        """Take back a batch that was not run, and put it first."""
         self._waiting.appendleft(tickets)
 
     def halve(self, tickets: list[Ticket]) -> None:
-        """Take in a batch as two."""
+        """Take back a batch as two halves."""
         self.num_halved += 1
         half = len(tickets) // 2
         self._waiting.extendleft((tickets[half:], tickets[:half]))
 
     def purge(self) -> None:
-        """Leave out what nobody waits for any more."""
+        """Drop all items that nobody waits for any more."""
         kept = ([ticket for ticket in batch if ticket.job.is_wanted] for batch in self._waiting)
         self._waiting = deque(batch for batch in kept if batch)
         self._dropped = [ticket for ticket in self._dropped if ticket.job.is_wanted]
@@ -173,7 +174,7 @@ class BatchQueue:
 
 
 def failed_job(error: Exception) -> Job:
-    """Return a job that has failed before there was anything to run."""
+    """Return a job that has failed before anything was run."""
 
     def fail(_: list[Any]) -> Any:
         raise error
@@ -182,7 +183,7 @@ def failed_job(error: Exception) -> Job:
 
 
 def no_memory_for(ticket: Ticket) -> UserError:
-    """Return what is said if the memory does not suffice for one sentence."""
+    """Return the error for a single sentence that does not fit into memory."""
     return UserError(
         f"The memory must suffice for one sentence, but does not for one of {max(ticket.lengths)} pieces. "
         "Lower `beam`, or `max-len-a` and `max-len-b`, or compute with `--device cpu`."
@@ -190,7 +191,7 @@ def no_memory_for(ticket: Ticket) -> UserError:
 
 
 def _begins(job: Job) -> bool:
-    """Note that a job is run, unless nobody waits for it any more."""
+    """Mark a job as running, unless nobody waits for it any more."""
     if not job.is_wanted:
         return False
     return job.future.running() or job.future.set_running_or_notify_cancel()
@@ -201,7 +202,7 @@ def _lengths(tickets: Sequence[Ticket]) -> NDArray[np.int64]:
 
 
 def _share(batches: list[list[Ticket]], num_parts: int) -> list[list[Ticket]]:
-    """Cut batches that are fewer than `num_parts` into as many each."""
+    """If there are fewer than `num_parts` batches, cut each of them into `num_parts`."""
     if len(batches) >= num_parts:
         return batches
     return [batch[i::num_parts] for batch in batches for i in range(min(num_parts, len(batch)))]

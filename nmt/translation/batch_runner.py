@@ -1,4 +1,4 @@
-"""How sentences are gathered to batches, and the plain way to run such batches for one who waits."""
+"""How sentences are gathered into batches, and a simple way to run such batches and wait for the results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nmt.translation.engine import Engine
 
 T = TypeVar("T")
 
-# Of the memory of a GPU that is free: tables are copied to be changed, and what is computed takes room as well.
+# Share of the free memory of a GPU: tables are copied when they change, and computing needs memory, too.
 _SHARE_OF_MEMORY = 0.4
-_MOST_SENTENCES = 512  # many enough for a GPU, and few enough that those of a batch are of like length
+_MOST_SENTENCES = 512  # enough for a GPU, and few enough that the sentences of a batch have similar lengths
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Batching:
     batch_size: int | None = None  # most sentences of a batch; on a GPU 512 if neither is given
 
     def limits(self, beam_size: int) -> Limits:
-        """Return what batches are cut by."""
+        """Return the limits of a batch."""
         return Limits(self.max_tokens or (4096 if beam_size == 1 else 2048), self.batch_size)
 
     def fill_in(self, *, num_bytes: int, bytes_of_piece: int) -> Batching:
-        """Let a GPU's memory decide what is left open."""
+        """Set the limits that are not given, by the memory of a GPU."""
         if self.max_tokens is not None:
             return self
         largest = max(1, int(num_bytes * _SHARE_OF_MEMORY) // bytes_of_piece)
@@ -43,26 +43,26 @@ class Batching:
 
 
 class BatchRunner:
-    """Runs batches by an engine of its own, and remembers which size there was no memory for."""
+    """Runs batches by its own engine, and remembers which sizes were too large for the memory."""
 
     def __init__(self, batching: Batching, *, num_at_once: int = 1, beam_size: int = 2) -> None:
-        """Take the limits to cut batches by, and how many are run at once, each in a thread of one core."""
+        """Take the limits of batches, and how many run at once, each in a thread of one core."""
         self._limits = batching.limits(beam_size)
         self._engine = Engine(lambda: num_at_once)
-        self._largest = math.inf  # padded size that is tried
+        self._largest = math.inf  # no batch of a larger padded size is tried
         self.num_halved = 0
 
     def run(
         self, lengths: NDArray[Any], run: Callable[[list[int], bool], Sequence[T | None]]
     ) -> Iterator[tuple[list[int], list[T]]]:
-        """Run all sentences, those of like length together.
+        """Run all sentences, those of similar length together.
 
         Args:
-            lengths: (N, C) of each sentence, on each of C sides.
+            lengths: (N, C): the length of each sentence on each of C sides.
             run: Runs a batch of the N sentences, see `batch_queue.Run`.
 
         Yields:
-            Places and their results, in the order in which they are ready.
+            Places of sentences and their results, in the order in which they are ready.
 
         Raises:
             UserError: There is no memory for a single sentence.
@@ -78,7 +78,7 @@ class BatchRunner:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return how many bytes of a GPU are free, with those that PyTorch keeps for later; None elsewhere."""
+    """Return how many bytes of a GPU are free, with those that PyTorch caches; None on other devices."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""What is done to a batch of sentences: the search for their translations, or the scores of given ones."""
+"""The work on a batch of sentences: a search for their translations, or scores of given ones."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class BatchSearch(Protocol):
     def run(
         self, sentences: Sequence[Sentence], may_drop_stragglers: bool
     ) -> Sequence[list[Hypothesis] | None]:
-        """Return those of each sentence, best first; None for what was given up, see `Generator.generate`."""
+        """Return each sentence's hypotheses, best first; None if it was given up, see `Generator.generate`."""
 
 
 class Search:
-    """Searches for translations, or draws them; or chooses among the candidates of both."""
+    """Searches for translations, draws them, or chooses among candidates from both."""
 
     def __init__(
         self, generators: Sequence[Generator], device: torch.device, *, risk: MinimumRisk | None = None
     ) -> None:
-        """Take one generator, or several whose candidates `risk` chooses among."""
+        """Take one generator, or several; `risk` then chooses among their candidates."""
         assert risk is not None or len(generators) == 1
         self._generators = generators
         self._device = device
         self._risk = risk
 
     def run(self, sentences: Sequence[Sentence], may_drop_stragglers: bool) -> list[list[Hypothesis] | None]:
-        """See `BatchSearch`. What is chosen among candidates is not given up: what was drawn would be lost too."""
+        """See `BatchSearch`. With `risk` nothing is given up, because the drawn candidates would be lost."""
         found = [
             generator.generate(
                 self._padded([x.source for x in sentences]),
@@ -63,7 +63,7 @@ class Scoring:
     """Scores the targets of sentences."""
 
     def __init__(self, score: Callable[[Sequence[Ids], Sequence[Ids]], list[list[Hypothesis]]]) -> None:
-        """Take what scores targets, given their sources."""
+        """Take the function that scores targets, given their sources."""
         self._score = score
 
     def run(self, sentences: Sequence[Sentence], may_drop_stragglers: bool) -> list[list[Hypothesis]]:
@@ -79,14 +79,14 @@ def make_search(
     decode: Callable[[Iterable[Sequence[int]]], list[str]],
     target_lang: str,
 ) -> Search:
-    """Return what finds translations: a search, or a choice among the candidates of one or two.
+    """Return the search for translations, or a choice among the candidates of one or two searches.
 
     Args:
         options: How to search.
-        generator: Makes what searches by other options.
-        device: Of the models.
+        generator: Makes a generator from options.
+        device: The device of the models.
         decode: Turns tokens into text.
-        target_lang: Of the text.
+        target_lang: The language of the text.
 
     Raises:
         UserError: An option has a value that makes no sense.

@@ -1,11 +1,12 @@
-"""Runs batches for whoever asks: several at once on a CPU, halved where memory ends.
+"""Run batches for all callers: several at once on a CPU, and in halves if memory is too small.
 
-Those who ask at the same time for the same thing share batches. There are threads only while there is work for
-several cores, one for each; a batch that is alone, and any batch on a GPU, is run by the thread that waits for it:
+Callers that ask at the same time for the same kind of work share batches. Worker threads exist only while there is
+work for several cores, one thread for each core. A single batch, and any batch on a GPU, is run by the thread that
+waits for it:
 
-    who asks:     submit -> queue                                 as_ready: waits; runs what is to be run alone
+    a caller:     submit -> queue                                 as_ready: waits; runs a batch that is alone
     _hand_out:               queue -> ready, while cores are free
-    a worker:                         ready -> run -> results; what was given up -> queue; _hand_out
+    a worker:                         ready -> run -> results; sentences given up -> queue; _hand_out
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ class Engine:
     """Runs jobs. Its methods may be called from any thread."""
 
     def __init__(self, most_at_once: Callable[[], int]) -> None:
-        """Take what tells how many batches may be run at once, each in a thread of one core.
+        """Take a function that returns how many batches may run at once, each in a thread of one core.
 
-        It is asked when there is work again after there was none.
+        It is called whenever work arrives after there was none.
         """
         self._most_at_once = most_at_once
-        self._changed = threading.Condition()  # guards all that follows
+        self._changed = threading.Condition()  # guards all attributes below
         self._known: WeakValueDictionary[Hashable, BatchQueue] = WeakValueDictionary()
-        self._queues: list[BatchQueue] = []  # those that have something, the one to take from first
-        self._ready: deque[Batch] = deque()  # counted among those that run
+        self._queues: list[BatchQueue] = []  # those with waiting items; the first is the next to take from
+        self._ready: deque[Batch] = deque()  # counted as running
         self._running: list[Batch] = []
-        self._num_at_once = 0  # since there is work; with 1 no worker runs it, but who waits
+        self._num_at_once = 0  # as asked when work arrived; with 1 the waiting thread runs it, and no worker
         self._num_cores = 0
         self._num_workers = 0
         self._num_idle = 0  # workers without a batch
-        self._num_leaving = 0  # workers that have seen that there is nothing left
+        self._num_leaving = 0  # workers that have seen that there is no work left
         self._has_helper = False
 
     def queue(self, key: Hashable, make: Callable[[], BatchQueue]) -> BatchQueue:
-        """Return the queue of a key, which is forgotten when it is empty and nobody holds it."""
+        """Return the queue of a key. A queue is forgotten when it is empty and nobody holds it."""
         with self._changed:
             queue = self._known.get(key)
             if queue is None:
@@ -58,12 +59,12 @@ class Engine:
     def submit(
         self, jobs: Sequence[Job], queue: BatchQueue, lengths: Callable[[Any], tuple[int, ...]]
     ) -> None:
-        """Begin to run jobs; somebody must wait by `as_ready`, or call `run_behind`.
+        """Begin to run jobs. Somebody must then wait with `as_ready`, or call `run_behind`.
 
         Args:
-            jobs: One without items is finished at once.
-            queue: Where they wait: whoever gives the same has a part in the same batches.
-            lengths: Of an item, on each of its sides.
+            jobs: A job without items is finished at once.
+            queue: Where the items wait. Callers with the same queue share batches.
+            lengths: Returns the length of an item on each of its sides.
         """
         for job in jobs:
             if not job.items:
@@ -85,8 +86,8 @@ class Engine:
         """Wait for jobs, and yield those that have become ready since the last time.
 
         Raises:
-            Exception: What one of them has failed with. The others are withdrawn then, as they are if it is not
-                waited for the end.
+            Exception: The error of a job that failed. The other jobs are withdrawn then, and also if the caller
+                stops before the end.
         """
         done: deque[Job] = deque()
         for job in jobs:
@@ -113,7 +114,7 @@ class Engine:
                 self._withdraw(jobs)
 
     def run_behind(self) -> None:
-        """See to it that what was submitted is run though nobody waits by `as_ready`."""
+        """Run the submitted jobs in the background, for a caller that does not wait with `as_ready`."""
         with self._changed:
             if self._is_busy and not self._has_helper:
                 self._has_helper = True
@@ -171,7 +172,7 @@ class Engine:
             return None
 
     def _help(self) -> None:
-        """Run what is to be run alone, until there is nothing left."""
+        """Run the batches that the waiting thread has to run, until there are none left."""
 
         def is_over() -> bool:
             self._has_helper = self._is_busy
@@ -181,13 +182,13 @@ class Engine:
             self._run(batch)
 
     def _wait(self, is_over: Callable[[], bool]) -> Batch | None:
-        """Wait until something is over, or return a batch that this thread has to run before."""
+        """Wait until something is over; or return a batch that this thread has to run first."""
         with self._changed:
             self._changed.wait_for(lambda: is_over() or (self._ready and self._num_at_once == 1))
             return None if is_over() else self._ready.popleft()
 
     def _settle(self, jobs: Sequence[Job]) -> None:
-        """Wait until none of these is run, and if there is no other work, until the process is as it was."""
+        """Wait until none of these jobs runs; if there is no other work, until the process is as it was before."""
         own = set(map(id, jobs))
         with self._changed:
             self._changed.wait_for(
@@ -198,7 +199,7 @@ class Engine:
             )
 
     def _withdraw(self, jobs: Sequence[Job]) -> None:
-        """Leave out what of these is not done and does not run now."""
+        """Withdraw those of these jobs that are not done and not running."""
         with self._changed:
             for job in jobs:
                 job.is_withdrawn = not job.future.done()
@@ -215,14 +216,14 @@ class Engine:
             self._hand_out()
 
     def _run(self, batch: Batch, *, by_worker: bool = False) -> None:
-        """Run a batch, and hand out what its end makes room for."""
+        """Run a batch, then hand out the next ones."""
         results: Sequence[Any | None] | None = None
         error: Exception | None = None
         try:
             results = _try(batch)
         except Exception as raised:
             error = raised
-        except BaseException:  # an interrupt of this thread; others may wait for the batch
+        except BaseException:  # this thread was interrupted, but others may wait for the batch
             with self._changed:
                 self._running.remove(batch)
                 self._num_idle += by_worker
@@ -243,7 +244,7 @@ class Engine:
         self._hand_out()
 
     def _note(self, batch: Batch, results: Sequence[Any | None] | None, *, by_worker: bool) -> list[Job]:
-        """Take in the results of a batch, or that there are none; return the jobs that are complete."""
+        """Store the results of a batch, or note that there are none; return the jobs that are complete."""
         queue, tickets = batch.queue, batch.tickets
         complete = []
         with self._changed:
@@ -257,7 +258,7 @@ class Engine:
                         if len(ticket.job.results) == len(ticket.job.items):
                             complete.append(ticket.job)
             elif len(tickets) > 1:
-                # What does not fit is run in parts; and an error is that of one sentence, which is found so.
+                # Halves may fit into memory. An error is that of one sentence; halving finds which one.
                 queue.halve(tickets)
             self._come_back(queue)
         return complete
@@ -279,7 +280,7 @@ def _try(batch: Batch) -> Sequence[Any | None] | None:
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
-        error.__traceback__ = None  # its frames hold what took the memory
+        error.__traceback__ = None  # its frames hold the tensors that filled the memory
     queue.largest = min(queue.largest, batch.size / 2)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -292,7 +293,7 @@ def _fail(job: Job, error: Exception) -> None:
 
 
 def _finish(job: Job) -> None:
-    if job.future.done():  # an error of another of its items, or nobody waits any more
+    if job.future.done():  # another item of the job has failed, or nobody waits any more
         return
     try:
         job.future.set_result(job.finish([job.results[place] for place in range(len(job.items))]))

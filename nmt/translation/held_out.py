@@ -34,16 +34,16 @@ def translate_held_out(
     """Return the best translation of each example, by its index.
 
     Args:
-        generator: Searches.
-        examples: Of a split.
-        indices: Which of them.
-        source: What their sources were made with.
+        generator: The search.
+        examples: The examples of a split.
+        indices: Which examples to translate.
+        source: The segmenter that made their sources.
         target: Turns ids into text.
-        source_text: Gives a source as text, to cut it.
-        language: Of the target.
-        positions: Tokens that the model takes, eos included. A longer source is cut as nmt-generate cuts it: its
-            parts are translated apart, and joined.
-        device: Where the model is.
+        source_text: Returns a source as text, to cut it.
+        language: The language of the target.
+        positions: The most tokens that the model takes, eos included. A longer source is cut as in nmt-generate:
+            its parts are translated separately, and joined.
+        device: The device of the model.
     """
     parts = [
         (index, part)
@@ -79,10 +79,10 @@ def source_parts(
     """Cut a source so that each part with its eos has at most `longest` ids.
 
     Args:
-        ids: Of the source.
-        segmenter: What they were made with.
+        ids: The source.
+        segmenter: Made the ids from text.
         longest: The most ids of a part.
-        text: Gives the source as text, which is cut at punctuation where there is some.
+        text: Returns the source as text, which is cut at punctuation if possible.
     """
     if len(ids) <= longest:
         return [ids]
@@ -91,7 +91,7 @@ def source_parts(
         limit=longest - 1,
         count_pieces=lambda text: len(segmenter.encode([text])[0]),
     )
-    # A part is longer only if it is a single character.
+    # A part can be longer only if it is a single character.
     parts = [np.append(part[: longest - 1], EOS_ID) for part in segmenter.encode(texts) if len(part)]
     return parts or [np.append(ids[: longest - 1], EOS_ID)]
 
@@ -99,12 +99,12 @@ def source_parts(
 def sample_lines(
     sources: Sequence[str], references: Sequence[str], translations: Mapping[int, str], numbers: Sequence[int]
 ) -> list[str]:
-    """Return a line for each sample: what stands in it, what is wanted, and what the model makes of it.
+    """Return a line for each sample, with its source, its reference, and the model's translation.
 
     Args:
-        sources: Texts.
-        references: Their translations.
-        translations: Those of the model, by index.
+        sources: The source texts.
+        references: Their reference translations.
+        translations: The model's translations, by index.
         numbers: The indices, in the order of the texts.
     """
     return [
@@ -115,6 +115,6 @@ def sample_lines(
 
 
 def _shown(text: str, *, longest: int = 200) -> str:
-    """Return a text as a terminal may have it, and not too long a one."""
+    """Return a text that is safe for a terminal, cut if it is too long."""
     cut = text if len(text) <= longest else text[: longest - 1] + "…"
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in cut)

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# What Markdown, or the HTML that it becomes, would take for a mark; an entity is text in every dialect.
+# Characters that Markdown, or the HTML made from it, takes for marks. An entity is plain text in all dialects.
 _AS_TEXT = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|\\`*_[]~$"})
 
 
 class Row(NamedTuple):
-    """A sentence, what a person made of it, and what the model makes of it."""
+    """A sentence, a translation by a person, and the translation by the model."""
 
     source: str
     reference: str
@@ -16,7 +16,7 @@ class Row(NamedTuple):
 
 
 def markdown_table(rows: Iterable[Row]) -> str:
-    """Return a table with a row for each sentence; the texts are shown as they are, whatever is in them."""
+    """Return a table with a row for each sentence; the texts appear exactly as they are."""
     lines = ["| source | reference | translation |", "|---|---|---|"]
     for row in rows:
         cells = (" ".join(text.split()).translate(_AS_TEXT) for text in row)

@@ -1,4 +1,4 @@
-"""A translation as a line of JSON: what was found, how sure the model is, and whether to read it."""
+"""A translation as a line of JSON: the hypotheses, how sure the model is, and whether a person should read it."""
 
 import dataclasses
 import json
@@ -21,10 +21,10 @@ def to_json_line(
     """Return a line of JSON without its newline.
 
     Args:
-        number: Of the sentence, from 0; its `id`.
-        translation: What became of it.
-        target_vocabulary: Names the tokens.
-        alignments: For each hypothesis pairs (place in the source, place in the text), from 0.
+        number: The number of the sentence, from 0; becomes its `id`.
+        translation: The translation of the sentence.
+        target_vocabulary: Gives the names of the tokens.
+        alignments: For each hypothesis, pairs (place in the source, place in the text), from 0.
     """
     hypotheses = []
     for rank, (text, hypothesis) in enumerate(zip(translation.texts, translation.hypotheses, strict=True)):
@@ -51,7 +51,7 @@ def to_json_line(
 
 
 def _judge(translation: Translation) -> tuple[dict[str, float] | None, list[str]]:
-    """Return the signals and flags of the best hypothesis; neither for a line without one."""
+    """Return the signals and flags of the best hypothesis; none if the line has no hypothesis."""
     flags = ["too_long"] if translation.num_parts > 1 or translation.num_dropped_pieces else []
     if not translation.hypotheses:
         return None, flags
@@ -70,5 +70,5 @@ def _judge(translation: Translation) -> tuple[dict[str, float] | None, list[str]
 
 
 def _finite(value: float, digits: int) -> float | None:
-    """Round; None for what JSON has no number for."""
+    """Round a number; None if JSON cannot hold it (infinity, NaN)."""
     return round(value, digits) if math.isfinite(value) else None

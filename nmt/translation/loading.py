@@ -1,4 +1,4 @@
-"""The models of a translator, read and looked over."""
+"""Read the models of a translator, and check them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from nmt.models.search_form import bytes_of_a_row
 from nmt.translation.task import TranslationTask
 
 Precision = Literal["fp32", "bf16", "int8"]
-"""Of the weights that search."""
+"""The precision of the weights in a search."""
 
 TYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
-_ROWS_OF_A_STEP = 1024  # tokens that are encoded at once, or hypotheses
+_ROWS_OF_A_STEP = 1024  # tokens that are encoded at once, or hypotheses in a step
 
 
 def load_models(
     paths: Sequence[Path | str], device: torch.device | str
 ) -> tuple[list[TranslationModel], TranslationTask]:
-    """Load models that may vote together, and the task of the first.
+    """Load one or several models for one search, and the task of the first.
 
     Raises:
         UserError: A folder is no model folder, is damaged, or holds a model that does not translate; or the
@@ -65,7 +65,7 @@ def check_device(device: torch.device | str) -> None:
 
 
 def check_precision(precision: str, device: torch.device | str) -> None:
-    """Raise a `UserError` unless there is such a precision, on this machine."""
+    """Raise a `UserError` unless this precision exists and this machine can compute in it."""
     if precision not in TYPES:
         raise UserError(f"`precision` must be fp32, bf16 or int8, but is {precision}.")
     if precision == "int8":
@@ -84,12 +84,12 @@ def _load(path: Path, device: torch.device | str) -> tuple[TranslationModel, Tra
 
 
 def largest_of_a_step(forms: Sequence[SearchModel], models: Sequence[TranslationModel]) -> int:
-    """Return how many bytes the largest tensor has that each step makes anew, with batches of usual size."""
+    """Return the size in bytes of the largest new tensor of each step, for batches of usual size."""
     sizes = []
     for form, model in zip(forms, models, strict=True):
         of_logits, of_others = bytes_of_a_row(form, model)
-        if len(models) > 1:  # logits of several are stacked, in float32
+        if len(models) > 1:  # the logits of several models are stacked, in float32
             of_logits = 4 * len(models) * model.output_weight.size(0)
         sizes += [ROWS_AT_ONCE["cpu"] * of_logits, _ROWS_OF_A_STEP * of_others]
-    # PyTorch asks for 2 MB more where tensors begin at huge pages, and glibc for a little more.
+    # PyTorch asks for 2 MB more if tensors begin at huge pages, and glibc for a little more.
     return max(sizes) + 2**21 + 2**16

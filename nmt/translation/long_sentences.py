@@ -1,4 +1,4 @@
-"""Sentences that are longer than a model takes: cut into parts, translated apart, and joined."""
+"""Sentences that are too long for a model: cut into parts, translated separately, and joined."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ from nmt.data.languages import is_written_without_blanks
 from nmt.data.vocabulary import EOS_ID
 from nmt.generation.beam_search import Hypothesis
 
-# Where to cut, best first: after the end of a sentence, of a clause, of a phrase; at white space. Marks of
+# Where to cut, best places first: after a sentence, after a clause, after a phrase, at white space. The marks of
 # Chinese, Japanese, Khmer, Burmese and Tibetan need no blank after them.
 _CUTS = (
     re.compile(r"(?<=[.!?…।॥؟۔።])[\"'”’»)\]]*\s+|(?<=[。！？｡．។။།])"),
@@ -20,15 +20,15 @@ _CUTS = (
 
 
 def split_text(text: str, *, limit: int, count_pieces: Callable[[str], int]) -> list[str]:
-    """Cut a text into parts that a model takes, at punctuation where there is some.
+    """Cut a text into parts that fit a model, at punctuation if possible.
 
-    A text that is too long is cut in two, at the best kind of place that it has, as near to the middle as
-    possible, and so are its parts in turn.
+    A text that is too long is cut in two, at the best kind of place in it, as near to the middle as possible.
+    Parts that are still too long are cut again.
 
     Args:
         text: One line.
         limit: Most pieces of a part, at least 1.
-        count_pieces: How many pieces a text has.
+        count_pieces: Counts the pieces of a text.
 
     Returns:
         The parts, none of them blank, without the white space between them. A part is longer than `limit` only
@@ -55,12 +55,12 @@ def _halves(text: str) -> tuple[str, str]:
 
 
 def join_texts(texts: Sequence[str], *, language: str) -> str:
-    """Join the translations of the parts, by blanks where the language has them."""
+    """Join the translations of the parts, by blanks if the language uses them."""
     return joiner(language).join(text for text in texts if text)
 
 
 def joiner(language: str) -> str:
-    """Return what stands between two sentences of a language."""
+    """Return the text between two sentences of a language: a blank, or nothing."""
     return "" if is_written_without_blanks(language) else " "
 
 
@@ -68,12 +68,12 @@ def join_hypotheses(parts: Sequence[Sequence[Hypothesis]], *, lenpen: float) -> 
     """Join the best hypotheses of all parts, then the second best, and so on.
 
     Args:
-        parts: For each part at least one hypothesis. A part that has fewer than another repeats its last one.
+        parts: For each part at least one hypothesis. A part with fewer hypotheses than another repeats its last.
         lenpen: The exponent of the length in a score.
 
     Returns:
-        As many as the part with the most has, best first. The tokens of a joined one have eos between the parts,
-        so that every token has its score, and its own score is of all of them.
+        As many hypotheses as the part with the most has, best first. A joined hypothesis has eos between its
+        parts, so that every token has a score. The score of the hypothesis counts all tokens.
     """
     joined = []
     for rank in range(max(map(len, parts))):
@@ -86,7 +86,7 @@ def join_hypotheses(parts: Sequence[Sequence[Hypothesis]], *, lenpen: float) -> 
 
 
 def split_ids(ids: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the parts of joined ids, eos between them."""
+    """Yield the parts of ids that were joined by eos."""
     array = np.asarray(ids, dtype=np.int64)
     for part in np.split(array, np.flatnonzero(array == EOS_ID)):
         yield part[part != EOS_ID].tolist()

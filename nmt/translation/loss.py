@@ -1,4 +1,4 @@
-"""The loss of a model on a batch of translations, and what a loss of one's own is made from.
+"""The loss of a model on a batch of translations, and functions to build your own loss.
 
 Shapes: B sentences, S source length, T target length, N target tokens without padding, D model, V vocabulary.
 """
@@ -16,7 +16,7 @@ from nmt.models.training_ops import linear_cross_entropy
 from nmt.task import LossOutput
 
 TranslationLoss = Callable[[TrainedModel, TranslationBatch], LossOutput]
-"""Sums over the target tokens of a batch; under "nll" the negative log-likelihood in nats."""
+"""Returns sums over the target tokens of a batch; "nll" is the negative log-likelihood in nats."""
 
 
 def translation_loss(model: TrainedModel, batch: TranslationBatch, *, label_smoothing: float) -> LossOutput:
@@ -38,9 +38,9 @@ def translation_loss(model: TrainedModel, batch: TranslationBatch, *, label_smoo
 def packed_translation_loss(
     model: PackedModel, batch: PackedTranslationBatch, *, label_smoothing: float
 ) -> LossOutput:
-    """Return what `translation_loss` does, of the same pairs in a packed batch.
+    """Return the same as `translation_loss`, for the same pairs in a packed batch.
 
-    All tensors have the same shapes in every batch: padding goes through the model, and is not counted.
+    All tensors have the same shapes in every batch. Filling goes through the model, too, but is not counted.
     """
     features = packed_features(model, batch)
     loss, nll = linear_cross_entropy(
@@ -74,19 +74,19 @@ def packed_features(model: PackedModel, batch: PackedTranslationBatch) -> Tensor
 
 
 def target_features(model: TrainedModel, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
-    """Run the model, and return what it predicts each target token from.
+    """Run the model, and return the hidden states that predict each target token.
 
     Returns:
-        The decoder's last hidden states (N, D), whose product with `model.output_weight` (V, D) are the logits;
-        and the target tokens (N,) int64. Padding is left out before that product, the largest of the model.
+        The decoder's last hidden states (N, D), whose product with `model.output_weight` (V, D) gives the logits;
+        and the target tokens (N,) int64. Padding is left out before this product, the largest of the model.
     """
     features = model(batch.source, batch.target_input)  # (B, T, D)
     is_token = (batch.target != PAD_ID).flatten()
-    if is_token.is_cuda:  # the host knows their number, and need not wait for the device to count them
+    if is_token.is_cuda:  # the host knows the number, and need not wait for the device to count
         tokens = is_token.nonzero_static(size=batch.num_targets).squeeze(1)
     else:
         tokens = is_token.nonzero().squeeze(1)
-    # What a model returns in an update of low precision is float32 (`nmt/update/precision.py`). The product, the
-    # largest of all, is of the weights' type; what it takes is as it was, to the bit.
+    # In an update of low precision a model returns float32 (`nmt/update/precision.py`). The largest product is
+    # computed in the type of the weights. Converting its input back to that type changes no bit.
     of_tokens = features.flatten(0, 1).index_select(0, tokens).to(model.output_weight.dtype)
     return of_tokens, batch.target.flatten().index_select(0, tokens)

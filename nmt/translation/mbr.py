@@ -1,7 +1,7 @@
 """Minimum-Bayes-risk decoding: the candidate that agrees most with all the others (Eikema and Aziz, 2020).
 
-Candidates are the n best of a search, translations that are drawn, or both. Agreement is sacreBLEU's sentence
-chrF2 or sentence BLEU, computed for all pairs at once.
+Candidates are the n best of a search, drawn translations, or both. Agreement is sacreBLEU's sentence chrF2 or
+sentence BLEU, computed for all pairs at once.
 
 Shapes: N candidates of one sentence, M occurrences of n-grams of one order in all of them, G columns.
 """
@@ -20,7 +20,7 @@ from nmt.generation.beam_search import Hypothesis
 from nmt.generation.options import DecodingOptions
 
 PairScores = Callable[[Sequence[str]], NDArray[np.float64]]
-"""Scores of N texts (rows), each against each as reference (columns): (N, N), 0 to 100."""
+"""Scores N texts (rows) against each of them as reference (columns): (N, N), 0 to 100."""
 
 _CHRF_ORDERS = 6
 _BETA_SQUARED = 4.0
@@ -33,24 +33,27 @@ class MinimumRisk:
     def __init__(
         self, *, decode: Callable[[Iterable[Sequence[int]]], list[str]], pair_scores: PairScores, nbest: int
     ) -> None:
-        """Take what turns tokens into text, what compares texts, and how many to choose."""
+        """Take a function that turns tokens into text, one that compares texts, and the number to choose."""
         self._decode = decode
         self._pair_scores = pair_scores
         self._nbest = nbest
 
     def choose(self, candidates: Sequence[Hypothesis]) -> list[Hypothesis]:
-        """Return the `nbest` best candidates of different texts. Scores stay those of the model."""
+        """Return the `nbest` best candidates with different texts. They keep the scores of the model."""
         texts = self._decode([candidate.tokens for candidate in candidates])
         places = choose(texts, pair_scores=self._pair_scores, nbest=self._nbest)
         return [candidates[place] for place in places]
 
 
 def candidate_options(options: DecodingOptions) -> list[DecodingOptions]:
-    """Return how the candidates of `mbr` are searched for, or drawn, or both; all of them are returned."""
+    """Return the options of the search and of the drawing that give the candidates of `mbr`: one or both.
+
+    Each returns all of its hypotheses.
+    """
     plain = replace(options, mbr=None, samples=0, mbr_over=None)
     passes = []
     if options.candidates != "samples":
-        # What shapes the distribution that is drawn from is not for the search.
+        # Options that shape the distribution for drawing do not apply to the search.
         temperature = 1.0 if options.samples else options.temperature
         searched = replace(plain, nbest=options.beam, temperature=temperature)
         passes.append(replace(searched, sampling_topk=None, sampling_topp=None, seed=None))
@@ -60,14 +63,14 @@ def candidate_options(options: DecodingOptions) -> list[DecodingOptions]:
 
 
 def pair_scores(metric: Literal["chrf", "bleu"], *, target_lang: str) -> PairScores:
-    """Return what compares texts by a metric.
+    """Return the function that compares texts by a metric.
 
     Raises:
         UserError: BLEU in this language needs a tokeniser that is not installed.
     """
     if metric == "chrf":
         return chrf_pairs
-    from nmt.translation.scoring import bleu_tokenizer  # sacreBLEU is not loaded to translate alone
+    from nmt.translation.scoring import bleu_tokenizer  # here, because translation alone needs no sacreBLEU
 
     return partial(bleu_pairs, tokenize=bleu_tokenizer(target_lang))
 
@@ -75,19 +78,19 @@ def pair_scores(metric: Literal["chrf", "bleu"], *, target_lang: str) -> PairSco
 def choose(texts: Sequence[str], *, pair_scores: PairScores, nbest: int) -> list[int]:
     """Return the places of the `nbest` texts with the highest expected score, best first.
 
-    Each text is compared with all of them, itself and its repetitions included, and all count alike. A text that
-    comes several times is returned once, at its first place; of equals the first comes first.
+    Each text is compared with all texts, including itself and its repetitions, and all count the same. A text that
+    comes several times is returned once, at its first place. Of equally good texts the first one comes first.
     """
     if not texts:
         return []
     unique, firsts, counts = np.unique(np.array(texts, dtype=object), return_index=True, return_counts=True)
     expected = pair_scores(unique.tolist()) @ counts / len(texts)
-    order = np.lexsort((firsts, -expected.round(9)))  # equals differ by rounding
+    order = np.lexsort((firsts, -expected.round(9)))  # equal scores may differ by rounding
     return [int(place) for place in firsts[order[:nbest]]]
 
 
 def chrf_pairs(texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return sentence chrF2 (Popović, 2015), white space left out; see `PairScores`."""
+    """Return sentence chrF2 (Popović, 2015) without white space; see `PairScores`."""
     shape = (len(texts), len(texts))
     precision, recall, num_orders = (np.zeros(shape) for _ in range(3))
     characters = [
@@ -95,7 +98,7 @@ def chrf_pairs(texts: Sequence[str]) -> NDArray[np.float64]:
         for text in texts
     ]
     for sizes, matches in _matches(characters, _CHRF_ORDERS):
-        # An order counts where both have n-grams of it.
+        # An order of n-grams counts if both texts have n-grams of it.
         is_there = (sizes[:, None] > 0) & (sizes[None, :] > 0)
         precision += np.divide(matches, sizes[:, None], out=np.zeros(shape), where=is_there)
         recall += np.divide(matches, sizes[None, :], out=np.zeros(shape), where=is_there)
@@ -111,7 +114,7 @@ def bleu_pairs(texts: Sequence[str], *, tokenize: Callable[[str], str]) -> NDArr
     """Return sentence BLEU, with effective order and exponential smoothing; see `PairScores`.
 
     Args:
-        texts: Of N candidates.
+        texts: Those of N candidates.
         tokenize: Puts blanks between words, as sacreBLEU's tokenisers do.
     """
     words = [tokenize(text.rstrip()).split() for text in texts]
@@ -134,17 +137,17 @@ def bleu_pairs(texts: Sequence[str], *, tokenize: Callable[[str], str]) -> NDArr
 def _matches(
     sequences: Sequence[NDArray[np.integer]], max_order: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Count the n-grams of N sequences of symbols, and those that each two have in common.
+    """Count the n-grams of N sequences of symbols, and the n-grams that each two sequences have in common.
 
     Yields:
-        For each order from 1: how many n-grams each has (N,), and the matches of each pair (N, N), an n-gram
-        counting as often as it comes in both.
+        For each order from 1: the number of n-grams of each sequence (N,), and the matches of each pair (N, N). An
+        n-gram counts as often as it comes in both.
     """
     owners = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
     _, symbols = np.unique(np.concatenate([*sequences, np.empty(0, np.int64)]), return_inverse=True)
     starts, codes = np.arange(len(symbols)), np.zeros(len(symbols), dtype=np.int64)
     for order in range(1, max_order + 1):
-        # An n-gram is one of the (n-1)-grams and a symbol more, within the same sequence.
+        # An n-gram is an (n-1)-gram and one more symbol, within the same sequence.
         is_within = starts + order <= len(symbols)
         starts, codes = starts[is_within], codes[is_within]
         is_within = owners[starts] == owners[starts + order - 1]
@@ -156,9 +159,10 @@ def _matches(
 
 
 def _occurrences(owners: NDArray[np.int64], codes: NDArray[np.int64], num_owners: int) -> NDArray[np.float32]:
-    """Return a table (N, G) of ones: N owners, and a column for the first, the second... time of each code (M,).
+    """Return a table (N, G) of zeros and ones, with columns for the first, second ... time of each code (M,).
 
-    So the product of two rows is the number of codes that both have, the rarer one's number of times.
+    A 1 says that an owner has the code at least so often. So the product of two rows is the number of codes that
+    both owners have; a code counts as often as the owner with fewer of it has it.
     """
     order = np.lexsort((codes, owners))
     ranked = np.stack([owners, codes])[:, order]

@@ -65,8 +65,8 @@ class TranslationOptions(Generic[ModelOptionsT]):
 
         Args:
             assets: The model folder.
-            loss: A loss of one's own instead of the label-smoothed cross-entropy, for a task made of this one.
-            train_sides: Opens what is trained on instead of the directory's `train`, likewise.
+            loss: Another loss instead of the label-smoothed cross-entropy, for a task that is built on this one.
+            train_sides: Opens the training pairs instead of the directory's `train`, for such a task.
 
         Raises:
             UserError: An option of the cross-entropy is given together with another loss.

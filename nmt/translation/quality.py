@@ -1,8 +1,8 @@
-"""Which translations to read: signals that need no reference, and the flags that they raise.
+"""Find the translations that a person should read: signals that need no reference, and flags.
 
-Each signal is a number that grows with suspicion, so that lines can be sorted by it; a flag is raised where it
-passes a limit. docs/decoding.md says how well they find bad lines, and `scripts/rank_bad_lines.py` measures it on
-other data.
+The larger a signal is, the more suspicious is the line, so that lines can be sorted by it. A flag is raised if a
+signal passes its limit. docs/decoding.md says how well signals find bad lines, and `scripts/rank_bad_lines.py`
+measures it on other data.
 """
 
 import itertools
@@ -13,29 +13,29 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-_UNSURE = 1.2  # nats a token: the model gave its tokens a probability of 30% in the geometric mean
-_LENGTH_SLACK = 5  # tokens: a short sentence may well double
+_UNSURE = 1.2  # nats a token: in the geometric mean, the model gave its tokens a probability of 30%
+_LENGTH_SLACK = 5  # tokens, because a short sentence may easily become twice as long
 _STRANGE_LENGTH = math.log(1.8)
 _REPEATED = 0.2  # of the bigrams
 _COPIED = 0.5  # of the words
-_FEWEST_COPIED_WORDS = 3  # names and numbers are copied rightly
+_FEWEST_COPIED_WORDS = 3  # shorter texts do not count, because it is right to copy names and numbers
 _NUMBER = re.compile(r"\d(?:[\d.,:'\u00a0\u202f]*\d)?")
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What speaks against a translation, each from 0 (nothing) upwards."""
+    """Signals that a translation may be bad, each from 0 (no suspicion) upwards."""
 
     low_confidence: float  # mean negative log-probability of a token, nats
     strange_length: float  # how far the ratio of tokens is from 1, as |log|, softened for short sentences
-    repetition: float  # share of bigrams of tokens that came before, less that of the source: 0 to 1
-    copied_source: float  # share of the words, from three on, that stand in the source: 0 to 1
-    missing_number: float  # numbers in digits of the source that the translation lacks
+    repetition: float  # share of token bigrams that came before, minus that share in the source: 0 to 1
+    copied_source: float  # share of the words that are in the source, if there are three or more: 0 to 1
+    missing_number: float  # how many of the source's numbers in digits the translation lacks
 
     @property
     def flags(self) -> list[str]:
-        """The names of those that pass their limit."""
+        """The names of the signals that pass their limit."""
         raised = {
             "low_confidence": self.low_confidence > _UNSURE,
             "strange_length": self.strange_length > _STRANGE_LENGTH,
@@ -54,7 +54,7 @@ def find_signals(
     tokens: Sequence[Hashable],
     token_scores: Sequence[float],
 ) -> Signals:
-    """Look at a translation without knowing a better one.
+    """Return the signals of a translation, without a reference.
 
     Args:
         source: The sentence.
@@ -79,7 +79,7 @@ def repeated_share(tokens: Sequence[Hashable]) -> float:
 
 
 def copied_share(source: str, text: str) -> float:
-    """Return the share of a text's words that the source has as well; 0 below three words without digits.
+    """Return the share of a text's words that the source also has; 0 if fewer than three words are without digits.
 
     Case and punctuation do not count.
     """
@@ -91,10 +91,10 @@ def copied_share(source: str, text: str) -> float:
 
 
 def num_missing_numbers(source: str, text: str) -> int:
-    """Return how many numbers in digits of the source the text lacks.
+    """Return how many of the source's numbers in digits are missing in the text.
 
-    Marks within a number do not count (1,000 is 1.000), nor does the script of its digits. A number that is
-    spelled out in the translation is taken for missing.
+    Marks within a number do not count (1,000 is 1.000), and neither does the script of its digits. A number that
+    the translation spells out counts as missing.
     """
     return sum((Counter(_numbers(source)) - Counter(_numbers(text))).values())
 

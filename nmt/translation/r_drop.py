@@ -13,7 +13,7 @@ from nmt.models.protocols import TrainedModel
 from nmt.task import LossOutput
 from nmt.translation.loss import target_features, translation_loss
 
-# Logits of each pass that are held at once, in float32 and some times over: 2 million are 8 MB.
+# Logits of each pass that are in memory at once, in float32 and with several copies: 2 million are 8 MB.
 _LOGITS_AT_ONCE = {"cpu": 2_000_000}
 _LOGITS_AT_ONCE_ELSEWHERE = 32_000_000
 
@@ -21,25 +21,25 @@ _LOGITS_AT_ONCE_ELSEWHERE = 32_000_000
 def r_drop_loss(
     model: TrainedModel, batch: TranslationBatch, *, label_smoothing: float, alpha: float
 ) -> LossOutput:
-    """Return the cross-entropies of two passes with different dropout, and what keeps the two alike.
+    """Return the cross-entropies of two passes with different dropout, plus the divergence between them.
 
-    With p and q, what the two predict for a token, the loss is the sum over the target tokens of
+    If p and q are the predictions of the two passes for a token, the loss is the sum over the target tokens of
 
         CE(p) + CE(q) + alpha * (KL(p || q) + KL(q || p)) / 2
 
-    It costs two passes forward and backward, and their output projections once more in the backward pass: the
-    (N, V) probabilities of both are formed chunk by chunk, and again for their gradient instead of being kept.
-    In evaluation, without dropout, it is the label-smoothed cross-entropy of one pass.
+    It costs two passes forward and backward, and their output projections once more in the backward pass. The
+    (N, V) probabilities of both are computed chunk by chunk; for the gradient they are computed again instead of
+    being kept. In evaluation, without dropout, the loss is the label-smoothed cross-entropy of one pass.
 
     Args:
-        model: The model; what it draws for its dropout differs from pass to pass.
+        model: The model; its dropout differs from pass to pass.
         batch: Padded sentence pairs.
-        label_smoothing: Of both cross-entropies, as in `translation_loss`.
+        label_smoothing: For both cross-entropies, as in `translation_loss`.
         alpha: The weight of the divergence.
 
     Returns:
-        The loss; under "nll" the mean of the two negative log-likelihoods, and under "kl" the divergence without
-        its weight: sums, in nats.
+        The loss; "nll" is the mean of the two negative log-likelihoods, and "kl" the divergence without its
+        weight. All are sums, in nats.
     """
     if not model.training:
         return translation_loss(model, batch, label_smoothing=label_smoothing)

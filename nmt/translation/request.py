@@ -1,4 +1,4 @@
-"""What is asked for one sentence, and what became of it."""
+"""A request to translate one line, and its result."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from nmt.generation.beam_search import Hypothesis
 
 @dataclass(frozen=True)
 class Request:
-    """A line of text, with all that concerns it alone."""
+    """A line of text, with everything that concerns only this line."""
 
     text: str  # without newlines
     prefix: Sequence[int] | NDArray[Any] = ()  # ids that the translation begins with
-    reference: str | None = None  # how somebody else has translated it; it comes back with the translation
+    reference: str | None = None  # a translation by somebody else; comes back together with ours
 
 
 @dataclass(frozen=True)
 class Translation:
-    """A request and what became of it."""
+    """A request and its result."""
 
     request: Request
     texts: list[str]  # of the hypotheses, best first; none for a line without pieces, such as a blank one
     hypotheses: list[Hypothesis]
     source_ids: NDArray[Any]  # (S,) the pieces that were translated, without eos
-    num_dropped_pieces: int = 0  # at the end of a source that is too long: they were not translated
-    parts: Sequence[str] = ()  # of a source that is too long: they were translated apart; none if it was not
-    is_given: bool = False  # the texts are as a user has given them to be scored, not as a model spells them
+    num_dropped_pieces: int = 0  # at the end of a source that is too long; they were not translated
+    parts: Sequence[str] = ()  # of a source that is too long, if its parts were translated separately
+    is_given: bool = False  # the texts were given by a user to be scored, and not made by a model
 
     @property
     def source(self) -> str:
-        """The line that was to be translated."""
+        """The line to translate."""
         return self.request.text
 
     @property
@@ -44,7 +44,7 @@ class Translation:
 
     @property
     def num_parts(self) -> int:
-        """How many sentences were translated; eos stands between their ids."""
+        """The number of sentences that were translated; there is an eos between their ids."""
         return max(len(self.parts), 1)
 
 
@@ -52,5 +52,5 @@ class ScoredText(NamedTuple):
     """A translation and how sure the model is of it."""
 
     text: str
-    score: float  # log-probability, natural, divided by length ** lenpen
-    token_scores: list[float]  # log-probability of each piece, and at the end of the end of sentence
+    score: float  # natural log-probability, divided by length ** lenpen
+    token_scores: list[float]  # log-probability of each piece, and last that of the end of sentence

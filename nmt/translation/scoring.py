@@ -16,8 +16,8 @@ from nmt.data.text import is_blank
 from nmt.errors import UserError, counted
 
 _SIGNIFICANT = 0.05
-# In words of the longer side. What TER takes grows with the third power: at this length a line takes up to four
-# seconds where all words are in another order, and at 900 words half a minute.
+# In words of the longer side. The time of TER grows with the third power of it. At this length a line takes up to
+# four seconds, if all words are in another order; at 900 words half a minute.
 LONGEST_TER_LINE = 150
 _LOW_BLEU = 1.0
 _OWN_TOKENIZERS = ("zh", "ja", "ko")  # of sacreBLEU
@@ -43,19 +43,19 @@ class Comparison:
     name: str
     baseline: float
     score: float
-    p_value: float  # two-sided, of a paired bootstrap
+    p_value: float  # two-sided, from a paired bootstrap
     signature: str
     num_left_out: int = 0  # lines that are too long for TER
 
     @property
     def is_significant(self) -> bool:
-        """Whether so large a difference comes by chance in less than 5% of cases."""
-        # sacreBLEU's p-value of two equal systems is the least there is, so equal scores are told apart here.
+        """Whether chance alone would give such a large difference in less than 5% of cases."""
+        # For two equal systems sacreBLEU's p-value is the lowest possible, so equal scores are treated here.
         return self.score != self.baseline and self.p_value < _SIGNIFICANT
 
     @property
     def is_better(self) -> bool:
-        """Whether the second system's score is the better one; TER counts errors."""
+        """Whether the second system's score is better; a lower TER is better, because it counts errors."""
         return self.score < self.baseline if self.name == "TER" else self.score > self.baseline
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class Comparison:
 
 
 class RunningScores:
-    """BLEU, chrF and TER of a corpus that comes in parts: sums of statistics are all that is kept of it.
+    """BLEU, chrF and TER of a corpus that comes in parts; only sums of statistics are kept.
 
     Lines of more than `LONGEST_TER_LINE` words are left out of TER, and counted.
     """
@@ -84,7 +84,7 @@ class RunningScores:
         self._sums: list[Any] = [None for _ in self._metrics]
 
     def add(self, translations: Sequence[str], references: Sequence[str]) -> None:
-        """Take in some lines and their references."""
+        """Add some lines and their references."""
         assert len(translations) == len(references)
         if not translations:
             return
@@ -98,13 +98,13 @@ class RunningScores:
                 self._num_left_out += len(translations) - len(texts[0])
                 if not texts[0]:
                     continue
-            # sacreBLEU's bootstrap is built on the same two steps; a test holds them against `corpus_score`.
+            # sacreBLEU's bootstrap uses the same two methods; a test compares them with `corpus_score`.
             statistics = np.array(metric._extract_corpus_statistics(texts[0], [texts[1]])).sum(axis=0)
             sums = self._sums[index]
             self._sums[index] = statistics if sums is None else sums + statistics
 
     def nothing_compared(self) -> str | None:
-        """Return a line if one side has no text at all: its score of 0 says nothing of a system."""
+        """Return a line of text if one side is empty, because its score of 0 then says nothing about a system."""
         blank = [side for side, has_text in self._has_text.items() if not has_text]
         if not blank or not self.num_lines:
             return None
@@ -122,7 +122,7 @@ class RunningScores:
 
 
 def low_bleu_note(bleu: float, chrf: float) -> str | None:
-    """Return a line if BLEU, which counts four words in a row, is too low to tell one system from another."""
+    """Return a line of text if BLEU, which counts four words in a row, is too low to compare systems."""
     if bleu >= _LOW_BLEU:
         return None
     return f"BLEU is below 1 and tells little: chrF is the number to look at, {chrf:.1f} here"
@@ -135,7 +135,8 @@ def bleu(translations: Sequence[str], references: Sequence[str], *, target_lang:
         translations: One a line.
         references: As many.
         target_lang: Chooses the tokenisation: sacreBLEU's own for Chinese, Japanese and Korean, characters for
-            others that are written without blanks, else 13a. Any code will do (`zh-Hans`, `zho_Hans`, `cmn`).
+            other languages that are written without blanks, else 13a. All kinds of codes work (`zh-Hans`,
+            `zho_Hans`, `cmn`).
 
     Raises:
         UserError: The numbers differ, or the tokenisation needs a package that is not installed.
@@ -144,7 +145,7 @@ def bleu(translations: Sequence[str], references: Sequence[str], *, target_lang:
 
 
 def bleu_tokenizer(target_lang: str) -> Callable[[str], str]:
-    """Return the tokenisation of `bleu`, which puts blanks between words; errors are the same."""
+    """Return the tokenisation of `bleu`, which puts blanks between words; it raises the same errors."""
     tokenizer: Callable[[str], str] = _bleu_metric(target_lang).tokenizer
     return tokenizer
 
@@ -159,7 +160,7 @@ def chrf(translations: Sequence[str], references: Sequence[str]) -> Score:
 
 
 def ter(translations: Sequence[str], references: Sequence[str], *, target_lang: str) -> Score:
-    """Return corpus TER (Snover et al., 2006): edits for 100 words of the reference, so less is better.
+    """Return corpus TER (Snover et al., 2006): edits for 100 words of the reference; lower is better.
 
     Characters are words in Chinese and Japanese.
 
@@ -186,9 +187,9 @@ def sentence_chrf(translations: Sequence[str], references: Sequence[str]) -> lis
 def compare(
     translations: Sequence[str], baseline: Sequence[str], references: Sequence[str], *, target_lang: str
 ) -> list[Comparison]:
-    """Compare two systems by paired bootstrap resampling (Koehn, 2004), which is sacreBLEU's.
+    """Compare two systems by sacreBLEU's paired bootstrap resampling (Koehn, 2004).
 
-    It holds the statistics of all its 1,000 resamples at once: about 80 kB of memory a line.
+    It keeps the statistics of all its 1,000 resamples in memory: about 80 kB a line.
 
     Args:
         translations: One a line.
@@ -197,7 +198,7 @@ def compare(
         target_lang: As for `bleu`.
 
     Returns:
-        BLEU, chrF2 and TER; TER of the lines that are short enough for it, if there are any.
+        BLEU, chrF2 and TER; TER only for lines that are short enough for it, if there are any.
 
     Raises:
         UserError: The numbers of lines differ, or a tokeniser is missing.
@@ -238,10 +239,10 @@ def _compare(
 
 
 def _short_lines(metric: Any, *texts: list[str]) -> list[list[str]]:
-    """Return parallel texts without the lines that are too long for TER in one of them."""
+    """Return parallel texts without the lines that are too long for TER in any of the texts."""
 
     def is_short(line: str) -> bool:
-        # A line has no more words than characters, so that few lines need to be cut into words.
+        # A line has no more words than characters, so few lines need to be split into words.
         return (
             len(line) <= LONGEST_TER_LINE or len(metric._preprocess_segment(line).split()) <= LONGEST_TER_LINE
         )
@@ -257,7 +258,7 @@ def _describe_left_out(num_left_out: int) -> str:
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """Say in a sentence what a comparison means."""
+    """Return a sentence that says what a comparison means."""
     significant = [x for x in comparisons if x.is_significant]
     names = ", ".join(x.name for x in significant)
     if all(x.score == x.baseline for x in comparisons):

@@ -1,4 +1,4 @@
-"""Requests as what a model is given: sentences of ids. A line that is too long becomes several of them."""
+"""Turn requests into sentences of ids for a model. A line that is too long becomes several sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nmt.translation.request import Request, Translation
 
 TooLong = Literal["split", "truncate", "error"]
 """What becomes of a line of more pieces than a model has positions for: it is split at punctuation and its parts
-are translated apart, or its end is cut off, or it is an error."""
+are translated separately, or its end is cut off, or it is an error."""
 
 Ids = NDArray[Any]
 NOTHING: Ids = np.empty(0, dtype=np.int32)
@@ -36,28 +36,28 @@ def in_buffers(lines: Iterable[str | Request], size: int) -> Iterator[list[Reque
 
 @dataclass(frozen=True)
 class Sentence:
-    """What is batched."""
+    """One item of a batch."""
 
     source: Ids  # (S,) eos at the end
-    target: Ids  # (T,) what its translation begins with, or the whole of it, eos at the end, to be scored
-    number: int  # of its line and part: what is drawn for it depends on the seed and on this
+    target: Ids  # (T,) a forced beginning of the translation; or the whole translation with eos, to be scored
+    number: int  # of its line and part; with the seed it determines what is drawn for the sentence
     request: Request
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Of both sides."""
+        """The lengths of both sides."""
         return len(self.source), len(self.target)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A request and its sentences: one, or none of a line without pieces, or the parts of a long line."""
+    """A request and its sentences: usually one, none if the line has no pieces, or the parts of a long line."""
 
     request: Request
-    ids: Ids  # of all sentences without eos, but eos between the parts
+    ids: Ids  # of all sentences, with eos between the parts but not at the end
     sentences: list[Sentence] = field(default_factory=list)
     num_dropped: int = 0
-    texts: Sequence[str] = ()  # of the parts, where the line was split
+    texts: Sequence[str] = ()  # of the parts, if the line was split
 
 
 class Lines:
@@ -66,7 +66,7 @@ class Lines:
     def __init__(
         self, segmenter: Segmenter | PieceSegmenter, *, longest: int, too_long: TooLong, first_line: int = 1
     ) -> None:
-        """Take what splits text into pieces, the most pieces of a sentence, and the number of the first line."""
+        """Take the segmenter, the most pieces of a sentence, and the number of the first line."""
         self._segmenter = segmenter
         self._longest = longest
         self._too_long = too_long
@@ -76,8 +76,8 @@ class Lines:
         """Turn the next requests into lines.
 
         Args:
-            requests: As they come.
-            targets: Ids of given translations, eos at the end, to be scored instead of what they begin with.
+            requests: In the order of their lines.
+            targets: Ids of given translations to score, eos at the end; they replace forced beginnings.
 
         Raises:
             UserError: A line is too long, and that is to be an error.
@@ -123,7 +123,7 @@ class Lines:
         return [
             Sentence(
                 np.append(ids, EOS_ID),
-                target if part == 0 else NOTHING,  # a forced beginning is that of the first part
+                target if part == 0 else NOTHING,  # a forced beginning belongs to the first part
                 self._number + part * _MOST_LINES,
                 request,
             )
@@ -140,14 +140,14 @@ def to_translation(
     language: str,
     lenpen: float,
 ) -> Translation:
-    """Put a line together from the results of its sentences.
+    """Put the translation of a line together from the results of its sentences.
 
     Args:
-        line: As it was read.
+        line: The line, from `Lines.read`.
         results: Hypotheses of each sentence, best first.
         segmenter: Turns ids into text.
-        language: Of the target.
-        lenpen: Of the joined score of parts.
+        language: The target language.
+        lenpen: Exponent of the length in the joined score of parts.
     """
     if len(results) <= 1:
         hypotheses = results[0] if results else []

@@ -102,8 +102,8 @@ class TranslationTask:
     def open_split(self, split: str) -> ParallelDataset:
         """Open "train", "valid" or "test" of the data directory, or what is trained on instead of its "train".
 
-        A validation or test set is measured as it is: what is longer than the model has positions for is cut for
-        the loss alone.
+        A validation or test set is measured as it is. An example that is longer than the model has positions for
+        is cut only for the loss.
 
         Raises:
             UserError: The split is missing or damaged, was made with another vocabulary than the model's, or
@@ -132,8 +132,8 @@ class TranslationTask:
         if len(dataset) == 0:
             raise UserError(f"{named} must hold pairs, but is empty. Make it again.")
         if split == "valid" and self.options.eval_bleu:
-            self._scores(["a"], ["a"])  # a tokeniser that is missing is found out here
-            # So is a SentencePiece model that is not the dictionary's, and raw text that cannot be read.
+            self._scores(["a"], ["a"])  # raises an error now if a tokeniser is missing
+            # These do so if the SentencePiece model does not fit the dictionary, or raw text cannot be read.
             self.target_segmenter.decode([[UNK_ID]])
             if directory.has_raw_text:
                 self._references(dataset)
@@ -159,7 +159,7 @@ class TranslationTask:
         )
 
     def look_over(self, train: ParallelDataset, valid: ParallelDataset, world: World) -> list[str]:
-        """Say what the vocabularies do not know, and what is amiss; data of others come without a report."""
+        """Return lines on unknown tokens and on faults of the data, which may come from another program."""
         if not world.is_main:
             return []
         return [
@@ -172,7 +172,7 @@ class TranslationTask:
         ]
 
     def why_padded(self, model: nn.Module) -> str | None:
-        """Return what is not ours in the loss or in a model: it may know padded batches alone."""
+        """Return why batches are padded and not packed: a loss or a model that is not ours may need padding."""
         if self.options.r_drop:
             return "`r-drop` is computed on padded batches alone"
         if self.packed_loss is None or type(self).compute_loss is not TranslationTask.compute_loss:
@@ -195,7 +195,7 @@ class TranslationTask:
         return self.loss(cast(TranslationModel, model), batch)
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return loss, negative log-likelihood and R-Drop's divergence a target token (nats); the perplexity."""
+        """Return, for each target token in nats, loss, likelihood and R-Drop's divergence; and the perplexity."""
         num_targets = max(sums["num_targets"], 1.0)
         means = {name: sums[name] / num_targets for name in ("loss", "nll", "kl") if name in sums}
         return {**means, "ppl": math.exp(min(means["nll"], 700.0))}  # float64 ends at exp(709)
@@ -223,7 +223,7 @@ class TranslationTask:
     def remarks(
         self, model: nn.Module, examples: ParallelDataset, results: Mapping[str, float], world: World
     ) -> list[str]:
-        """Show some translations, the same sentences each time; say so where BLEU is too low to mean anything."""
+        """Show some translations, the same sentences each time; add a note if BLEU is too low to mean anything."""
         if not world.is_main or len(examples) == 0 or not self.options.eval_bleu:
             return []
         shown = _spread(len(examples), _NUM_SAMPLES)
@@ -235,7 +235,7 @@ class TranslationTask:
         return lines if note is None else [*lines, note]
 
     def next_command(self, model: Path) -> str:
-        """Return how to translate with a model of this task."""
+        """Return the command that translates with a model of this task."""
         return f"nmt-generate --model {model} --input FILE.{self.source_lang}"
 
     def is_same_asset(self, before: Path, now: Path) -> bool:
@@ -243,7 +243,7 @@ class TranslationTask:
         return is_same_file(before, now)
 
     def save_assets(self, folder: Path) -> None:
-        """Copy what translating needs besides the weights: vocabularies, segmenter, languages."""
+        """Copy what translation needs besides the weights: vocabularies, segmenter, languages."""
         self.assets.save(folder)
 
     def _translate(
@@ -251,8 +251,8 @@ class TranslationTask:
     ) -> dict[int, str]:
         """Return the best translation of each of some examples, by its index."""
         decoding = DecodingOptions(beam=self.options.eval_beam or _BEAM)
-        fast = self._search_form(model, world)  # made each time: it holds the weights as they are now
-        # Training goes on in the memory of what is recorded: that is made anew too.
+        fast = self._search_form(model, world)  # made each time: it copies the weights as they are now
+        # Recordings are made each time, too, because training reuses their memory.
         in_place = static_search([fast]) if world.device.type == "cuda" else None
         return translate_held_out(
             Generator([fast], decoding, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, static_search=in_place),
@@ -267,26 +267,26 @@ class TranslationTask:
         )
 
     def check_model(self, model: nn.Module, world: World) -> None:
-        """Say so on rank 0 if validations cannot search by the fast form of the model."""
+        """Log it on rank 0 if validations cannot search with the fast form of the model."""
         if self.options.eval_bleu:
             self._search_form(model, world)
 
     def _search_form(self, model: nn.Module, world: World) -> SearchModel:
         form, remark = search_form(cast(TranslationModel, model))
         if remark is not None and remark != self._said:
-            self._said = remark  # once, and not at each validation
+            self._said = remark  # so that it is logged once, and not at each validation
             if world.is_main:
                 print(f"warning: {remark}", file=sys.stderr)
         return form
 
     def _scores(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        from nmt.translation.scoring import bleu, chrf  # sacreBLEU is not loaded to translate alone
+        from nmt.translation.scoring import bleu, chrf  # here, because translation alone needs no sacreBLEU
 
         score = bleu(texts, references, target_lang=self.target_lang).score
         return {"bleu": score, "chrf": chrf(texts, references).score}
 
     def _references(self, examples: ParallelDataset) -> list[str]:
-        """Return the raw target text of a split, or its pieces where no raw text was kept."""
+        """Return the raw target text of a split, or its pieces if no raw text was kept."""
         if (raw := self._raw_text(examples, self.target_lang)) is not None:
             return raw
         return self.target_segmenter.decode(
@@ -294,7 +294,7 @@ class TranslationTask:
         )
 
     def _source_text(self, examples: ParallelDataset) -> Callable[[int], str]:
-        """Return what gives the source of an example as text; the raw text is read when one is asked for."""
+        """Return a function from an index to its source text; the raw text is read at its first call."""
         raw: list[str] | None = None
 
         def text(index: int) -> str:
@@ -305,7 +305,7 @@ class TranslationTask:
         return text
 
     def _raw_text(self, examples: ParallelDataset, lang: str) -> list[str] | None:
-        """Return one side of a split as it was before it was split into pieces, if that was kept."""
+        """Return one side of a split as text before segmentation, if it was kept."""
         if examples.split not in ("valid", "test"):
             return None
         directory = self._data_directory()
@@ -329,14 +329,14 @@ def _loss_of(options: TranslationOptions[Any]) -> TranslationLoss:
 
 
 def _open_side(directory: DataDirectory, split: str, lang: str, vocabulary: Vocabulary) -> IndexedDataset:
-    """Open one side of a split, and look whether it belongs to its vocabulary."""
+    """Open one side of a split, and check that it fits its vocabulary."""
     side = IndexedDataset(directory.split_prefix(split, lang))
     side.check_ids(len(vocabulary), directory.path / dictionary_name(lang))
     return side
 
 
 def _spread(number: int, shown: int) -> list[int]:
-    """Return some of so many indices, evenly spread."""
+    """Return `shown` of `number` indices, evenly spread."""
     found: list[int] = np.unique(np.linspace(0, number - 1, shown).astype(np.int64)).tolist()
     return found
 

@@ -1,4 +1,4 @@
-"""Text in, text out: segmenter, batches by length, search, and the order of the input again."""
+"""Text in, text out: segmenter, batches by length, search, and results in the order of the input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from nmt.translation.sentences import END, Ids, Line, Lines, TooLong, in_buffers
 from nmt.translation.task import TranslationTask
 from nmt.translation.unknown_pieces import UnknownPieces
 
-_SHAPES_A_THREAD = 16  # of products in a step of the search: each thread takes batches of its own
+_SHAPES_A_THREAD = 16  # shapes of products in a step of the search, for each thread with its own batches
 
 
 class Translator:
@@ -77,13 +77,13 @@ class Translator:
             models: At least one.
             task: Their vocabularies, and how text becomes pieces.
             device: Where they are.
-            input_is_pieces: Sources and references are split into pieces already, joined by blanks.
-            precision: Of the weights that search; "fp32" leaves them as they are.
-            in_place: Whether to search as is made for GPUs (`StaticSearch`), one batch at a time; on those alone
-                if it is left out. Results are the same.
+            input_is_pieces: Sources and references are already split into pieces, joined by blanks.
+            precision: The precision of the weights in the search; "fp32" leaves them as they are.
+            in_place: Whether to use the search for GPUs (`StaticSearch`), one batch at a time. If left out, only
+                on a GPU. Results are the same.
 
         Raises:
-            UserError: There is no such precision, or not on this machine.
+            UserError: This precision does not exist, or this machine cannot compute in it.
         """
         check_precision(precision, device)
         self.models = models
@@ -107,7 +107,7 @@ class Translator:
         # cores without most of them waiting. PyTorch lets go of Python's lock while it computes.
         is_for_cores = self.device.type == "cpu" and self.static_search is None
         self.engine = Engine(num_cores if is_for_cores else lambda: 1)
-        # Before a search has taken any of it: batches stay of one size.
+        # Asked before any search takes memory, so that batches keep one size.
         self._free_memory = free_memory(self.device)
         self.source_segmenter = (
             PieceSegmenter(task.source_vocabulary) if input_is_pieces else task.source_segmenter
@@ -126,7 +126,7 @@ class Translator:
         precision: Precision = "fp32",
         in_place: bool | None = None,
     ) -> Translator:
-        """Load a model folder, or several whose probabilities are averaged; see the constructor.
+        """Load a model folder, or several; the probabilities of several models are averaged. See the constructor.
 
         Raises:
             UserError: A folder is no model folder, is damaged, or holds a model that does not translate; or the
@@ -148,18 +148,18 @@ class Translator:
     def translate(self, lines: Sequence[str | Request], **decoding: Unpack[DecodingKeywords]) -> list[str]:
         """Return the best translation of each line; that of a blank line is empty.
 
-        A line that is too long for the model is cut at punctuation, and its parts are translated apart.
+        A line that is too long for the model is cut at punctuation, and its parts are translated separately.
 
         Args:
-            lines: Raw text, without newlines; or requests, which say more of a line.
+            lines: Raw text, without newlines; or requests, which say more about a line.
             **decoding: Fields of `DecodingOptions`, such as `beam=5`.
 
         Raises:
             UserError: An option has a value that makes no sense, or `lines` is one string.
 
         Warns:
-            UserWarning: Many pieces of the lines are unknown to the model, or they look as if they were in pieces
-                already; once a call.
+            UserWarning: Many pieces of the lines are unknown to the model, or the lines look as if they were
+                already in pieces; at most once a call.
         """
         return [translation.text for translation in self._translate_all(lines, DecodingOptions(**decoding))]
 
@@ -210,14 +210,14 @@ class Translator:
             lines: Text without newlines, or requests, which say more of a line.
             options: How to search.
             batching: How to gather lines.
-            too_long: What becomes of a line that is too long for the models.
+            too_long: What to do with a line that is too long for the models.
             on_progress: Called with the number of lines that have just been translated.
 
         Yields:
             One translation for each line, in the order of the lines.
 
         Raises:
-            UserError: A line is too long, and that is to be an error; or the memory does not suffice for one.
+            UserError: A line is too long and `too_long` is "error"; or there is not enough memory for a line.
         """
         batching = self._batching(batching, options.beam)
         queue = self._search_queue(options, batching)
@@ -236,18 +236,18 @@ class Translator:
     ) -> list[Future[Translation]]:
         """Begin to translate, and return at once.
 
-        Whoever asks at the same time with equal options shares batches, here and in `translate`; no result depends
-        on that. The sentences of a call are numbered from 1, which is what random numbers depend on.
+        Calls at the same time with equal options share batches, here and in `translate`; no result depends on
+        this. The sentences of a call are numbered from 1, and random numbers depend on these numbers.
 
         Args:
-            requests: Text without newlines, or requests, which say more of a line.
+            requests: Text without newlines, or requests, which say more about a line.
             options: How to search.
             batching: How to gather lines; `buffer_size` does not matter.
-            too_long: What becomes of a line that is too long for the models.
+            too_long: What to do with a line that is too long for the models.
 
         Returns:
-            What each line's translation will be, or its error: a `UserError` if it is too long, and that is to be
-            an error, or if the memory does not suffice for it. What has not begun may be cancelled.
+            A future for each line, with its translation or its error: a `UserError` if the line is too long and
+            `too_long` is "error", or if there is not enough memory for it. It may be cancelled before it begins.
 
         Raises:
             UserError: An option has a value that makes no sense.
@@ -276,16 +276,16 @@ class Translator:
         """Let the model score the references of requests, instead of searching for its own translations.
 
         Args:
-            requests: One without a reference is scored as if that were empty.
+            requests: A request without a reference is scored as if its reference were empty.
             batching: How to gather lines.
-            too_long: "truncate" or "error", as in `translate_lines`; the parts of a reference are not known.
+            too_long: "truncate" or "error", as in `translate_lines`; a reference cannot be split into parts.
             on_progress: Called with the number of lines that have just been scored.
 
         Yields:
             For each request its reference as the only hypothesis, in their order.
 
         Raises:
-            UserError: A reference is longer than the models have positions for, or a line is and that is an error.
+            UserError: A reference is too long for the models; or a line is, and `too_long` is "error".
         """
         assert too_long != "split"
         batching = batching or Batching()
@@ -307,7 +307,7 @@ class Translator:
         return score_given(self.models, batch.source, batch.target_input, batch.target, pad_id=PAD_ID)
 
     def encode_reference(self, line: str, *, number: int) -> Ids:
-        """Return the ids of target text, eos at the end; `number` serves to name the line of an error.
+        """Return the ids of target text, eos at the end; `number` names the line in an error.
 
         Raises:
             UserError: It is longer than the models have positions for.
@@ -349,12 +349,12 @@ class Translator:
     def _queue(
         self, what: object, batching: Batching, search: BatchSearch, *, beam_size: int = 2
     ) -> BatchQueue:
-        """Return where sentences wait for the same to be done to them, in batches of the same sizes."""
+        """Return the queue of sentences that wait for the same work, in batches of the same limits."""
         limits = batching.limits(beam_size)
         return self.engine.queue(repr((what, limits)), lambda: BatchQueue(search.run, limits))
 
     def _jobs(self, lines: Sequence[Line], options: DecodingOptions) -> list[Job]:
-        """Return what is to be run for each line, and then makes its translation."""
+        """Return a job for each line, which runs its sentences and then makes its translation."""
         finish = partial(
             to_translation,
             segmenter=self.task.target_segmenter,

@@ -1,4 +1,4 @@
-"""Text that a model can make nothing of: pieces that it does not know, special symbols, pieces for raw text."""
+"""Text that a model cannot use: unknown pieces, special symbols, and pieces in place of raw text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from nmt.data.vocabulary import UNK_ID
 from nmt.errors import by_number, counted
 
 _LARGE_SHARE = 0.05
-_LARGE_SHARE_OF_DATA = 0.1  # as nmt-preprocess has it
-_SIGNS_OF_PIECES = ("▁", "@@ ")  # SentencePiece's mark of a blank, and the end of a piece of subword-nmt
+_LARGE_SHARE_OF_DATA = 0.1  # the same share as in nmt-preprocess
+_SIGNS_OF_PIECES = ("▁", "@@ ")  # SentencePiece's mark of a blank, and subword-nmt's end of a piece
 
 
 def about_unknown(name: str, shares: tuple[float, float]) -> list[str]:
-    """Return a line on the shares of a split's source and target tokens that are unknown, unless none are."""
+    """Return a line on the shares of unknown source and target tokens of a split, or none if all are known."""
     if not any(shares):
         return []
     line = "{}: {:.2%} of the source tokens and {:.2%} of the target tokens are <unk>".format(name, *shares)
@@ -29,9 +29,9 @@ def about_unknown(name: str, shares: tuple[float, float]) -> list[str]:
 
 
 def about_specials(name: str, num_within: int, num_without_end: int) -> list[str]:
-    """Return a line on special symbols of a split where none belong, and one where they are missing.
+    """Return lines on special symbols of a split: one if they are in wrong places, and one if they are missing.
 
-    fairseq-preprocess makes them of words that are spelled so.
+    fairseq-preprocess makes special symbols from words with the same spelling.
     """
     lines = []
     if num_within:
@@ -53,12 +53,12 @@ class UnknownPieces:
     """Counts the pieces of a stream of lines, and says at its end what is wrong with them."""
 
     def __init__(self, segmenter: Segmenter | PieceSegmenter, *, named: str, input_is_pieces: bool) -> None:
-        """Take what splits the text.
+        """Begin to count.
 
         Args:
-            segmenter: What the lines were split by.
-            named: What the lines are: "input".
-            input_is_pieces: Whether the user has said that they are in pieces.
+            segmenter: Splits the lines.
+            named: What to call the lines in a warning, such as "input".
+            input_is_pieces: Whether the user has said that the lines are in pieces.
         """
         self._has_model = isinstance(segmenter, Segmenter)
         self._named = named
@@ -69,7 +69,7 @@ class UnknownPieces:
         self._num_in_pieces = 0
 
     def add(self, line: str, ids: Sequence[int] | NDArray[Any]) -> None:
-        """Take in the next line and its ids."""
+        """Count the next line and its ids."""
         if not len(ids):
             return
         self._num_lines += 1

@@ -15,11 +15,11 @@ _KEPT = (BOS_ID, EOS_ID, PAD_ID)
 
 
 def drop_words(batch: AnyBatch, probability: float) -> AnyBatch:
-    """Replace tokens of the source and of the decoder's input by the unknown one; targets stay.
+    """Replace tokens of the source and of the decoder's input by the unknown token; targets stay.
 
     Args:
-        batch: Padded or packed sentence pairs; no beginning, end or padding is replaced.
-        probability: Of each token, on its own; drawn from the seeded generator of the batch's device.
+        batch: Padded or packed sentence pairs. Tokens at the beginning or end, and padding, are never replaced.
+        probability: For each token separately; drawn from the seeded generator of the batch's device.
     """
     if isinstance(batch, PackedTranslationBatch):
         dropped = batch.clone()

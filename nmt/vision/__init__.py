@@ -1,1 +1,1 @@
-"""The image-classification task: a plugin, made of what the core offers to any package."""
+"""The image-classification task: a plugin that uses only what the core offers to all packages."""

@@ -1,4 +1,4 @@
-"""Labelled images in the binary files of CIFAR-10 and CIFAR-100; those that are pickles are not read."""
+"""Labelled images in the binary files of CIFAR-10 and CIFAR-100. Their pickle files are not read."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _PIXELS = 3 * _SIDE * _SIDE  # red, green and blue, each row by row
 
 
 class _Layout(NamedTuple):
-    """How one of the two data sets lies in its files."""
+    """The layout of the files of one of the two data sets."""
 
     below: str
     """The folder that its archive unpacks to."""
@@ -21,7 +21,7 @@ class _Layout(NamedTuple):
     classes: str
     """The file of the names of the classes, one a line."""
     num_labels: int
-    """Bytes of labels before the pixels; the last one is meant."""
+    """Bytes of labels before the pixels; the last one is used."""
 
 
 _LAYOUTS = (
@@ -50,7 +50,7 @@ def open_cifar(folder: Path, split: Split) -> StoredImages:
     """Read images, labels and the names of the classes.
 
     Raises:
-        UserError: A file is missing or damaged, or they do not fit together.
+        UserError: A file is missing or damaged, or the files do not fit together.
     """
     layout = next(layout for layout in _LAYOUTS if (folder / layout.classes).is_file())
     text = (folder / layout.classes).read_text(encoding="utf-8", errors="replace")

@@ -24,14 +24,14 @@ from nmt.vision.task import ImageClassificationTask
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model makes of an image."""
+    """The classes that a model gives to an image."""
 
     path: Path | None
-    """Its file, if it was named by one."""
+    """The image file, if a file was given."""
     top: tuple[tuple[str, float], ...]
-    """The likeliest classes with their probabilities, the likeliest first; none if it cannot be read."""
+    """The likeliest classes with their probabilities, the likeliest first; none if the image cannot be read."""
     error: str | None = None
-    """Why it cannot be read."""
+    """Why the image cannot be read."""
 
     @property
     def label(self) -> str | None:
@@ -58,7 +58,7 @@ class Classifier:
         Args:
             model: (B, channels, size, size) -> (B, N) scores.
             classes: The names of the N classes.
-            format_: What it sees.
+            format_: The images that the model takes.
         """
         self.model = model.eval()
         self.classes = tuple(classes)
@@ -70,7 +70,7 @@ class Classifier:
         """Load a model folder.
 
         Raises:
-            UserError: It is none, or its model does not classify images.
+            UserError: It is not a model folder, or its model does not classify images.
         """
         task: Any
         model, task = load_model(Path(folder), device)
@@ -81,13 +81,13 @@ class Classifier:
     def predict(
         self, images: Iterable[Any], *, top: int = 5, batch_size: int = 64, flips: bool = False
     ) -> Iterator[Prediction]:
-        """Yield a prediction for each image, in their order, as they come.
+        """Yield a prediction for each image, in the order of the images.
 
         Args:
-            images: Files, images of Pillow, or arrays: (H, W) or (H, W, 3) uint8.
+            images: Files, Pillow images, or arrays: (H, W) or (H, W, 3) uint8.
             top: Number of classes to give for each.
             batch_size: How many images to take at once.
-            flips: Take the mean of the probabilities of each image and of its mirror image.
+            flips: Whether to take the mean of the probabilities of each image and its mirror image.
         """
         waiting = iter(images)
         while batch := list(islice(waiting, batch_size)):
@@ -104,7 +104,7 @@ class Classifier:
                 yield Prediction(path, tuple(zip(names, values.tolist(), strict=True)))
 
     def _read(self, image: Any) -> Tensor | str:
-        """Return what the model is to see, (C, H, W) uint8, or why an image cannot be read."""
+        """Return the image for the model, (C, H, W) uint8, or the reason why it cannot be read."""
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
         elif not isinstance(image, Image.Image):

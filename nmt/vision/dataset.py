@@ -23,7 +23,7 @@ from nmt.vision.preprocessing import ImageFormat, augment, centre, mix, normaliz
 from nmt.vision.sources import ImageSource
 
 UNREADABLE = -100
-"""The label of a place in a batch whose image cannot be read: `cross_entropy` passes it over."""
+"""The label of an image in a batch that cannot be read; `cross_entropy` ignores it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ImageBatch:
     images: Tensor
     """(B, C, H, W) float32, normalised."""
     labels: Tensor
-    """(B,) int64, or `UNREADABLE`; or (B, number of classes) float32, shares of each, where images are blends."""
+    """(B,) int64, or `UNREADABLE`. If images are blended: (B, number of classes) float32, the share of each."""
 
     @property
     def num_examples(self) -> int:
@@ -42,7 +42,7 @@ class ImageBatch:
 
     @property
     def num_targets(self) -> int:
-        """B without the unreadable ones: the loss is a mean over images."""
+        """B without the unreadable images: the number of images that the loss is a mean over."""
         if self.labels.is_floating_point():
             return len(self.images)
         return int((self.labels != UNREADABLE).sum())
@@ -59,10 +59,10 @@ class ImageBatch:
 class ImageExamples:
     """Images of a split, varied at random if they are for training.
 
-    What is random is drawn from torch's global generator when an image is read and when a batch is made.
+    Random numbers come from torch's global generator, when an image is read and when a batch is made.
 
-    Of up to `max_unreadable` images that cannot be read others take the place in training; in validation they do
-    not count. It is a limit for each process that reads, which knows those that `unreadable` has when it starts.
+    Up to `max_unreadable` images may be unreadable. In training other images take their place; in validation they
+    do not count. The limit holds for each process that reads. A process begins with those in `unreadable`.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class ImageExamples:
         """Take images as they are stored.
 
         Args:
-            source: The images. It pickles as its path, and the examples with it.
-            format_: What the model sees.
-            augmentation: How images are varied, with `crop` and `hflip` decided on; None for not at all.
-            classes: The classes of the model, all of those that the images have and perhaps more; theirs if None.
-            max_unreadable: How many images may be such that they cannot be read.
-            unreadable: Those that are known to be.
+            source: The images. It is pickled as its path, and so are the examples.
+            format_: The images that the model takes.
+            augmentation: How images are varied, with `crop` and `hflip` already chosen; None for not at all.
+            classes: The classes of the model: all those of the images, and perhaps more. None for just those.
+            max_unreadable: How many images may be unreadable.
+            unreadable: Images that are known to be unreadable.
         """
         self.source = source
         self.format = format_
@@ -105,15 +105,15 @@ class ImageExamples:
         return _reopen, (self.source.__reduce__(), self.format, self.augmentation, settings)
 
     def fingerprint(self) -> str:
-        """Return what tells these images from others (`nmt.vision.identity`)."""
+        """Return a hash that identifies these images (`nmt.vision.identity`)."""
         return fingerprint(self.source)
 
     def notes(self) -> list[str]:
-        """Return lines on what is left out, and on classes without images (`nmt.vision.notes`)."""
+        """Return lines on files that are left out, and on classes without images (`nmt.vision.notes`)."""
         return describe_images(self.source, self.classes)
 
     def folders(self) -> list[Path]:
-        """Return the folders in which each folder would be a class, and each image one of its class."""
+        """Return the folders in which a new folder would become a class, or a new image an example."""
         if not isinstance(self.source, FolderImages):
             return []
         path = self.source.path
@@ -124,11 +124,11 @@ class ImageExamples:
         return len(self.source)
 
     def label(self, index: int) -> int:
-        """Return the label of an image, a place among the classes of the model."""
+        """Return the label of an image: the number of its class in the model."""
         return self._labels[self.source.label(index)]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image, (C, H, W) uint8, and its label: `UNREADABLE` where there is none to be had.
+        """Return an image, (C, H, W) uint8, and its label; `UNREADABLE` if the image cannot be read.
 
         Raises:
             UserError: The file is damaged.
@@ -144,13 +144,13 @@ class ImageExamples:
         return torch.zeros(self.format.num_channels, size, size, dtype=torch.uint8), UNREADABLE
 
     def _stand_ins(self, index: int) -> Iterable[int]:
-        """Yield an image, and in training those that may stand in for it: the next ones."""
+        """Yield an image, and in training also the next images, which may take its place."""
         if self.augmentation is None:
             return (index,)
         return (place % len(self) for place in range(index, index + len(self)))
 
     def _note_unreadable(self, index: int, error: UnreadableImage) -> None:
-        """Raise `UserError` if there are too many."""
+        """Remember an unreadable image; raise `UserError` if there are too many."""
         self.unreadable.add(index)
         count = len(self.unreadable)
         if count > self.max_unreadable:
@@ -181,9 +181,10 @@ def _reopen(source: tuple[Any, ...], format_: Any, augmentation: Any, settings: 
 
 
 class _Lost:
-    """Examples that cannot be opened in a process that is to read them.
+    """Examples that a reading process cannot open.
 
-    It says so when one is asked for, whence it gets to the user; an error in opening them would end the process.
+    The error is raised when an example is asked for, so that it reaches the user. An error while they are opened
+    would end the process.
     """
 
     def __init__(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Labelled images in the files of a folder that holds a folder for each class."""
+"""Labelled images in a folder with one subfolder for each class."""
 
 import copy
 import os
@@ -16,25 +16,25 @@ from PIL import Image
 from nmt.errors import UserError, shown
 from nmt.vision.image_files import look_at, read_image, readable_suffixes
 
-# What systems and tools leave behind; the files and folders that begin with a dot are left out too.
+# Files of systems and tools. Files and folders whose names begin with a dot are left out, too.
 _LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 _LITTER_FILES = {"thumbs.db", "desktop.ini"}
 
 
 @dataclass
 class LeftOut:
-    """What a folder holds besides its images."""
+    """Contents of a folder that are not used."""
 
     suffixes: Counter[str] = field(default_factory=Counter)
     """How many files of other kinds there are in the class folders, by the ending of their names."""
     num_beside: int = 0
-    """Images that stand beside the class folders."""
+    """Images outside of the class folders."""
     loops: list[str] = field(default_factory=list)
-    """Links to a folder that they stand in themselves."""
+    """Links to a folder that contains the link itself."""
 
 
 class FolderImages:
-    """The image files of a folder that holds a folder for each class, in the order of their names."""
+    """The image files in the class folders of a folder, in the order of their names."""
 
     num_channels = 3
 
@@ -43,16 +43,18 @@ class FolderImages:
 
         Args:
             path: The folder.
-            needs_all_classes: Refuse class folders without images, and a single class; else they are no classes.
-            expected: The `fingerprint` that it had, if it was opened before.
+            needs_all_classes: Whether to refuse empty class folders, and a single class. If not, empty class
+                folders are ignored.
+            expected: The `fingerprint` of the folder when it was opened before, if it was.
 
         Raises:
-            UserError: A class has no image, there are not two classes, the folder cannot be read or has changed.
+            UserError: A class has no image, there are fewer than two classes, or the folder cannot be read or has
+                changed.
         """
         self.path = path
         self.needs_all_classes = needs_all_classes
         self.left_out = LeftOut()
-        self.places: NDArray[np.int64] | None = None  # of a part, in the whole
+        self.places: NDArray[np.int64] | None = None  # for a part: its places in the whole
         try:
             files = _Listing(path, readable_suffixes(), self.left_out).read()
         except OSError as error:
@@ -98,7 +100,7 @@ class FolderImages:
             )
 
     def part(self, places: NDArray[np.int64]) -> Self:
-        """Return some of the images, of the same classes."""
+        """Return some of the images, with the same list of classes."""
         part = copy.copy(self)
         part.places = places if self.places is None else self.places[places]
         part.files = [self.files[place] for place in places]
@@ -116,19 +118,19 @@ class FolderImages:
         return int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Return what tells an image from the others: its file, from the folder on."""
+        """Return the name of an image: its file path below the folder."""
         return self.files[index]
 
     def image(self, index: int) -> Image.Image:
         """Read an image, as RGB.
 
         Raises:
-            UnreadableImage: The file is damaged, or no image of 8 or 16 bits a channel.
+            UnreadableImage: The file is damaged, or is not an image of 8 or 16 bits a channel.
         """
         return read_image(self.path / self.files[index])
 
     def look_at(self, index: int) -> None:
-        """See whether a file seems to be whole (`image_files.look_at`).
+        """Check whether a file seems to be complete (`image_files.look_at`).
 
         Raises:
             UnreadableImage: It cannot be read.
@@ -152,7 +154,7 @@ class _Listing:
         self.left_out = left_out
 
     def read(self) -> dict[str, list[str]]:
-        """Return the classes, sorted, each with its files at any depth, from the folder on, sorted."""
+        """Return the sorted classes, each with its sorted files at any depth, as paths below the folder."""
         chain = (os.path.realpath(self.path),)
         with os.scandir(self.path) as entries:
             found = sorted(
@@ -180,7 +182,7 @@ class _Listing:
                 self.left_out.suffixes[Path(entry.name).suffix.lower()] += 1
 
     def _enter(self, entry: os.DirEntry[str], chain: tuple[str, ...]) -> tuple[str, ...] | None:
-        """Return the real folders on the way into a folder, or None if it is a link that leads back."""
+        """Return the real paths of the folders down to this one, or None if it is a link back to one of them."""
         if not entry.is_symlink():
             return (*chain, f"{chain[-1].removesuffix(os.sep)}{os.sep}{entry.name}")
         target = os.path.realpath(entry.path)
@@ -190,7 +192,7 @@ class _Listing:
         return (*chain, target)
 
     def _is_image(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether a file is an image by its name. A link without a target is; a pipe is not."""
+        """Return whether a file is an image by its name. A broken link counts as one, a pipe does not."""
         if not entry.name.lower().endswith(self.suffixes):
             return False
         if not entry.is_symlink():

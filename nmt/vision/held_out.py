@@ -1,4 +1,4 @@
-"""Validation images that are held out from the training images: which ones, and how that is remembered."""
+"""Validation images that are held out from the training images: how they are chosen and remembered."""
 
 import json
 from collections.abc import Collection
@@ -17,9 +17,9 @@ SPLIT = "split.json"
 
 
 def draw(images: FolderImages | StoredImages, fraction: float, *, seed: int) -> list[str]:
-    """Return the names of a share of the images of each class: those whose hashes are the smallest.
+    """Return the names of a share of the images of each class: those with the smallest hashes.
 
-    So it depends on nothing but the names and the seed. Of a class of two or more images at least one is drawn,
+    So the choice depends only on the names and the seed. If a class has two or more images, at least one is drawn
     and at least one is left.
     """
     salt = str(seed).encode()
@@ -43,10 +43,10 @@ def draw(images: FolderImages | StoredImages, fraction: float, *, seed: int) -> 
 def divide(
     images: FolderImages | StoredImages, names: Collection[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the places of the images that are not among some names, and of those that are.
+    """Return the places of the images that are not among the names, and the places of those that are.
 
     Raises:
-        UserError: There are none of either.
+        UserError: One of the two is empty.
     """
     wanted = set(names)
     is_held_out = np.array([images.name(index) in wanted for index in range(len(images))], dtype=bool)
@@ -61,7 +61,7 @@ def divide(
 
 
 def write_split(folder: Path, names: list[str], classes: list[str]) -> None:
-    """Write which images are held out, and the label of each class."""
+    """Write the names of the images that are held out, and the label of each class."""
     record = {"classes": {name: label for label, name in enumerate(classes)}, "valid": names}
     (folder / SPLIT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

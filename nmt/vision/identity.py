@@ -1,4 +1,4 @@
-"""What tells a set of images from another one, without reading all of them."""
+"""A hash that identifies a set of images, without reading all of them."""
 
 import os
 from hashlib import blake2b
@@ -8,10 +8,10 @@ from nmt.vision.sources import FolderImages, ImageSource, StoredImages
 
 
 def fingerprint(source: ImageSource) -> str:
-    """Return a hash of the images and their labels: of their pixels where these are in memory, else of the list.
+    """Return a hash of the images and their labels: of the pixels if they are in memory, else of the file list.
 
-    Files of class folders count by name, class and size in bytes: to read them all would take as long as an epoch.
-    Where the folder lies does not count.
+    The list has name, class and size in bytes of each file, because reading all files would take as long as an
+    epoch. The path of the folder does not count.
     """
     digest = blake2b(f"{len(source)} {source.classes}".encode("utf-8", "surrogateescape"), digest_size=16)
     if isinstance(source, StoredImages):
@@ -27,7 +27,7 @@ def fingerprint(source: ImageSource) -> str:
 
 
 def _size(path: Path) -> int:
-    """Return the size of a file in bytes; -1 for a missing one, which is told of when files are looked at."""
+    """Return the size of a file in bytes; -1 for a missing one, which a later check reports."""
     try:
         return path.stat().st_size
     except OSError:

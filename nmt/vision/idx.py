@@ -14,17 +14,17 @@ from nmt.vision.stored import Split, StoredImages
 
 _IDX_PARTS: dict[Split, str] = {"train": "train", "valid": "t10k"}
 _IDX_BYTES = 8  # the code for unsigned bytes in the header of an idx file
-# Digits become a fifth in a gzip file. One that holds a thousand times its size, the most there is, is made to
-# fill the memory.
+# A gzip file of digits has a fifth of their size. A file that unpacks to a thousand times its size, the most that
+# is possible, was made to fill the memory.
 _LARGEST_RATIO = 100
 _LEAST_BOUND = 2**26
 
 
 def open_idx(folder: Path, split: Split) -> StoredImages:
-    """Read images and labels of a pair of idx files, as MNIST has them: grey digits.
+    """Read images and labels of a pair of idx files, such as MNIST's grey digits.
 
     Raises:
-        UserError: One is missing or damaged, or they do not fit together.
+        UserError: A file is missing or damaged, or the two do not fit together.
     """
     images_path = _idx_file(folder, split, "images-idx3-ubyte")
     labels_path = _idx_file(folder, split, "labels-idx1-ubyte")
@@ -50,7 +50,7 @@ def read_idx(path: Path, *, num_dims: int) -> NDArray[np.uint8]:
     four bytes, big-endian, and the values.
 
     Raises:
-        UserError: It is cut short, damaged, or something else.
+        UserError: It is cut short, damaged, or not an idx file.
     """
     length = 4 + 4 * num_dims
     largest = path.stat().st_size
@@ -76,7 +76,7 @@ def read_idx(path: Path, *, num_dims: int) -> NDArray[np.uint8]:
     if len(content) != size:
         found = "more" if len(content) > size else f"{len(content):,}"
         raise UserError(f"`{path}` must hold {size:,} bytes after its header, but has {found}. Get it anew.")
-    # A copy, because torch wants memory that can be written to.
+    # A copy, because torch needs memory that can be written to.
     return np.frombuffer(content, dtype=np.uint8).reshape(shape).copy()
 
 

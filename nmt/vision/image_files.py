@@ -1,7 +1,7 @@
-"""Image files, one at a time: which kinds are read, how, and a quick look at whether one can be.
+"""Single image files: the kinds that are read, how, and a quick check whether a file can be read.
 
-Pillow finds the kind of a file in its first bytes, whatever its name says. Kinds are named here, because Pillow
-knows some that start other programs (PostScript).
+Pillow takes the kind of a file from its first bytes, and not from its name. The allowed kinds are listed here,
+because some that Pillow knows start other programs (PostScript).
 """
 
 import os
@@ -18,13 +18,13 @@ from nmt.errors import UserError
 
 
 class Kind(NamedTuple):
-    """A kind of image files."""
+    """A kind of image file."""
 
     name: str
-    """Pillow's."""
+    """Pillow's name of it."""
     suffixes: tuple[str, ...]
     feature: str | None = None
-    """What Pillow must have been built with."""
+    """The feature that Pillow must have been built with."""
 
 
 KINDS = (
@@ -49,7 +49,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by the orientation that a camera has noted."""
+"""The operation that turns an image upright, for each orientation that a camera may note."""
 _ORIENTATION = 274  # the tag of EXIF
 _IEND = b"\0\0\0\0IEND\xaeB`\x82"
 _TIFF_PLACES = ((273, 279), (324, 325))  # tags: offsets and byte counts of strips, and of tiles
@@ -60,7 +60,7 @@ class UnreadableImage(UserError):
 
 
 def readable_suffixes() -> tuple[str, ...]:
-    """Return the endings, in small letters, of the files that the installed Pillow can read."""
+    """Return the file name endings, in small letters, that the installed Pillow can read."""
     Image.init()
     kinds = (kind for kind in KINDS if kind.name in Image.OPEN)
     return tuple(
@@ -72,22 +72,22 @@ def readable_suffixes() -> tuple[str, ...]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file as RGB, upright as its camera was held; of an animation the first picture.
+    """Read an image file as RGB, turned upright; from an animation, the first picture.
 
-    Transparency is left out: what a transparent pixel shows is the colour that is stored for it. Of 16 bits a
-    channel the higher 8 are kept.
+    Transparency is ignored: a transparent pixel shows the colour that is stored for it. Of 16 bits a channel, the
+    higher 8 are kept.
 
     Raises:
-        UnreadableImage: The file is damaged, missing, or no image of 8 or 16 bits a channel.
+        UnreadableImage: The file is damaged, missing, or not an image of 8 or 16 bits a channel.
     """
     with without_pillows_warnings():
         return _read(path)
 
 
 def look_at(path: Path) -> None:
-    """Read the head of an image file and see whether its end is there; decode it only where that is in doubt.
+    """Read the head of an image file and check whether its end is there; decode the image only if that is unclear.
 
-    Damage in the middle is not found. Call it within `without_pillows_warnings`; several threads may.
+    Damage in the middle is not found. Call it within `without_pillows_warnings`; several threads may call it.
 
     Raises:
         UnreadableImage: As `read_image`.
@@ -101,7 +101,7 @@ def look_at(path: Path) -> None:
 
 @contextmanager
 def without_pillows_warnings() -> Iterator[None]:
-    """Keep quiet about odd meta-data, which do not matter, and about large images below Pillow's limit."""
+    """Hide Pillow's warnings about odd metadata, which do not matter, and about large images below its limit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -112,7 +112,7 @@ def _read(path: Path) -> Image.Image:
         _check_depth(image, path)
         image.load()
         upright = _turn(image)
-        if upright.mode.startswith("I"):  # which convert() would clip to white
+        if upright.mode.startswith("I"):  # convert() would clip these to white
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         upright.info.pop("transparency", None)  # convert() would look for the transparent colour first
         return upright.convert("RGB")
@@ -120,7 +120,7 @@ def _read(path: Path) -> Image.Image:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Turn whatever an image file makes Pillow stumble over into a line that names it."""
+    """Turn any error of Pillow into one line that names the image file."""
     try:
         yield
     except UnreadableImage:
@@ -128,7 +128,7 @@ def _named(path: Path) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UnreadableImage(f"`{path}` must have at most {limit:,} pixels, but has more.") from error
-    except Exception as error:  # Pillow raises whatever the bytes make its decoders stumble over
+    except Exception as error:  # damaged bytes make Pillow's decoders raise errors of any kind
         if isinstance(error, OSError) and error.strerror is not None:
             reason = error.strerror
         elif isinstance(error, Image.UnidentifiedImageError):
@@ -140,14 +140,14 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _formats() -> list[str]:
-    """Return Pillow's names of the kinds; an older Pillow lacks some."""
+    """Return Pillow's names of the kinds that it can read; an older Pillow lacks some."""
     if "TIFF" not in Image.OPEN:
         Image.init()
     return [kind.name for kind in KINDS if kind.name in Image.OPEN]
 
 
 def _check_depth(image: Image.Image, path: Path) -> None:
-    """Refuse numbers of which nobody knows what is black and what is white."""
+    """Refuse kinds of numbers whose black and white are not defined."""
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not is_16_bit:
         raise UnreadableImage(
@@ -156,18 +156,18 @@ def _check_depth(image: Image.Image, path: Path) -> None:
 
 
 def _turn(image: Image.Image) -> Image.Image:
-    """Turn an image upright; one whose meta-data are damaged stays as it is."""
+    """Turn an image upright; an image with damaged metadata stays as it is."""
     try:
         how = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # as Pillow's decoders
+    except Exception:  # of any kind, as with Pillow's decoders
         how = None
     return image if how is None else image.transpose(how)
 
 
 def _has_its_end(image: Image.Image, file: BinaryIO) -> bool:
-    """Return whether the end of a file is there; False where that is in doubt.
+    """Return whether the end of a file is there; False if that is unclear.
 
-    Kinds that are not among these are taken for whole.
+    Files of kinds that are not checked here count as complete.
     """
     size = os.fstat(file.fileno()).st_size
 
@@ -193,7 +193,7 @@ def _has_its_end(image: Image.Image, file: BinaryIO) -> bool:
 
 
 def _ends_before(tile: Any, image: Image.Image, size: int) -> bool:
-    """Return whether the pixels of a part that is not compressed end within a file."""
+    """Return whether the pixels of an uncompressed part end within the file."""
     is_raw = tile[0] == "raw"
     bits = {"1": 1, "L": 8, "P": 8, "RGB": 24}.get(image.mode)
     if not is_raw or bits is None:

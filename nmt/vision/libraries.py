@@ -1,11 +1,11 @@
-"""torchvision and timm, imported when they are needed.
+"""Import torchvision and timm when they are needed.
 
-They are asked for here and nowhere else, because they may be missing, and because the torchvision that the package
-index has for Linux is built for CUDA. Beside a torch without CUDA its compiled operators cannot be loaded, and
-its import ends with "operator torchvision::nms does not exist" (https://github.com/pytorch/vision/issues/9085):
-it describes two operators to torch that were never declared. Transforms, data sets and models do without them.
-So the two are declared, though never defined, and the import is tried once more. Nothing is said of it, because
-nothing is missed.
+They are imported only here, because they may be missing, and because the torchvision that the package index has
+for Linux is built for CUDA. With a torch without CUDA its compiled operators cannot be loaded. Its import ends
+with "operator torchvision::nms does not exist" (https://github.com/pytorch/vision/issues/9085), because it
+describes two operators to torch that were never declared. Transforms, data sets and models do not need these
+operators. So this module declares the two, without defining them, and tries the import again. There is no
+warning, because nothing that is used here is missing.
 """
 
 import importlib
@@ -24,7 +24,7 @@ def import_torchvision() -> Any:
     """Return the package torchvision, with `datasets`, `models` and `transforms.v2`.
 
     Raises:
-        UserError: It is not installed, or does not fit the installed torch.
+        UserError: It is not installed, or it does not fit the installed torch.
     """
     try:
         torchvision = _import("torchvision")
@@ -53,7 +53,7 @@ def import_timm() -> Any:
 
 def _import(name: str) -> Any:
     try:
-        # Such as those about torchvision's build: its operators for images and video, which are not used here.
+        # For example warnings about torchvision's operators for images and video, which are not used here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""What can be known of images before a model is trained on them, and what a user should be told."""
+"""Check images before a model is trained on them, and tell the user about faults."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from nmt.vision.dataset import ImageExamples, remedy
 from nmt.vision.image_files import UnreadableImage, without_pillows_warnings
 from nmt.vision.stored import StoredImages
 
-_NUM_THREADS = 16  # for file systems that are slow to answer; heads are read by one at a time
+_NUM_THREADS = 16  # for file systems that answer slowly; the heads themselves are read one at a time
 _BLOCK = 4096
 _SECONDS_BETWEEN_LINES = 15
 _NUM_NAMED = 5
@@ -23,14 +23,14 @@ def look_at_files(examples: ImageExamples, *, split: str, world: World) -> list[
 
     Args:
         examples: Learns which of its images cannot be read.
-        split: What to call them.
+        split: What to call the images in messages.
         world: The ranks.
 
     Returns:
         A line about images that are left out, if there are any.
 
     Raises:
-        UserError: There are more than `examples.max_unreadable`.
+        UserError: More than `examples.max_unreadable` images cannot be read.
     """
     mine = range(world.rank, len(examples), world.size)
     found = [pair for part in world.gather(_unreadable(examples, mine, split, world)) for pair in part]
@@ -53,7 +53,7 @@ def look_at_files(examples: ImageExamples, *, split: str, world: World) -> list[
 
 
 def _unreadable(examples: ImageExamples, indices: range, split: str, world: World) -> list[tuple[int, str]]:
-    """Return which of some images cannot be read, and what is wrong with them."""
+    """Return the images that cannot be read, and what is wrong with them."""
     if isinstance(examples.source, StoredImages):
         return []
 

@@ -1,4 +1,4 @@
-"""A model of timm or torchvision by its name, or one's own by its import path."""
+"""Make a model of timm or torchvision from its name, or the user's own model from its import path."""
 
 import difflib
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def build_model(
 
     Args:
         name: timm/NAME or torchvision/NAME; a bare NAME is looked for in both, in this order. Or
-            package.module:Class, which is given those of the numbers below that it has parameters for.
+            package.module:Class, which gets those of the numbers below that it has parameters for.
         arguments: Further arguments of the model, each as NAME=VALUE, the value in YAML.
         num_classes: Number of scores for an image.
         num_channels: Number of channels of an image.
@@ -56,7 +56,7 @@ def build_model(
     else:
         create = import_timm().create_model
         options = {"in_chans": num_channels, **options}
-        # Without weights first: faults of the arguments are told apart from those of the download.
+        # First without weights, to tell wrong arguments from a failed download.
         model = _call(name, create, bare_name, **options)
         if is_pretrained:
             model = _download(name, create, bare_name, options)
@@ -68,7 +68,7 @@ def find_model(name: str) -> tuple[str, str]:
     """Return the library that has a model, and the model's name there.
 
     Raises:
-        UserError: None has it.
+        UserError: No library has it.
     """
     prefix, slash, bare_name = name.partition("/")
     libraries = [prefix] if slash else list(LIBRARIES)
@@ -78,7 +78,7 @@ def find_model(name: str) -> tuple[str, str]:
     near: list[str] = []
     for library in libraries:
         known = _list_models(library)
-        # timm's names may end with a tag that says which weights are meant: resnet18.a1_in1k.
+        # timm's names may end with a tag for the weights: resnet18.a1_in1k.
         stem = bare_name.partition(".")[0] if library == "timm" else bare_name
         if stem in known:
             return library, bare_name
@@ -91,7 +91,7 @@ def _list_models(library: str) -> list[str]:
     if library == "timm":
         return list(import_timm().list_models())
     torchvision = import_torchvision()
-    return list(torchvision.models.list_models(module=torchvision.models))  # not those that detect or segment
+    return list(torchvision.models.list_models(module=torchvision.models))  # without detection, segmentation
 
 
 def _parse(arguments: Sequence[str]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _parse(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _call(name: str, create: Any, *args: Any, **options: Any) -> nn.Module:
-    """Make a model; what it says about the user's arguments is shown in a line."""
+    """Make a model; its error about the user's arguments is shown in one line."""
     try:
         model = create(*args, **options)
     except (
@@ -131,7 +131,7 @@ def _call(name: str, create: Any, *args: Any, **options: Any) -> nn.Module:
 def _download(name: str, create: Any, bare_name: str, options: dict[str, Any]) -> nn.Module:
     try:
         model = create(bare_name, pretrained=True, **options)
-    except Exception as error:  # each place that keeps weights, and each way to it, fails in its own manner
+    except Exception as error:  # each host of weights, and each way to it, has its own errors
         raise UserError(
             f"The weights of `{name}` must be in timm's cache or within reach, but: {_first_line(error)}. "
             "Leave out `pretrained`, or run once where there is a network."
@@ -145,7 +145,7 @@ def _set_num_channels(model: nn.Module, num_channels: int) -> None:
     convolutions = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     name, module = next(convolutions, ("", None))
     if module is None or module.in_channels == num_channels:
-        return  # if it does not fit, `_try_out` says so
+        return  # if the model does not fit, `_try_out` says so
     assert isinstance(module.padding, tuple)
     first = nn.Conv2d(
         num_channels,
@@ -161,7 +161,7 @@ def _set_num_channels(model: nn.Module, num_channels: int) -> None:
 
 @torch.no_grad()
 def _try_out(model: nn.Module, name: str, image: Tensor, *, num_classes: int) -> None:
-    """Raise `UserError` unless the model makes scores of an image."""
+    """Raise `UserError` unless the model computes scores from an image."""
     was_training = model.training
     shape = "x".join(map(str, image.shape[1:]))
     try:

@@ -1,4 +1,4 @@
-"""What a user should know of a folder of images: what it holds besides, and which classes it lacks."""
+"""Notes for the user on a folder of images: other files in it, and missing classes."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +12,7 @@ _NUM_KINDS = 8
 
 
 def describe_images(source: ImageSource, classes: Sequence[str]) -> list[str]:
-    """Return lines on what a folder holds besides the images that are taken, and on classes without any."""
+    """Return lines on files that are not used, and on classes without images."""
     lines = []
     if isinstance(source, FolderImages):
         left_out = source.left_out
@@ -39,7 +39,7 @@ def describe_images(source: ImageSource, classes: Sequence[str]) -> list[str]:
 
 
 def named(names: Iterable[str]) -> str:
-    """Return some names, quoted, and dots if there are more."""
+    """Return the first names, quoted, and dots if there are more."""
     shown = list(names)
     return ", ".join(f"`{name}`" for name in shown[:_NUM_NAMED]) + (
         ", ..." if len(shown) > _NUM_NAMED else ""

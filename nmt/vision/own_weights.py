@@ -1,4 +1,4 @@
-"""Weights of the user's own to begin with, from whatever file they lie in."""
+"""The user's own weights to begin with, from files of several kinds."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,19 +15,19 @@ from nmt.interop.safe_unpickle import StoredTensor, read_torch_file
 
 _MODEL = "model.safetensors"  # of a model folder
 _KEYS = ("state_dict", "model", "model_state_dict", "net", "weights")
-"""What training scripts call the weights among what else they save."""
+"""The names that training scripts give to the weights in their files."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DDP, torch.compile and Lightning put before each name."""
+"""The prefixes that DDP, torch.compile and Lightning put before each name."""
 _NUM_NAMED = 4
 
 
 @torch.no_grad()
 def take_weights(model: nn.Module, path: Path) -> str:
-    """Copy the weights that fit into a model, by name and shape, and return a line on those that do not.
+    """Copy the weights that fit into a model, by name and shape, and return a line on those that do not fit.
 
     Args:
-        model: The model; what finds no weights, such as a head for other classes, stays as it is.
-        path: A safetensors file, one that `torch.save` wrote, of which nothing is executed, or a model folder.
+        model: The model. A part without weights in the file, such as a head for other classes, stays as it is.
+        path: A safetensors file, a file of `torch.save` (nothing in it is executed), or a model folder.
 
     Raises:
         UserError: The file cannot be read, or none of its weights fits.
@@ -88,7 +88,7 @@ def _tensors(content: Any) -> dict[str, StoredTensor]:
 
 
 def _without_prefixes(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what stands before all names and before none of the model's."""
+    """Remove prefixes that all names of the file have and no name of the model has."""
     for _ in range(3):
         for prefix in _PREFIXES:
             if all(name.startswith(prefix) for name in found) and not any(

@@ -1,4 +1,4 @@
-"""Pictures of what a model makes of images: a sample with labels, and the confusion matrix.
+"""Pictures of a model's results on images: a sample with labels, and the confusion matrix.
 
 Legend: B images, C channels, H height, W width, N classes. Pictures are (H, W, 3) uint8.
 """
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 Picture = NDArray[np.uint8]
 
 MOST_CLASSES = 25
-"""Classes of a confusion matrix that can still be read."""
+"""The most classes in a confusion matrix that can still be read."""
 
 _BLACK, _WHITE, _GREY = (0, 0, 0), (255, 255, 255), (110, 110, 110)
 _RIGHT, _WRONG = (0, 110, 40), (190, 20, 20)
@@ -27,7 +27,7 @@ _NAME_WIDTH = 150
 def draw_predictions(
     images: NDArray[np.uint8], labels: NDArray[Any], predicted: NDArray[Any], classes: list[str]
 ) -> Picture:
-    """Draw images with what they are and, in red where it is something else, what the model takes them for.
+    """Draw images with their labels, and with the model's label in red if it is wrong.
 
     Args:
         images: (B, C, H, W), with 1 or 3 channels.
@@ -53,10 +53,11 @@ def draw_predictions(
 
 
 def draw_confusion(counts: NDArray[np.int64], classes: list[str]) -> Picture:
-    """Draw how many images of each class are taken for each class, shaded by its share of the row.
+    """Draw how many images of each class are taken for each class; the shade is the share of the row.
 
     Args:
-        counts: (N, N): of class i taken for class j. Of more than `MOST_CLASSES` the most confused are drawn.
+        counts: (N, N): images of class i taken for class j. With more than `MOST_CLASSES` classes, only the most
+            confused are drawn.
         classes: The names of the classes.
     """
     shown = most_confused(counts, MOST_CLASSES)
@@ -93,7 +94,7 @@ def draw_confusion(counts: NDArray[np.int64], classes: list[str]) -> Picture:
 
 
 def most_confused(counts: NDArray[np.int64], limit: int) -> list[int]:
-    """Return at most `limit` classes, in their order: those with the most images taken wrongly, from or to."""
+    """Return at most `limit` classes, in their order: those with the most errors from them or to them."""
     wrong = counts.sum(axis=0) + counts.sum(axis=1) - 2 * counts.diagonal()
     return sorted(np.argsort(-wrong, kind="stable")[:limit].tolist())
 
@@ -116,7 +117,7 @@ def _fit(text: str, font: Any, width: int) -> str:
 
 
 def _short(count: int) -> str:
-    """Return a number in at most five signs."""
+    """Return a number in at most five characters."""
     for size, sign in ((10**6, "M"), (10**4, "k")):
         if count >= size:
             return f"{count / (10**6 if sign == 'M' else 1000):.3g}{sign}"
@@ -126,7 +127,7 @@ def _short(count: int) -> str:
 def _draw_upright(
     picture: Image.Image, text: str, place: tuple[int, int], font: Any, colour: tuple[int, int, int]
 ) -> None:
-    """Write a text from the bottom up; `place` is its lower left corner."""
+    """Write a vertical text, from the bottom up; `place` is its lower left corner."""
     strip = Image.new("RGB", (int(font.getlength(text)) + 2, 18), _WHITE)
     ImageDraw.Draw(strip).text((1, 0), text, fill=colour, font=font)
     turned = strip.rotate(90, expand=True)

@@ -1,4 +1,4 @@
-"""From images as they are stored to what a model sees.
+"""Turn stored images into the inputs of a model.
 
 Legend: B images, C channels, H height, W width.
 """
@@ -13,12 +13,12 @@ from nmt.errors import UserError
 from nmt.vision.libraries import import_torchvision
 from nmt.vision.options import AugmentationOptions
 
-_LONGEST_SIDE = 16  # times the shorter one; all that the cut at the centre shows lies within
+_LONGEST_SIDE = 16  # times the shorter side; more than the cut at the centre shows
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a model sees; saved with it."""
+    """The images that a model takes; saved with it."""
 
     num_channels: int
     image_size: int
@@ -47,7 +47,7 @@ def _resize_and_cut(format_: ImageFormat) -> list[Any]:
     v2 = import_torchvision().transforms.v2
 
     def cut_strip(image: Any) -> Any:
-        # Of a strip of 2 x 30,000 pixels the longer side would become millions of pixels long.
+        # Without this, the longer side of a strip of 2 x 30,000 pixels would become millions of pixels long.
         height, width = v2.functional.get_size(image)
         longest = _LONGEST_SIDE * min(height, width)
         if max(height, width) <= longest:
@@ -64,7 +64,7 @@ def augment(format_: ImageFormat, options: AugmentationOptions) -> Any:
 
     Args:
         format_: The size and the mean colour.
-        options: With `crop` and `hflip` decided on.
+        options: With `crop` and `hflip` already chosen.
     """
     v2 = import_torchvision().transforms.v2
     size = format_.image_size
@@ -102,6 +102,6 @@ def mix(options: AugmentationOptions, num_classes: int) -> Any:
 
 
 def normalize(images: Tensor, format_: ImageFormat) -> Tensor:
-    """Return uint8 images as float32 of about mean 0 and variance 1: (B, C, H, W)."""
+    """Return uint8 images as float32 with a mean of about 0 and a variance of about 1: (B, C, H, W)."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (format_.mean, format_.std))
     return images.float().div_(255).sub_(mean).div_(std)

@@ -1,6 +1,6 @@
-"""Labelled images as they lie on the disk: folders of image files, and the files of MNIST and CIFAR.
+"""Labelled images on the disk: folders of image files, and the files of MNIST and CIFAR.
 
-Each pickles as its path, and a process that unpickles it reads the folder anew.
+Each source is pickled as its path, and a process that unpickles it reads the folder again.
 """
 
 from pathlib import Path
@@ -34,20 +34,20 @@ class ImageSource(Protocol):
         """Return the label of an image."""
 
     def name(self, index: int, /) -> str:
-        """Return what tells an image from the others."""
+        """Return the name of an image, which no other image has."""
 
     def part(self, places: NDArray[np.int64], /) -> Self:
-        """Return some of the images, of the same classes."""
+        """Return some of the images, with the same list of classes."""
 
     def image(self, index: int, /) -> Any:
-        """Return an image: one of Pillow, or a (C, H, W) uint8 tensor.
+        """Return an image: a Pillow image, or a (C, H, W) uint8 tensor.
 
         Raises:
             UnreadableImage: It is damaged.
         """
 
     def look_at(self, index: int, /) -> None:
-        """See at little cost whether an image can be read; damage in the middle of a file is not found.
+        """Check quickly whether an image can be read; damage in the middle of a file is not found.
 
         Raises:
             UnreadableImage: It cannot be read.
@@ -58,7 +58,7 @@ def open_images(path: Path, split: Split) -> FolderImages | StoredImages:
     """Open MNIST's or CIFAR's files if the folder has them, else a folder of class folders.
 
     Raises:
-        UserError: There is neither, or something is wrong with it.
+        UserError: The folder has neither, or something is wrong with it.
     """
     folder = idx_folder(path)
     if folder is not None:

@@ -1,4 +1,4 @@
-"""Labelled images of one size that are held in memory, as the files of MNIST and CIFAR have them.
+"""Labelled images of one size, held in memory, as in the files of MNIST and CIFAR.
 
 Legend: N images, C channels, H height, W width.
 """
@@ -18,7 +18,7 @@ Split = Literal["train", "valid"]
 class StoredImages:
     """Images of one size, and their labels.
 
-    They pickle as their folder, from which another process reads them anew.
+    They are pickled as their folder, from which another process reads them again.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class StoredImages:
         """Take images.
 
         Args:
-            path: The folder that they are from.
-            split: The part of it.
+            path: The folder that they come from.
+            split: The split of the data set.
             images: (N, C, H, W).
             labels: (N,): places among the classes.
             classes: Their names.
-            open_: Reads them.
-            may_be_mirrored: Whether they mean the same when mirrored, as photographs do and digits do not.
+            open_: Reads them from the folder.
+            may_be_mirrored: Whether a mirrored image means the same: true for photographs, but not for digits.
         """
         self.path, self.split = path, split
         self.images, self.labels = images, labels
@@ -49,10 +49,10 @@ class StoredImages:
         self.may_be_mirrored = may_be_mirrored
         self._open = open_
         self.num_channels = images.shape[1]
-        self._places: NDArray[np.int64] | None = None  # of a part, in the whole
+        self._places: NDArray[np.int64] | None = None  # for a part: its places in the whole
 
     def part(self, places: NDArray[np.int64]) -> Self:
-        """Return some of the images, of the same classes."""
+        """Return some of the images, with the same list of classes."""
         part = copy.copy(self)
         part._places = places if self._places is None else self._places[places]
         part.images, part.labels = self.images[places], self.labels[places]
@@ -69,7 +69,7 @@ class StoredImages:
         return int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Return what tells an image from the others: its number in the files, from 0."""
+        """Return the name of an image: its number in the files, from 0."""
         return str(index if self._places is None else self._places[index])
 
     def image(self, index: int) -> torch.Tensor:

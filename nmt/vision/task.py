@@ -38,9 +38,7 @@ _TAKE_AGAIN = "Take the whole model folder again."
 _FORMAT = Record(
     {
         "num_channels": Whole(1, 1024),
-        "image_size": Whole(
-            1, 4096
-        ),  # a larger one would take gigabytes before anything is known to be wrong
+        "image_size": Whole(1, 4096),  # a larger size would take gigabytes before any fault is found
         "crop_pct": Number(1e-3, 1.0),
         "mean": ListOf(Number(-1e6, 1e6)),
         "std": ListOf(Number(1e-6, 1e6)),
@@ -51,7 +49,7 @@ _WEIGHTS_OF_TIMM = "checkpoint_path="
 _NUM_SHOWN = 24
 _NUM_AT_ONCE = 128
 _FOLDER_IMAGE_SIZE = 224
-_RESIZED_CROP_PCT = 0.875  # objects look larger where training cuts parts out and enlarges them
+_RESIZED_CROP_PCT = 0.875  # because training cuts parts out and enlarges them, so objects look larger there
 
 
 class ImageClassificationTask:
@@ -64,7 +62,7 @@ class ImageClassificationTask:
         keep_prepared_shapes(256)  # of each layer, forward and backward
         self.options = options
         self.is_new = assets is None
-        self.is_pretrained = options.pretrained and assets is None  # else the weights are the folder's
+        self.is_pretrained = options.pretrained and assets is None  # a model folder has its own weights
         self.own_weights = options.weights if assets is None else None
         self.about_weights: list[str] = []
         self.held_out: list[str] | None = None
@@ -85,11 +83,9 @@ class ImageClassificationTask:
             self.metrics = {**self.metrics, "top5": "max"}
 
     def build_model(self) -> nn.Module:
-        """Return the model that is named, freshly initialised, with timm's weights or with those of a file."""
+        """Return the model of the options: freshly initialised, with timm's weights, or with those of a file."""
         arguments = self.options.model_args
-        if (
-            not self.is_new
-        ):  # what is read from files is in the weights of the folder, and the files may be gone
+        if not self.is_new:  # a model folder already has the weights of such files, and the files may be gone
             arguments = tuple(
                 text for text in arguments if not is_untold(text) and not text.startswith(_WEIGHTS_OF_TIMM)
             )
@@ -109,7 +105,7 @@ class ImageClassificationTask:
         """Open "train" or "valid".
 
         Raises:
-            UserError: Something is wrong with the images, or some are of other classes than the model's.
+            UserError: Something is wrong with the images, or some have classes that the model does not have.
         """
         if split == "train":
             images = self.train_images or open_images(self.options.train_dir, "train")
@@ -141,7 +137,7 @@ class ImageClassificationTask:
         )
 
     def look_over(self, train: ImageExamples, valid: ImageExamples, world: World) -> list[str]:
-        """Return what a user should know of the images; look for files that cannot be read.
+        """Return what a user should know about the images; look for files that cannot be read.
 
         Raises:
             UserError: There are more than `max-bad-images` of them.
@@ -152,7 +148,7 @@ class ImageClassificationTask:
         return lines
 
     def compute_loss(self, model: nn.Module, batch: ImageBatch) -> LossOutput:
-        """Return the cross-entropy summed over images, label-smoothed in training, and what is right."""
+        """Return the cross-entropy summed over images, label-smoothed in training, and counts of right labels."""
         scores = self._scores(model, batch)  # (B, C)
         if not isinstance(scores, Tensor):
             raise UserError(
@@ -183,7 +179,7 @@ class ImageClassificationTask:
             ) from error
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the loss an image (nats), and the share of images whose label is first, or among five."""
+        """Return the loss an image (nats), and the shares of images with the right label first, or in five."""
         num_images = max(sums["num_targets"], 1.0)
         results = {"loss": sums["loss"] / num_images, "accuracy": sums["correct"] / num_images}
         if "top5" in self.metrics:
@@ -191,7 +187,7 @@ class ImageClassificationTask:
         return results
 
     def evaluate(self, model: nn.Module, examples: ImageExamples, world: World) -> dict[str, float]:
-        """Return nothing: all metrics are ratios of sums."""
+        """Return nothing, because all metrics are ratios of sums."""
         return {}
 
     @torch.no_grad()
@@ -229,7 +225,7 @@ class ImageClassificationTask:
         return predicted
 
     def save_assets(self, folder: Path) -> None:
-        """Write the names of the classes, in the order of the scores, and what the model sees."""
+        """Write the names of the classes, in the order of the scores, and the images that the model takes."""
         (folder / CLASSES).write_text("".join(f"{name}\n" for name in self.classes), encoding="utf-8")
         if self.held_out is not None:
             write_split(folder, self.held_out, self.classes)
@@ -257,7 +253,7 @@ def _load_assets(folder: Path) -> tuple[list[str], ImageFormat]:
 
 
 def _settle_augmentation(options: AugmentationOptions, images: ImageSource) -> AugmentationOptions:
-    """Decide on what is left open: small images of one size are moved, others are cut; digits are not mirrored."""
+    """Choose what is not given: small images of one size are moved, others are cut; digits are not mirrored."""
     crop = options.crop
     if crop == "auto":
         crop = "shift" if isinstance(images, StoredImages) else "resized"
@@ -270,7 +266,7 @@ def _settle_augmentation(options: AugmentationOptions, images: ImageSource) -> A
 
 
 def _settle_format(options: ImageClassificationOptions, images: ImageSource) -> ImageFormat:
-    """Decide on what is left open about what the model sees."""
+    """Choose the options of the image format that are not given."""
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
     image_size = _FOLDER_IMAGE_SIZE
@@ -293,12 +289,12 @@ def _of_weights(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     library, name = find_model(model)
     config = import_timm().get_pretrained_cfg(name) if library == "timm" else None
     if config is None:
-        return _IMAGENET_MEAN, _IMAGENET_STD  # that there are no weights is said when the model is made
+        return _IMAGENET_MEAN, _IMAGENET_STD  # missing weights are reported when the model is made
     return tuple(config.mean), tuple(config.std)
 
 
 def _check_same_classes(images: ImageSource, classes: list[str], format_: ImageFormat, *, flag: str) -> None:
-    """Refuse images of classes that the model does not learn. Those of some may be missing."""
+    """Refuse images of classes that the model does not learn. Classes without images are allowed."""
     others = [name for name in images.classes if name not in classes]
     if others:
         raise UserError(
@@ -313,5 +309,5 @@ def _check_same_classes(images: ImageSource, classes: list[str], format_: ImageF
 
 
 def _weight_dtype(model: nn.Module) -> torch.dtype:
-    """Return the type that the model computes in: that of its first weight matrix or kernel."""
+    """Return the type that the model computes in: the type of its first weight matrix or kernel."""
     return next((p.dtype for p in model.parameters() if p.ndim >= 2 and p.is_floating_point()), torch.float32)
