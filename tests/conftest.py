@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: kernels run on a CPU then
 
-from tiny_translation_model import write_tiny_model
+from support.tiny_translation_model import write_tiny_model
 
 from nmt.translation.translator import Translator
 
@@ -38,9 +38,9 @@ def translator(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 @pytest.fixture
 def points_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install the task of `toy_task.py` under the name `points`, as a stranger's package would be."""
+    """Install the task of `support/toy_task.py` under the name `points`, as a stranger's package would be."""
     metadata = tmp_path / "plugin" / "points_plugin-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: points-plugin\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[nmt.tasks]\npoints = toy_task:PointOptions\n")
+    (metadata / "entry_points.txt").write_text("[nmt.tasks]\npoints = support.toy_task:PointOptions\n")
     monkeypatch.syspath_prepend(metadata.parent)

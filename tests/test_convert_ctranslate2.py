@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_translation_model import write_learned_model, write_tiny_model
+from support.tiny_translation_model import write_learned_model, write_tiny_model
 
 from nmt.checkpoints.model_folder import load_config, write_model_folder
 from nmt.checkpoints.weights import weights

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
 from test_trainer import SIZES
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tiny_translation_model import WORDS, write_tiny_model
+from support.tiny_translation_model import WORDS, write_tiny_model
 
 from nmt.data.parallel_dataset import ParallelDataset
 from nmt.data.vocabulary import EOS_ID

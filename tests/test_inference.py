@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_transformer import VOCABULARY_SIZE, random_transformer
+from support.random_transformer import VOCABULARY_SIZE, random_transformer
 
 import nmt.models.inference
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID

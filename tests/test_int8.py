@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_transformer import random_transformer
+from support.random_transformer import random_transformer
 from test_inference import TWO_LAYERS, needs_vnni, padded
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_transformer import VOCABULARY_SIZE, random_transformer
+from support.random_transformer import VOCABULARY_SIZE, random_transformer
 
 from nmt.data.batching import Window, cut_packed, plan_window
 from nmt.data.limits import BatchLimits

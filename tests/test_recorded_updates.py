@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_translation_model import WORDS
+from support.toy_run import assert_bit_equal, records, tensors
+from support.toy_run import config as toy_config
+from support.toy_task import PointExamples, PointTask
 from test_packing import make_pairs, shape_for
-from tiny_translation_model import WORDS
-from toy_run import assert_bit_equal, records, tensors
-from toy_run import config as toy_config
-from toy_task import PointExamples, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.data.options import BatchingOptions, PreprocessOptions

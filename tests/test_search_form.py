@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_transformer import VOCABULARY_SIZE, random_transformer
-from table_model import TableModel, from_table
+from support.random_transformer import VOCABULARY_SIZE, random_transformer
+from support.table_model import TableModel, from_table
+from support.tiny_translation_model import write_tiny_model
 from test_inference import padded, search
-from tiny_translation_model import write_tiny_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
+from support.toy_task import PointExamples, Points, PointTask
 from torch import nn
-from toy_task import PointExamples, Points, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.data.parallel_dataset import TranslationBatch

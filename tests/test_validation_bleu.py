@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_translation_model import WORDS, write_tiny_model
+from support.tiny_translation_model import WORDS, write_tiny_model
 
 from nmt.checkpoints.weights import weights
 from nmt.data.parallel_dataset import ParallelDataset

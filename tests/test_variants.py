@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from random_transformer import VOCABULARY_SIZE
-from ranks import run_ranks
+from support.random_transformer import VOCABULARY_SIZE
+from support.ranks import run_ranks
 from test_inference import padded, search
 from test_trainer import PairTask, collate
 from torch import Tensor

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import bars, write_folders, write_idx
 from safetensors.torch import load_file
+from support.image_files import bars, write_folders, write_idx
 
 from nmt.checkpoints.model_folder import load_model
 from nmt.cli.average import main as average
