@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.image_files import write_folders
+from support.pair_task import PAD, SIZES, PairTask, collate
 from support.ranks import run_ranks
-from test_trainer import PAD, SIZES, PairTask, collate
 from torch import Tensor, nn
 
 from nmt.checkpoints.weights import weights

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.packed_pairs import make_pairs, shape_for
+from support.packed_updates import CPU, GPU, assert_close, make_trainer, trained, updates
 from support.toy_run import assert_bit_equal
-from test_packing import make_pairs, shape_for
-from test_recorded_updates import CPU, GPU, assert_close, make_trainer, trained, updates
 from torch import Tensor, nn
 
 # Interpreters of older releases do not run with NumPy 2.4 and newer.

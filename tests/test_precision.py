@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.pair_task import ALL, SIZES, UNEVEN, PairTask, collate
 from support.ranks import run_ranks
 from support.toy_run import config, log, records
 from support.toy_task import PointExamples, PointOptions, Points, PointTask
-from test_trainer import ALL, SIZES, UNEVEN, PairTask, collate
 from torch import Tensor, nn
 
 from nmt.data.batch_iterator import MicroBatch

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_fairseq_data import write_split
 
 from nmt.config.mapping import from_mapping, read_yaml
 from nmt.data.batch_iterator import BatchIterator
@@ -44,6 +43,7 @@ from nmt.translation.options import TranslationOptions
 from nmt.translation.translator import Translator
 from support import fairseq_model, fuzz_images
 from support import fuzz_mutations as mutations
+from support.fairseq_data import write_split
 
 KEPT = Path(__file__).parents[1] / "data" / "checkpoints-2"
 SECONDS = 10  # of the processor, for one file
