@@ -14,6 +14,29 @@ from support.tiny_translation_model import write_tiny_model
 
 from nmt.translation.translator import Translator
 
+# Those that take longest, the longest first: if one came last, one process would work and the other wait.
+LONGEST_FIRST = [
+    "test_batch_invariance.py",
+    "test_survival.py",
+    "test_compilation.py",
+    "test_verify_scripts.py",
+    "test_end_to_end.py",
+    "test_signals.py",
+    "test_machines.py",
+    "test_fuzz_readers.py",
+    "test_engine.py",
+    "test_vision_training.py",
+    "test_sharded.py",
+    "test_gradient_contract.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; the others keep their order."""
+    assert all(Path(__file__).with_name(name).exists() for name in LONGEST_FIRST)
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what is marked `gpu` where there is none."""
