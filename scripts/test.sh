@@ -15,7 +15,8 @@ if [ "${1:-}" = --fast ]; then
     shift
     chosen="not slow and not gpu"
 fi
-# Two processes with a thread each: threads of one test would only wait for those of another.
+# Two processes with a thread each: threads of one test would only wait for those of another. Files go out in the order of
+# tests/conftest.py, in which the longest come first; xdist would begin with those that have the most tests.
 export OMP_NUM_THREADS=1
 say "tests: $chosen"
-exec "$BIN/python" -m pytest -n 2 --dist loadfile -m "$chosen" "$@"
+exec "$BIN/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "$chosen" "$@"

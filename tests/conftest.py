@@ -10,9 +10,32 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: kernels run on a CPU then
 
-from tiny_translation_model import write_tiny_model
+from support.tiny_translation_model import write_tiny_model
 
 from nmt.translation.translator import Translator
+
+# Those that take longest, the longest first: if one came last, one process would work and the other wait.
+LONGEST_FIRST = [
+    "test_batch_invariance.py",
+    "test_survival.py",
+    "test_compilation.py",
+    "test_verify_scripts.py",
+    "test_end_to_end.py",
+    "test_signals.py",
+    "test_machines.py",
+    "test_fuzz_readers.py",
+    "test_engine.py",
+    "test_vision_training.py",
+    "test_sharded.py",
+    "test_gradient_contract.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; the others keep their order."""
+    assert all(Path(__file__).with_name(name).exists() for name in LONGEST_FIRST)
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -38,9 +61,9 @@ def translator(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 @pytest.fixture
 def points_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install the task of `toy_task.py` under the name `points`, as a stranger's package would be."""
+    """Install the task of `support/toy_task.py` under the name `points`, as a stranger's package would be."""
     metadata = tmp_path / "plugin" / "points_plugin-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: points-plugin\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[nmt.tasks]\npoints = toy_task:PointOptions\n")
+    (metadata / "entry_points.txt").write_text("[nmt.tasks]\npoints = support.toy_task:PointOptions\n")
     monkeypatch.syspath_prepend(metadata.parent)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from toy_run import config, log
-from toy_task import PointExamples, PointTask
+from support.toy_run import config, log
+from support.toy_task import PointExamples, PointTask
 
 from nmt.data.options import BatchingOptions
 from nmt.train_loop import train

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_run import config, records
+from support.toy_run import config, records
 
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.options import TrainConfig

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from tiny_translation_model import WORDS, write_tiny_model
+from support.tiny_translation_model import WORDS, write_tiny_model
 
 from nmt.cli.generate import main
 from nmt.data.segmenter import PieceSegmenter, Segmenter, read_vocabulary

@@ -22,6 +22,7 @@ from nmt.options import TrainConfig
 from nmt.task import ENTRY_POINT_GROUP, load_task
 
 PACKAGE = Path(nmt.__file__).parent
+TESTS = Path(__file__).parent
 PYPROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
 
 # A room may be imported by the lines below its own. A module that is in no room fails the test: whoever adds one
@@ -284,3 +285,13 @@ def test_files_that_the_documents_name_are_there() -> None:
     named = {(file.name, name) for file in documents for name in path.findall(file.read_text("utf-8"))}
     assert ("README.md", "docs/training.md") in named
     assert [pair for pair in named if not (root / pair[1]).exists()] == []
+
+
+def test_no_test_imports_another() -> None:
+    """Whoever changes a test changes that test alone; also in programs that tests write into strings."""
+    importing = re.compile(r"^\s*(?:from|import)\s+(?:\w+,\s*)*(?:test_\w+|conftest)\b", re.MULTILINE)
+    assert [str(path) for path in TESTS.rglob("*.py") if importing.search(path.read_text("utf-8"))] == []
+
+
+def test_what_tests_share_stands_in_one_folder() -> None:
+    assert [path.name for path in TESTS.glob("*.py") if not path.name.startswith("test_")] == ["conftest.py"]

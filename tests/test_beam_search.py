@@ -7,8 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_beam_search import exhaustive_search, score, slow_beam_search, slow_greedy_search
-from table_model import BOS, EOS, PAD, UNK, A, B, NextProbabilities, TableModel, from_table, random_table
+from support.slow_beam_search import exhaustive_search, score, slow_beam_search, slow_greedy_search
+from support.table_model import (
+    BOS,
+    EOS,
+    PAD,
+    UNK,
+    A,
+    B,
+    NextProbabilities,
+    TableModel,
+    from_table,
+    random_table,
+)
 
 from nmt.generation.beam_search import Candidates, Hypothesis, best, extend, keep, start
 from nmt.generation.generator import Generator

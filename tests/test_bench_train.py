@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_trainer import ALL, SIZES, PairTask, collate
+from support.pair_task import ALL, SIZES, PairTask, collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from nmt.models.transformer import Transformer

@@ -7,9 +7,9 @@ from typing import Literal
 
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
+from support.toy_task import PointExamples, Points, PointTask
 from torch import nn
-from toy_task import PointExamples, Points, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, single

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_translation_model import write_tiny_model
+from support.tiny_translation_model import write_tiny_model
 
 from nmt.checkpoints.model_folder import average_models, load_config, load_model, load_weights
 from nmt.checkpoints.run_folder import CheckpointFolder

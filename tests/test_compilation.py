@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from image_files import write_folders
-from ranks import run_ranks
 from safetensors.torch import load_file
-from test_trainer import PAD, SIZES, PairTask, collate
+from support.image_files import write_folders
+from support.pair_task import PAD, SIZES, PairTask, collate
+from support.ranks import run_ranks
 from torch import Tensor, nn
 
 from nmt.checkpoints.weights import weights
@@ -194,7 +194,7 @@ def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from toy_run import config
+from support.toy_run import config
 from nmt.cli.command import run_command
 from nmt.train_loop import train
 run_command("nmt-train", lambda: train(config(Path({str(tmp_path)!r}) / "run", optimization=dict(compile=True))))

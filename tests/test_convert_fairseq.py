@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import fairseq_model
 import pytest
 import torch
-from fairseq_model import PLAIN, checkpoint, make_weights, under_old_names, write_dictionaries
+from support import fairseq_model
+from support.fairseq_model import PLAIN, checkpoint, make_weights, under_old_names, write_dictionaries
 
 from nmt.checkpoints.model_folder import load_model
 from nmt.errors import UserError

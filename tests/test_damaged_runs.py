@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from toy_run import config
+from support.toy_run import config
 
 from nmt.checkpoints.run_state import RUN_STATE
 from nmt.cli.average import main as average

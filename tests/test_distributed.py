@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from toy_task import PointExamples, PointTask
+from support.toy_task import PointExamples, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, join_world, meet, single

@@ -1,7 +1,6 @@
 """The commands through their real entry points: a model learns to reverse strings of digits."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -14,11 +13,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.commands import BIN, ENVIRONMENT, run, succeed
+from support.digits import preprocess, write_digits
 
+from nmt.cli.train import main as train_command
 from nmt.run.run_log import TIMES
 
-BIN = Path(sys.executable).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SIZES = [
     *(
         "--encoder-layers",
@@ -46,51 +46,12 @@ class Files(NamedTuple):
     run: Path
 
 
-def run(command: str, *arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [BIN / command, *map(str, arguments)],
-        input=text,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=500,
-    )
-
-
-def succeed(command: str, *arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    result = run(command, *arguments, text=text)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
 def refused(command: str, *arguments: object) -> str:
     """Run a command that must fail as bad input does: exit code 2, one line, no traceback."""
     result = run(command, *arguments)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith(f"{command}: error: ") and result.stderr.count("\n") == 1, result.stderr
     return result.stderr
-
-
-def write_digits(folder: Path) -> None:
-    """Write distinct strings of 2 to 8 digits and their reversals: 4,000 pairs to learn, 100 and 300 unseen."""
-    rng = random.Random(1)
-    strings: set[tuple[str, ...]] = set()
-    while len(strings) < 4400:
-        strings.add(tuple(rng.choices("0123456789", k=rng.randint(2, 8))))
-    ordered = sorted(strings)
-    rng.shuffle(ordered)
-    for split, start, end in (("train", 0, 4000), ("valid", 4000, 4100), ("test", 4100, 4400)):
-        for language, step in (("xx", 1), ("yy", -1)):
-            lines = (" ".join(digits[::step]) + "\n" for digits in ordered[start:end])
-            (folder / f"{split}.{language}").write_text("".join(lines))
-
-
-def preprocess(text: Path, data: Path) -> None:
-    prefixes = [
-        argument for split in ("train", "valid", "test") for argument in (f"--{split}pref", text / split)
-    ]
-    languages = ["--source-lang", "xx", "--target-lang", "yy"]
-    succeed("nmt-preprocess", *languages, *prefixes, "--destdir", data, "--vocab-size", 300, "--workers", 1)
 
 
 @pytest.fixture(scope="module")
@@ -268,25 +229,33 @@ def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(files: Files, 
         assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
-def test_bad_input_to_training_is_one_clear_line(files: Files, tmp_path: Path) -> None:
-    new = ("--save-dir", tmp_path / "new")
-    assert "Perhaps you meant `--max-tokens`" in refused("nmt-train", files.data, *new, "--max-token", "5")
-    assert "transformer_tiny" in refused("nmt-train", files.data, *new, "--arch", "transformer_tin")
-    assert "must be a data directory" in refused("nmt-train", tmp_path / "nowhere", *new)
-    assert "`label-smoothing` must be" in refused("nmt-train", files.data, *new, "--label-smoothing", "1.5")
-    assert "must be a multiple" in refused("nmt-train", files.data, *new, "--encoder-embed-dim", "30")
-    assert "one of loss, nll, ppl, bleu" in refused(
-        "nmt-train", files.data, *new, "--best-checkpoint-metric", "x"
-    )
-    assert "`max-target-positions`" in refused(
-        "nmt-train", files.data, *new, *SIZES, "--max-target-positions", "5"
-    )
+def test_bad_input_to_training_is_one_clear_line(
+    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = (files.data, "--save-dir", tmp_path / "new")
+    assert "Perhaps you meant `--max-tokens`" in refused("nmt-train", *new, "--max-token", "5")
+
+    def refused_here(*arguments: object) -> str:
+        """Do in this process what `refused` does in one of its own, which takes seconds to begin."""
+        with pytest.raises(SystemExit) as end:
+            train_command(list(map(str, arguments)))
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert said.startswith("nmt-train: error: ") and said.count("\n") == 1, said
+        return said
+
+    assert "transformer_tiny" in refused_here(*new, "--arch", "transformer_tin")
+    assert "must be a data directory" in refused_here(tmp_path / "nowhere", "--save-dir", tmp_path / "new")
+    assert "`label-smoothing` must be" in refused_here(*new, "--label-smoothing", "1.5")
+    assert "must be a multiple" in refused_here(*new, "--encoder-embed-dim", "30")
+    assert "one of loss, nll, ppl, bleu" in refused_here(*new, "--best-checkpoint-metric", "x")
+    assert "`max-target-positions`" in refused_here(*new, *SIZES, "--max-target-positions", "5")
     config = tmp_path / "config.yaml"
     config.write_text("max-tokens: many\n")
-    assert f"{config}: `max-tokens` must be" in refused("nmt-train", files.data, *new, "--config", config)
+    assert f"{config}: `max-tokens` must be" in refused_here(*new, "--config", config)
     config.write_text("max-tokns: 5\n")
-    assert "`max-tokens`" in refused("nmt-train", files.data, *new, "--config", config)
-    assert "missing.yaml" in refused("nmt-train", files.data, *new, "--config", tmp_path / "missing.yaml")
+    assert "`max-tokens`" in refused_here(*new, "--config", config)
+    assert "missing.yaml" in refused_here(*new, "--config", tmp_path / "missing.yaml")
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_translation_model import MAX_POSITIONS, WORDS, write_tiny_model
+from support.tiny_translation_model import MAX_POSITIONS, WORDS, write_tiny_model
 
 from nmt.data.batching import cut_batches
 from nmt.errors import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_translation_model import write_tiny_model
+from support.tiny_translation_model import write_tiny_model
 
 import nmt
 from nmt.cli.generate import _Report

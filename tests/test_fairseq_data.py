@@ -1,34 +1,22 @@
 """A data directory of fairseq-preprocess opens as it is: no record, no raw text, no SentencePiece model."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.fairseq_data import write_split
 
 from nmt.cli.train import main
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from nmt.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
+from nmt.data.vocabulary import PAD_ID
 from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.models.options import TransformerOptions
 from nmt.translation.options import TranslationOptions
 from nmt.translation.task import TranslationTask
 from nmt.translation.unknown_pieces import about_unknown
-
-PAIRS = [("a b", "A B C"), ("b", "B"), ("", "C A")]
-
-
-def write_split(folder: Path, split: str, *, languages: Sequence[str] = ("en", "de")) -> None:
-    """Write a split as fairseq-preprocess does: ids and eos, nothing else."""
-    for side, lang in enumerate(languages):
-        vocabulary = Vocabulary.load(folder / f"dict.{lang}.txt")
-        prefix = folder / f"{split}.{'-'.join(languages)}.{lang}"
-        with IndexedDatasetWriter(prefix, np.dtype("<u2")) as writer:
-            for pair in PAIRS:
-                writer.add(np.array([*map(vocabulary.id, pair[side].split()), EOS_ID]))
 
 
 @pytest.fixture

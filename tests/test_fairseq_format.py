@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_table
-from tiny_translation_model import write_tiny_model
+from support.table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_table
+from support.tiny_translation_model import write_tiny_model
 
 from nmt.cli.generate import main
 from nmt.generation.generator import Generator

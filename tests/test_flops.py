@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import ALL, SIZES, PairTask, collate
+from support.pair_task import ALL, SIZES, PairTask, collate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.toy_run import config, log, records
+from support.toy_task import PointExamples, PointOptions, PointTask
 from torch import nn
-from toy_run import config, log, records
-from toy_task import PointExamples, PointOptions, PointTask
 
 from nmt.checkpoints.run_folder import MEASURED, CheckpointFolder
 from nmt.errors import UserError

@@ -1,13 +1,13 @@
-"""Some hundred damaged files of each kind, read under limits of time and memory (`fuzz_readers.py` reads more)."""
+"""Some hundred damaged files of each kind, read under limits; `support/fuzz_readers.py` reads more."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fuzz_readers import KINDS
+from support.fuzz_readers import KINDS
 
-SCRIPT = Path(__file__).with_name("fuzz_readers.py")
+TESTS = Path(__file__).parent
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -33,15 +33,15 @@ def test_a_whole_file_is_read(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_damaged_files_are_read_or_refused_in_a_line(kinds: tuple[str, ...]) -> None:
     named = [argument for kind in kinds for argument in ("--kind", kind)]
-    command = [sys.executable, str(SCRIPT), "--mutations", "200", *named]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "support.fuzz_readers", "--mutations", "200", *named]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_hangs_or_takes_memory_is_found(tmp_path: Path) -> None:
     """The fuzzer sees what it is there for."""
     code = (
-        "import dataclasses, fuzz_readers as fuzz\n"
+        "import dataclasses, support.fuzz_readers as fuzz\n"
         "from pathlib import Path\n"
         "from nmt.errors import UserError\n"
         "fuzz.SECONDS = 1\n"
@@ -59,7 +59,7 @@ def test_what_hangs_or_takes_memory_is_found(tmp_path: Path) -> None:
         "    print(*fuzz.fuzz('yaml', [1, 2], seed=1, scratch=scratch), sep='\\n')\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPT.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS)
     lines = done.stdout.splitlines()
     expected = ["MemoryError", "KeyError", "signal 6", "two\\nlines", "signal 27 (out of time)"]
     assert len(lines) == 2 * len(expected)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_translation_model import WORDS, write_learned_model, write_tiny_model
+from support.tiny_translation_model import WORDS, write_learned_model, write_tiny_model
 
 from nmt.cli.generate import _buffer_size, main
 from nmt.cli.options import GenerateOptions

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_table
+from support.table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_table
 
 from nmt.errors import UserError
 from nmt.generation.adjust import penalize_repetition_

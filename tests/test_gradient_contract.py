@@ -13,8 +13,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
-from test_trainer import SIZES
+from support.pair_task import SIZES
+from support.ranks import run_ranks
 from torch import Tensor, nn
 
 from nmt.data.batch_iterator import BatchIterator, MicroBatch

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_validation_bleu import Side
-from tiny_translation_model import MAX_POSITIONS, WORDS, write_tiny_model
-from toy_run import log
+from support.in_memory import Side
+from support.tiny_translation_model import MAX_POSITIONS, WORDS, write_tiny_model
+from support.toy_run import log
 
 from nmt.cli.preprocess import main as preprocess
 from nmt.cli.train import main as train

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fairseq_model import PLAIN, checkpoint, make_weights, under_old_names, write_dictionaries
-from fuzz_mutations import NUMBERS, odd_pickles, replaced_pickle
 from safetensors.torch import load_file, save_file
+from support.fairseq_model import PLAIN, checkpoint, make_weights, under_old_names, write_dictionaries
+from support.fuzz_mutations import NUMBERS, odd_pickles, replaced_pickle
 from torch import Tensor, nn
 
 from nmt.checkpoints.model_folder import build_model, load_model

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from tiny_translation_model import WORDS, write_tiny_model
+from support.in_memory import Side
+from support.tiny_translation_model import WORDS, write_tiny_model
 
 from nmt.data.parallel_dataset import ParallelDataset
 from nmt.data.vocabulary import EOS_ID
@@ -21,20 +21,6 @@ from nmt.translation.illustration import Row, markdown_table
 from nmt.translation.translator import Translator
 
 CPU = torch.device("cpu")
-
-
-class Side:
-    """One side of a data set, in memory."""
-
-    def __init__(self, sentences: list[NDArray[np.int32]]) -> None:
-        self.sentences = sentences
-        self.sizes = np.array([len(sentence) for sentence in sentences], dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.sentences)
-
-    def __getitem__(self, index: int) -> NDArray[np.int32]:
-        return self.sentences[index]
 
 
 class Cells(HTMLParser):

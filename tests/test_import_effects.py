@@ -90,7 +90,7 @@ def test_what_changes_would_be_seen() -> None:
 def test_an_optimizer_is_built_without_the_compiler() -> None:
     code = (
         "import sys, torch\n"
-        "from toy_task import PointTask\n"
+        "from support.toy_task import PointTask\n"
         "from nmt.distributed import single\n"
         "from nmt.options import OptimizationOptions\n"
         "from nmt.trainer import Trainer\n"

@@ -10,32 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_transformer import VOCABULARY_SIZE, random_transformer
+from support.id_search import padded, search
+from support.int8_processor import needs_vnni
+from support.random_transformer import TWO_LAYERS, VOCABULARY_SIZE, random_transformer
 
 import nmt.models.inference
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
-from nmt.generation.beam_search import Hypothesis
-from nmt.generation.generator import Generator
-from nmt.generation.options import DecodingOptions
-from nmt.models import inference_int8 as int8
 from nmt.models.inference import InferenceTransformer
 from nmt.models.inference_parts import _attend
-from nmt.models.options import TransformerOptions
-from nmt.models.protocols import SearchModel
 from nmt.models.transformer import Transformer
-
-needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor multiplies no 8-bit integers")
-
-TWO_LAYERS = TransformerOptions(
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_embed_dim=32,
-    decoder_embed_dim=48,
-    encoder_ffn_embed_dim=64,
-    decoder_ffn_embed_dim=64,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-)
 
 SENTENCES = st.lists(
     st.lists(st.integers(UNK_ID, VOCABULARY_SIZE - 1), min_size=1, max_size=9), min_size=1, max_size=12
@@ -44,12 +27,6 @@ SENTENCES = st.lists(
 LONGER_SENTENCES = st.lists(
     st.lists(st.integers(UNK_ID, VOCABULARY_SIZE - 1), min_size=1, max_size=23), min_size=1, max_size=12
 )
-
-
-def search(model: SearchModel, sentences: list[list[int]], beam: int) -> list[list[Hypothesis]]:
-    options = DecodingOptions(beam=beam, nbest=beam, max_len_a=0, max_len_b=30)
-    generator = Generator([model], options, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID)
-    return generator.generate(padded(sentences))
 
 
 @contextmanager
@@ -64,11 +41,6 @@ def fresh_memory_is_not_a_number() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = before
-
-
-def padded(sentences: list[list[int]]) -> torch.Tensor:
-    longest = max(map(len, sentences))
-    return torch.tensor([[*x, EOS_ID] + [PAD_ID] * (longest - len(x)) for x in sentences])
 
 
 def seldom_ending(seed: int, dtype: torch.dtype) -> Transformer:

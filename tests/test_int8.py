@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_transformer import random_transformer
-from test_inference import TWO_LAYERS, needs_vnni, padded
+from support.id_search import padded
+from support.int8_processor import needs_vnni
+from support.random_transformer import TWO_LAYERS, random_transformer
 from torch import Tensor, nn
 
 from nmt.data.vocabulary import PAD_ID

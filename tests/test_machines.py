@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from crash_injection import install_plugin
+from support.crash_injection import install_plugin
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "scripts" / "verify_machines.py"

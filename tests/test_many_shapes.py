@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_translation_model import write_tiny_model
+from support.tiny_translation_model import write_tiny_model
 
 from nmt.system.prepared_shapes import keep_prepared_shapes
 from nmt.translation.translator import Translator

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from tiny_translation_model import MAX_POSITIONS, WORDS
+from support.tiny_translation_model import MAX_POSITIONS, WORDS
 
 from nmt.errors import UserError
 from nmt.generation.options import DecodingOptions

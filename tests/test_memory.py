@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.toy_run import assert_bit_equal, config, log, records, tensors
+from support.toy_task import PointOptions, Points, PointTask
 from torch import nn
-from toy_run import assert_bit_equal, config, log, records, tensors
-from toy_task import PointOptions, Points, PointTask
 
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.data.batch_iterator import BatchIterator

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from fairseq_model import PLAIN, checkpoint, make_weights, write_dictionaries
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_translation_model import NOUNS
-from toy_task import PointOptions
+from support.fairseq_model import PLAIN, checkpoint, make_weights, write_dictionaries
+from support.tiny_translation_model import NOUNS
+from support.toy_task import PointOptions
 
 from nmt.checkpoints.model_folder import average_models, load_config, load_model
 from nmt.cli.preprocess import main as preprocess

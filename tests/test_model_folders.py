@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_translation_model import write_tiny_model
-from toy_run import config, log
+from support.tiny_translation_model import write_tiny_model
+from support.toy_run import config, log
 
 import nmt
 from nmt.checkpoints.find_folder import find_model, find_models, moved_path, split_models, write_link

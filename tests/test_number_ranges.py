@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_translation_model import write_tiny_model
+from support.tiny_translation_model import write_tiny_model
 
 from nmt.cli.generate import main as generate
 from nmt.cli.options import AverageOptions, ExportOptions, GenerateOptions, ScoreOptions

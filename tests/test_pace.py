@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_run import config, log, records
+from support.toy_run import config, log, records
 
 from nmt.run.pace import Pace
 from nmt.train_loop import train

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_packing import make_pairs, shape_for
-from test_recorded_updates import CPU, GPU, assert_close, make_trainer, trained, updates
+from support.packed_pairs import make_pairs, shape_for
+from support.packed_updates import CPU, GPU, assert_close, make_trainer, trained, updates
+from support.toy_run import assert_bit_equal
 from torch import Tensor, nn
-from toy_run import assert_bit_equal
 
 # Interpreters of older releases do not run with NumPy 2.4 and newer.
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")

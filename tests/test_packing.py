@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_transformer import VOCABULARY_SIZE, random_transformer
+from support.packed_pairs import make_pairs, shape_for
+from support.random_transformer import random_transformer
 
 from nmt.data.batching import Window, cut_packed, plan_window
 from nmt.data.limits import BatchLimits
@@ -19,21 +20,6 @@ from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.translation.loss import packed_translation_loss, translation_loss
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=9)
-
-
-def make_pairs(lengths, seed=0):
-    """Pairs of random ids, each ending with eos."""
-    random = np.random.default_rng(seed)
-
-    def sentence(length):
-        return np.append(random.integers(4, VOCABULARY_SIZE, size=length - 1), EOS_ID)
-
-    return [(sentence(source), sentence(target)) for source, target in lengths]
-
-
-def shape_for(lengths, *, slack=0):
-    most = max(sum(source for source, _ in lengths), sum(target for _, target in lengths)) + slack
-    return PackedShape.of(max_tokens=most, max_sentences=len(lengths) + slack, longest=12)
 
 
 @given(LENGTHS, st.integers(0, 30))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.in_memory import Side, numbered_pairs
 
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.options import BatchingOptions
@@ -19,21 +20,9 @@ from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.errors import UserError
 
 
-class Side:
-    """Sentences in memory, in the form of `IndexedDataset`."""
-
-    def __init__(self, sentences, dtype=np.uint16):
-        self.sentences = [np.array([*sentence, EOS_ID], dtype=dtype) for sentence in sentences]
-
-    def __len__(self):
-        return len(self.sentences)
-
-    def __getitem__(self, index):
-        return self.sentences[index]
-
-    @property
-    def sizes(self):
-        return np.array([len(sentence) for sentence in self.sentences], dtype=np.int32)
+def side(sentences, dtype=np.uint16):
+    """Return sentences in memory, each with its end."""
+    return Side([np.array([*sentence, EOS_ID], dtype=dtype) for sentence in sentences])
 
 
 sentences = st.lists(st.integers(3, 2**16 - 1), max_size=9)
@@ -41,7 +30,7 @@ pairs = st.lists(st.tuples(sentences, sentences), min_size=1, max_size=8)
 
 
 def test_a_batch_by_hand():
-    dataset = ParallelDataset(Side([[5, 6], [7]]), Side([[8], [9, 10, 11]]))
+    dataset = ParallelDataset(side([[5, 6], [7]]), side([[8], [9, 10, 11]]))
     batch = dataset.collate([dataset[0], dataset[1]])
     assert batch.source.tolist() == [[5, 6, EOS_ID], [7, EOS_ID, PAD_ID]]
     assert batch.target.tolist() == [[8, EOS_ID, PAD_ID, PAD_ID], [9, 10, 11, EOS_ID]]
@@ -55,7 +44,7 @@ def test_a_batch_by_hand():
 @settings(deadline=None)
 @given(pairs=pairs, dtype=st.sampled_from([np.uint16, np.int32, np.int64]))
 def test_collating_equals_padding_token_by_token(pairs, dtype):
-    dataset = ParallelDataset(Side([s for s, _ in pairs], dtype), Side([t for _, t in pairs], dtype))
+    dataset = ParallelDataset(side([s for s, _ in pairs], dtype), side([t for _, t in pairs], dtype))
     batch = collate_pairs([dataset[i] for i in range(len(dataset))])
 
     def padded(rows):
@@ -70,14 +59,14 @@ def test_collating_equals_padding_token_by_token(pairs, dtype):
 
 
 def test_a_padding_id_inside_a_sentence_is_a_token_like_any_other():
-    dataset = ParallelDataset(Side([[5]]), Side([[8, PAD_ID, 9]]))
+    dataset = ParallelDataset(side([[5]]), side([[8, PAD_ID, 9]]))
     batch = dataset.collate([dataset[0]])
     assert batch.target_input.tolist() == [[EOS_ID, 8, PAD_ID, 9]]
     assert batch.num_targets == 4
 
 
 def test_a_batch_moves_to_a_device_as_a_whole():
-    dataset = ParallelDataset(Side([[5]]), Side([[6]]))
+    dataset = ParallelDataset(side([[5]]), side([[6]]))
     batch = dataset.collate([dataset[0]]).to(torch.device("meta"))
     assert isinstance(batch, TranslationBatch)
     assert all(t.device.type == "meta" for t in (batch.source, batch.target, batch.target_input))
@@ -86,11 +75,11 @@ def test_a_batch_moves_to_a_device_as_a_whole():
 
 def test_sides_of_different_length_are_refused_with_both_numbers():
     with pytest.raises(UserError, match="source has 2 and the target 1"):
-        ParallelDataset(Side([[5], [6]]), Side([[5]]))
+        ParallelDataset(side([[5], [6]]), side([[5]]))
 
 
 def test_pickling_carries_the_two_sides_and_not_the_sizes():
-    dataset = ParallelDataset(Side([[5], [6, 7]]), Side([[8], [9]]))
+    dataset = ParallelDataset(side([[5], [6, 7]]), side([[8], [9]]))
     without_sizes = pickle.dumps(dataset)
     assert dataset.sizes.shape == (2, 2)
     assert pickle.dumps(dataset) == without_sizes
@@ -98,13 +87,13 @@ def test_pickling_carries_the_two_sides_and_not_the_sizes():
 
 
 def test_an_empty_split_has_sizes():
-    assert ParallelDataset(Side([]), Side([])).sizes.shape == (0, 2)
+    assert ParallelDataset(side([]), side([])).sizes.shape == (0, 2)
 
 
 def test_worker_processes_make_the_same_tensors():
     random = np.random.default_rng(0)
     lines = [random.integers(4, 100, random.integers(1, 20)).tolist() for _ in range(200)]
-    dataset = ParallelDataset(Side(lines), Side(lines[::-1]))
+    dataset = ParallelDataset(side(lines), side(lines[::-1]))
     options = BatchingOptions(max_tokens=200)
     expected = [update[0].batch for update in BatchIterator(dataset, options, seed=1)]
     with BatchIterator(dataset, options, seed=1, num_workers=2) as batches:
@@ -115,11 +104,6 @@ def test_worker_processes_make_the_same_tensors():
         assert torch.equal(one.target, other.target)
         assert torch.equal(one.target_input, other.target_input)
         assert (one.num_examples, one.num_targets) == (other.num_examples, other.num_targets)
-
-
-def numbered_pairs():
-    lines = [[4 + i % 50] * (1 + i % 9) for i in range(60)]
-    return ParallelDataset(Side(lines), Side(lines[::-1]))
 
 
 def test_workers_end_with_the_iterator_whoever_still_holds_what_they_read():
@@ -135,7 +119,7 @@ def test_workers_end_with_the_iterator_whoever_still_holds_what_they_read():
 
 
 PROGRAM = """
-from test_parallel_dataset import numbered_pairs
+from support.in_memory import numbered_pairs
 
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.options import BatchingOptions

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from test_trainer import ALL, SIZES, UNEVEN, PairTask, collate
+from support.pair_task import ALL, SIZES, UNEVEN, PairTask, collate
+from support.ranks import run_ranks
+from support.toy_run import config, log, records
+from support.toy_task import PointExamples, PointOptions, Points, PointTask
 from torch import Tensor, nn
-from toy_run import config, log, records
-from toy_task import PointExamples, PointOptions, Points, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, single

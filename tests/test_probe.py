@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy_run import assert_bit_equal, config
-from toy_task import Points, PointTask
+from support.toy_run import assert_bit_equal, config
+from support.toy_task import Points, PointTask
 
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.data.options import BatchingOptions

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_run import OPTIMIZATION, assert_bit_equal, config, log, records, tensors
-from toy_task import PointExamples, PointOptions, Points, PointTask
+from support.toy_run import OPTIMIZATION, assert_bit_equal, config, log, records, tensors
+from support.toy_task import PointExamples, PointOptions, Points, PointTask
 
 from nmt.data.indexed_dataset import IndexedDatasetWriter
 from nmt.data.options import BatchingOptions

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from random_transformer import random_transformer
-from table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_table
+from support.random_transformer import random_transformer
+from support.table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_table
 from torch import Tensor
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_run import config
+from support.toy_run import config
 
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.checkpoints.run_state import RUN_STATE

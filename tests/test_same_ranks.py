@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy_run import config
-from toy_task import PointExamples
+from support.toy_run import config
+from support.toy_task import PointExamples
 
 from nmt.config.mapping import to_mapping
 from nmt.distributed import World

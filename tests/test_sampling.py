@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_beam_search import next_log_probs, slow_greedy_search
-from table_model import EOS, PAD, UNK, NextProbabilities, TableModel, random_table
+from support.slow_beam_search import next_log_probs, slow_greedy_search
+from support.table_model import EOS, PAD, UNK, NextProbabilities, TableModel, random_table
 
 from nmt.generation import generator as generator_module
 from nmt.generation.beam_search import Hypothesis

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_translation_model import write_tiny_model
+from support.tiny_translation_model import write_tiny_model
 
 from nmt.cli.score import main
 from nmt.translation.request import Request

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_transformer import VOCABULARY_SIZE, random_transformer
-from table_model import TableModel, from_table
-from test_inference import padded, search
-from tiny_translation_model import write_tiny_model
+from support.id_search import padded, search
+from support.int8_processor import needs_vnni
+from support.random_transformer import VOCABULARY_SIZE, random_transformer
+from support.table_model import TableModel, from_table
+from support.tiny_translation_model import write_tiny_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -21,7 +22,6 @@ from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.generation.generator import Generator
 from nmt.generation.options import DecodingOptions
-from nmt.models import inference_int8 as int8
 from nmt.models.attention import SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
 from nmt.models.inference import InferenceTransformer
@@ -32,7 +32,6 @@ from nmt.task_extras import check_model
 from nmt.translation.translator import Translator
 from nmt.update.compilation import compile_layers, compile_model
 
-needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor multiplies no 8-bit integers")
 SENTENCES = [[5, 6, 7, 8], [9, 4], [7]]
 Layer = EncoderLayer | DecoderLayer
 

@@ -14,12 +14,12 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from image_files import write_folders
-from random_transformer import VOCABULARY_SIZE, random_transformer
-from ranks import run_ranks
-from tiny_translation_model import WORDS
+from support.image_files import write_folders
+from support.random_transformer import VOCABULARY_SIZE, random_transformer
+from support.ranks import run_ranks
+from support.tiny_translation_model import WORDS
+from support.toy_run import assert_bit_equal, config, log, records, tensors, without_time
 from torch import Tensor, nn
-from toy_run import assert_bit_equal, config, log, records, tensors, without_time
 
 from nmt.checkpoints.model_folder import load_model
 from nmt.data.batch_iterator import MicroBatch

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_injection import content, install_plugin
-from toy_task import PointOptions, PointTask
+from support.crash_injection import content, install_plugin
+from support.toy_task import PointOptions, PointTask
 
 import nmt
 from nmt.cli.train import main

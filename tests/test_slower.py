@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_run import config, log
+from support.toy_run import config, log
 
 import nmt.models
 from nmt.models import training_ops

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_transformer import VOCABULARY_SIZE, random_transformer
-from tiny_translation_model import WORDS, write_tiny_model
+from support.random_transformer import VOCABULARY_SIZE, random_transformer
+from support.tiny_translation_model import WORDS, write_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID

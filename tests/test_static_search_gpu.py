@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from random_transformer import VOCABULARY_SIZE, random_transformer
+from support.random_transformer import VOCABULARY_SIZE, random_transformer
 
 from nmt.data.parallel_dataset import pad_right
 from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.toy_run import config, records
+from support.toy_task import PointOptions, Points, PointTask
 from torch import nn
-from toy_run import config, records
-from toy_task import PointOptions, Points, PointTask
 
 from nmt.task import LossOutput
 from nmt.train_loop import train

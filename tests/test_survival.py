@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_injection import content, install_plugin, snapshot
+from support.crash_injection import content, install_plugin, snapshot
 
 BIN = Path(sys.executable).parent
 TESTS = Path(__file__).parent
@@ -23,7 +23,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 def test_a_kill_or_a_full_disk_at_any_operation_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     result = subprocess.run(
-        [sys.executable, TESTS / "crash_injection.py", tmp_path / "runs"],
+        [sys.executable, "-m", "support.crash_injection", tmp_path / "runs"],
+        cwd=TESTS,
         capture_output=True,
         text=True,
         env={**os.environ, **ONE_THREAD, "TMPDIR": str(tmp_path / "tmp")},

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import run_ranks
+from support.ranks import run_ranks
+from support.toy_run import config, records
+from support.toy_task import PointTask
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toy_run import config, records
-from toy_task import PointTask
 
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.distributed import World

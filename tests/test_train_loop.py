@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.toy_run import assert_bit_equal, config, log, records, tensors, without_time
+from support.toy_task import PointExamples, PointOptions, Points, PointTask
 from torch import nn
-from toy_run import assert_bit_equal, config, log, records, tensors, without_time
-from toy_task import PointExamples, PointOptions, Points, PointTask
 
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.data.options import BatchingOptions

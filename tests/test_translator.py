@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_translation_model import MAX_POSITIONS, WORDS, write_learned_model
+from support.tiny_translation_model import MAX_POSITIONS, WORDS, write_learned_model
 
 from nmt.errors import UserError
 from nmt.generation.generator import Generator

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_translation_model import write_tiny_model
+from support.tiny_translation_model import write_tiny_model
 
 from nmt.cli.generate import main as generate
 from nmt.cli.score import main as score

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy_run import assert_bit_equal, config, log, records, tensors, without_time
-from toy_task import PointExamples, PointOptions, PointTask
+from support.toy_run import assert_bit_equal, config, log, records, tensors, without_time
+from support.toy_task import PointExamples, PointOptions, PointTask
 
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.errors import UserError

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from random_transformer import VOCABULARY_SIZE, random_transformer
+from support.random_transformer import VOCABULARY_SIZE, random_transformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

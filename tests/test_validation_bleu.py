@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_translation_model import WORDS, write_tiny_model
+from support.in_memory import Side
+from support.tiny_translation_model import WORDS, write_tiny_model
 
 from nmt.checkpoints.weights import weights
 from nmt.data.parallel_dataset import ParallelDataset
@@ -24,20 +25,6 @@ from nmt.update.weight_average import AveragedWeights
 
 CPU = torch.device("cpu")
 LINES = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(12)]
-
-
-class Side:
-    """One side of a data set, in memory."""
-
-    def __init__(self, sentences: list[Any]) -> None:
-        self.sentences = sentences
-        self.sizes = np.array([len(sentence) for sentence in sentences], dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.sentences)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.sentences[index]
 
 
 @pytest.fixture

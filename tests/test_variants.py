@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from random_transformer import VOCABULARY_SIZE
-from ranks import run_ranks
-from test_inference import padded, search
-from test_trainer import PairTask, collate
+from support.id_search import padded, search
+from support.pair_task import PairTask, collate
+from support.random_transformer import VOCABULARY_SIZE
+from support.ranks import run_ranks
 from torch import Tensor, nn
 
 from nmt.data.batch_iterator import MicroBatch

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_end_to_end import preprocess, write_digits
+from support.digits import preprocess, write_digits
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 CONFIG = """

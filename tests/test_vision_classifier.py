@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import write_folders
 from PIL import Image
-from tiny_translation_model import write_tiny_model
+from support.image_files import write_folders
+from support.tiny_translation_model import write_tiny_model
 from torch import nn
 
 from nmt.checkpoints.model_folder import load_model

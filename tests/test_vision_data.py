@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import bars, idx_bytes, write_folders, write_idx
 from PIL import Image
+from support.image_files import bars, idx_bytes, write_folders, write_idx
 
 from nmt.errors import UserError
 from nmt.vision.dataset import ImageExamples

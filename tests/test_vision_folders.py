@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_files import write_folders
 from PIL import Image
+from support.image_files import write_folders
 
 from nmt.errors import UserError
 from nmt.vision.sources import FolderImages, open_images

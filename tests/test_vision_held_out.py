@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import bars, write_folders, write_idx
+from support.image_files import bars, write_folders, write_idx
 
 from nmt.cli.train import main
 from nmt.cli.validate import main as validate

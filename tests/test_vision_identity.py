@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from image_files import bars, write_folders, write_idx
-from test_vision_training import config
+from support.image_files import bars, write_folders, write_idx
+from support.image_run import config
 
 from nmt.train_loop import train
 from nmt.vision.identity import fingerprint

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import bars, write_folders, write_idx
-from ranks import run_ranks
+from support.image_files import bars, write_folders, write_idx
+from support.ranks import run_ranks
 from torch import nn
 
 from nmt.distributed import World, single

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import bars, write_folders, write_idx
+from support.image_files import bars, write_folders, write_idx
 from torch import nn
 
 from nmt.distributed import single

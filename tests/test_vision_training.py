@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import bars, write_folders, write_idx
 from safetensors.torch import load_file
+from support.image_files import bars, write_folders, write_idx
+from support.image_run import WITH_BATCH_NORM, config
 
 from nmt.checkpoints.model_folder import load_model
 from nmt.cli.average import main as average
@@ -24,7 +25,7 @@ from nmt.config.mapping import parse_command
 from nmt.data.batch_iterator import BatchIterator
 from nmt.data.options import BatchingOptions
 from nmt.errors import UserError
-from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
+from nmt.options import TrainConfig
 from nmt.train_loop import train
 from nmt.vision.models import build_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
@@ -35,7 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 BIN = Path(sys.executable).parent
 RECIPES = Path(__file__).parent.parent / "examples" / "image_classification"
-WITH_BATCH_NORM = {"model": "timm/test_byobnet", "image_size": 32}
 SIZES = {"num_classes": 3, "num_channels": 3, "image_size": 32}
 WITHOUT_BATCH_NORM = {
     "model": "timm/test_vit",
@@ -54,24 +54,6 @@ def folders(tmp_path: Path) -> dict[str, Path]:
         "train_dir": write_folders(tmp_path / "train", {"red": 8, "green": 6, "blue": 6}),
         "val_dir": write_folders(tmp_path / "val", {"red": 3, "green": 2, "blue": 2}),
     }
-
-
-def config(
-    save_dir: Path, folders: dict[str, Path], **changes: Any
-) -> TrainConfig[ImageClassificationOptions]:
-    batching = {"max_tokens": None, "batch_size": 8, "required_batch_size_multiple": 1}
-    optimization = {"optimizer": "sgd", "lr": 0.05, "lr_scheduler": "constant", "warmup_updates": 0}
-    return TrainConfig(
-        task="image_classification",
-        task_options=ImageClassificationOptions(**folders, **(WITH_BATCH_NORM | changes.pop("task", {}))),
-        save_dir=save_dir,
-        batching=BatchingOptions(**(batching | changes.pop("batching", {}))),
-        optimization=OptimizationOptions(**(optimization | changes.pop("optimization", {}))),
-        checkpoints=CheckpointOptions(best_checkpoint_metric="accuracy"),
-        device="cpu",
-        log_interval=1,
-        **changes,
-    )
 
 
 def last(save_dir: Path) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from image_files import write_folders
 from safetensors.torch import save_file
+from support.image_files import write_folders
 from torch import nn
 
 from nmt.distributed import single

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
-from toy_run import config, records
-from toy_task import PointExamples, PointTask
+from support.ranks import run_ranks
+from support.toy_run import config, records
+from support.toy_task import PointExamples, PointTask
 
 from nmt.data.batch_iterator import MicroBatch
 from nmt.distributed import World, single

@@ -1,6 +1,8 @@
 """Kill a short run at every operation by which it changes the disk, and take it up: a program for test_survival.
 
-    python tests/crash_injection.py FOLDER        prints one JSON object
+Started in the folder `tests`:
+
+    python -m support.crash_injection FOLDER        prints one JSON object
 
 One process imports everything and builds nothing; each run is a fork of it. First a run is left alone and its
 operations are counted. Then, for each operation, a run is killed right before it, or half-way through a write, or
@@ -20,8 +22,6 @@ from typing import Any
 
 import torch
 import torch._dynamo  # which the first optimizer imports, for a second: not in every fork
-from disk_faults import KILLED, DiskFaults, Fault
-from toy_task import PointOptions
 
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.cli.command import run_command
@@ -29,6 +29,8 @@ from nmt.data.options import BatchingOptions
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
 from nmt.run.run_log import TIMES
 from nmt.train_loop import train
+from support.disk_faults import KILLED, DiskFaults, Fault
+from support.toy_task import PointOptions
 
 # 500 examples in batches of 100: 5 updates an epoch. There is a checkpoint after updates 2, 4, 5, 6, 7 and 8.
 CONFIG = TrainConfig(
@@ -267,11 +269,11 @@ def content(path: Path) -> Any:
 
 
 def install_plugin(folder: Path) -> None:
-    """Install the task of `toy_task.py` under the name `points`."""
+    """Install the task of `support/toy_task.py` under the name `points`."""
     metadata = folder / "plugin" / "points_plugin-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: points-plugin\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[nmt.tasks]\npoints = toy_task:PointOptions\n")
+    (metadata / "entry_points.txt").write_text("[nmt.tasks]\npoints = support.toy_task:PointOptions\n")
     sys.path.insert(0, str(metadata.parent))
 
 

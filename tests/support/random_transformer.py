@@ -7,6 +7,16 @@ from nmt.models.options import TransformerOptions
 from nmt.models.transformer import Transformer
 
 VOCABULARY_SIZE = 14
+TWO_LAYERS = TransformerOptions(
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_embed_dim=32,
+    decoder_embed_dim=48,
+    encoder_ffn_embed_dim=64,
+    decoder_ffn_embed_dim=64,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+)
 
 
 def random_transformer(seed: int, dtype: torch.dtype) -> Transformer:

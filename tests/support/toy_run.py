@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from toy_task import PointOptions
 
 from nmt.checkpoints.run_folder import CheckpointFolder
 from nmt.data.options import BatchingOptions
 from nmt.options import CheckpointOptions, OptimizationOptions, TrainConfig
 from nmt.run.run_log import TIMES
+from support.toy_task import PointOptions
 
 # 500 examples in batches of 32: 16 updates an epoch.
 OPTIMIZATION = OptimizationOptions(lr=0.02, warmup_updates=5, max_update=100)

@@ -4,9 +4,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from table_model import EOS, PAD, UNK, NextProbabilities
-
 from nmt.generation.options import DecodingOptions
+from support.table_model import EOS, PAD, UNK, NextProbabilities
 
 
 def next_log_probs(

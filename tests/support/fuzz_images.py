@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 
 import numpy as np
-from image_files import bars, write_idx
 
 from nmt.checkpoints.model_folder import write_model_folder
 from nmt.checkpoints.weights import weights
@@ -14,6 +13,7 @@ from nmt.options import TrainConfig
 from nmt.vision.classifier import Classifier
 from nmt.vision.options import ImageClassificationOptions
 from nmt.vision.sources import open_images
+from support.image_files import bars, write_idx
 
 _MODEL = "timm/test_byobnet"
 _MEGABYTES_OF_A_BOMB = 4_000

@@ -1,7 +1,9 @@
 """Damaged and hostile files for everything that reads files: each must be read, or be refused in one line.
 
-    python tests/fuzz_readers.py --mutations 10000              every kind of file, some minutes to hours
-    python tests/fuzz_readers.py --kind run --only 57           one mutation again, with its traceback
+Started in the folder `tests`:
+
+    python -m support.fuzz_readers --mutations 10000        every kind of file, some minutes to hours
+    python -m support.fuzz_readers --kind run --only 57     one mutation again, with its traceback
 
 Each mutation is read in a process that may take so much memory and time and no more, so that what would fill a
 machine or hang is found, and not suffered. A mutation is told by its kind, the seed and its number.
@@ -24,12 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fairseq_model
-import fuzz_images
-import fuzz_mutations as mutations
 import numpy as np
 import torch
-from test_fairseq_data import write_split
 
 from nmt.config.mapping import from_mapping, read_yaml
 from nmt.data.batch_iterator import BatchIterator
@@ -43,8 +41,11 @@ from nmt.run.plot import open_runs
 from nmt.train_loop import train
 from nmt.translation.options import TranslationOptions
 from nmt.translation.translator import Translator
+from support import fairseq_model, fuzz_images
+from support import fuzz_mutations as mutations
+from support.fairseq_data import write_split
 
-KEPT = Path(__file__).parent / "data" / "checkpoints-2"
+KEPT = Path(__file__).parents[1] / "data" / "checkpoints-2"
 SECONDS = 10  # of the processor, for one file
 SECONDS_BY_THE_CLOCK = 120  # for what waits; a busy machine must not be taken for that
 MEGABYTES = 1500  # beside what the process has when it begins

@@ -1,0 +1,1 @@
+"""What several tests share: small models, tasks and files, slow references, and programs that tests start."""
