@@ -10,7 +10,7 @@ from support.fairseq_data import write_split
 from nmt.cli.train import main
 from nmt.data.data_directory import DataDirectory
 from nmt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from nmt.data.vocabulary import PAD_ID
+from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.distributed import World
 from nmt.errors import UserError
 from nmt.models.options import TransformerOptions
