@@ -40,12 +40,34 @@ def test_a_user_error_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str])
     assert ending == (2, "nmt-x: error: `lr` must be above 0, but is -1.\n")
 
 
-def test_a_missing_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tmp_path / "none"
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("none", "No such file or directory. Check the name."),
+        ("file/none", "Not a directory. Check the name: a part of it is a file, not a folder."),
+        ("folder", "Is a directory. Name a file in it."),
+        ("x" * 300, "File name too long. Name a shorter one."),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_what_to_do(
+    name: str, text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
     with pytest.raises(SystemExit) as caught:
-        run_command("nmt-x", lambda: print(path.read_text()))
+        run_command("nmt-x", lambda: print((tmp_path / name).read_text()))
+    error = capsys.readouterr().err
     assert caught.value.code == 2
-    assert capsys.readouterr().err == f"nmt-x: error: {path}: No such file or directory\n"
+    assert error.endswith(f": {text}\n") and error.count("\n") == 1
+
+
+def test_a_dash_is_no_name_of_standard_input(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_command("nmt-x", lambda: print(Path("-").read_text()))
+    assert "Standard input is read if the option is left out" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,18 @@ from nmt.system.out_of_memory import is_out_of_memory
 # Errors of writing for which the operating system does not name the file.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _LESS_MEMORY = "Take smaller batches, a smaller model or shorter lines, or a larger machine."
+_REMEDIES = {
+    errno.ENOENT: "Check the name.",
+    errno.ENOTDIR: "Check the name: a part of it is a file, not a folder.",
+    errno.EISDIR: "Name a file in it.",
+    errno.EACCES: "Check who may read and write it.",
+    errno.EPERM: "Check who may read and write it.",
+    errno.ENAMETOOLONG: "Name a shorter one.",
+    errno.EMFILE: "Close other programs' files, or raise the limit (`ulimit -n`).",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room, or write elsewhere."),
+    errno.EROFS: "Write elsewhere.",
+    errno.EIO: "Check the disk, or use another.",
+}
 _EXIT_USER_ERROR = 2
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _STDOUT, _STDERR = 1, 2  # their file descriptors
@@ -58,7 +70,7 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
         _fail(prog, f"The memory must suffice, but does not: {_first_line(error)}. {_LESS_MEMORY}")
     except OSError as error:
         if error.filename is not None:
-            _fail(prog, f"{error.filename}: {error.strerror}")
+            _fail(prog, f"{error.filename}: {error.strerror}. {_remedy(error)}")
         if error.errno not in WRITE_ERRORS:
             raise
         _let_stdout_go()
@@ -66,6 +78,13 @@ def run_command(prog: str, body: Callable[[], None], *, exit_code_of_closed_pipe
             prog,
             f"Standard output, or a file, could not be written: {error.strerror}. Make room, or write elsewhere.",
         )
+
+
+def _remedy(error: OSError) -> str:
+    """Return what can be done about a file that could not be opened, read or written."""
+    if error.errno == errno.ENOENT and str(error.filename) == "-":
+        return "Standard input is read if the option is left out; a file of this name is ./-."
+    return _REMEDIES.get(error.errno or 0, "Check that it can be used, or name another.")
 
 
 def prepare_streams() -> None:
