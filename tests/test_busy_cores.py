@@ -21,6 +21,28 @@ def test_where_the_system_does_not_tell_nothing_is_known(tmp_path: Path) -> None
     assert share_waited({}, {}) == 0
 
 
+def test_a_thread_that_has_just_ended_hides_no_other(tmp_path: Path) -> None:
+    for number in ("7", "8", "9"):
+        (tmp_path / number).mkdir()
+        if number != "8":
+            (tmp_path / number / "schedstat").write_text("1000000000 0 1\n")
+    assert core_seconds(tmp_path).keys() == {"7", "9"}
+
+
+def test_a_system_that_does_not_tell_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+
+    def nothing() -> dict[str, CoreSeconds]:
+        calls.append(None)
+        return {}
+
+    monkeypatch.setattr(busy_cores, "core_seconds", nothing)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    cores = BusyCores(torch.device("cpu"))
+    assert [cores.warning() for _ in range(3)] == [None] * 3
+    assert len(calls) == 1
+
+
 def test_the_share_is_of_the_threads_that_were_there_before() -> None:
     before = {"1": CoreSeconds(10, 10), "2": CoreSeconds(0, 0), "ended": CoreSeconds(5, 5)}
     now = {"1": CoreSeconds(14, 13), "2": CoreSeconds(2, 1), "new": CoreSeconds(0, 99)}

@@ -55,6 +55,17 @@ def test_a_probe_changes_nothing(precision: str, fails: bool, monkeypatch: pytes
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_memory_is_reserved_for_weights_that_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = PointTask()
+    model = task.build_model()
+    frozen, *trained = model.parameters()
+    frozen.requires_grad_(False)
+    like, reserved = torch.empty_like, []
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: reserved.append(tensor) or like(tensor))  # type: ignore[func-returns-value]
+    probe(Objective(task, model), a_batch(), device=CPU, num_copies=2)
+    assert [id(tensor) for tensor in reserved] == [id(tensor) for tensor in trained * 2]
+
+
 def test_max_tokens_is_found_with_a_model_and_a_loss_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

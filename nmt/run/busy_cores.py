@@ -39,6 +39,7 @@ class BusyCores:
         if not self._is_watching or (self._before and time.monotonic() - self._began < _SECONDS):
             return None
         now = core_seconds()
+        self._is_watching = bool(now)  # the system tells nothing, if it is not Linux
         share, num_threads = share_waited(self._before, now), torch.get_num_threads()
         self._began, self._before = time.monotonic(), now
         if share < _LIMIT:
@@ -55,12 +56,12 @@ class BusyCores:
 def core_seconds(tasks: Path = _TASKS) -> dict[str, CoreSeconds]:
     """Return the times of each thread since it began, by its number; empty if the system is not Linux."""
     found = {}
-    try:
-        for task in tasks.iterdir():
+    for task in tasks.iterdir() if tasks.is_dir() else ():
+        try:
             run, waited, *_ = (task / "schedstat").read_text(encoding="ascii").split()
-            found[task.name] = CoreSeconds(int(run) / 1e9, int(waited) / 1e9)  # from nanoseconds
-    except (OSError, ValueError):  # there is no such file, or a thread has just ended
-        return found
+        except (OSError, ValueError):  # there is no such file, or the thread has just ended
+            continue
+        found[task.name] = CoreSeconds(int(run) / 1e9, int(waited) / 1e9)  # from nanoseconds
     return found
 
 
