@@ -58,7 +58,6 @@ class Generator:
         options.check_models(len(models))
         self.models = models
         self.options = options
-        self.pad_id = pad_id
         self.static_search = static_search
         ids = TokenIds(pad_id, eos_id, unk_id)
         self.settings = Settings(options, ids, tuple(model.logit_offset for model in models))
@@ -144,7 +143,9 @@ class Generator:
         """Return the length limit (B,) of each translation, eos not counted, from the length of its source."""
         longest = min(model.max_target_positions for model in self.models) - 1  # eos takes a position, too
         a, b = self.options.max_len_a, self.options.max_len_b
-        lengths = (source != self.pad_id).sum(dim=1).tolist()  # for Python, to round alike on all devices
+        lengths = (
+            (source != self.settings.ids.pad).sum(dim=1).tolist()
+        )  # for Python, to round alike on all devices
         return source.new_tensor([min(int(a * length + b), longest) for length in lengths])
 
 

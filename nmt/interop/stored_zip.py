@@ -21,7 +21,6 @@ _ENCRYPTED, _PATCHED, _STRONGLY_ENCRYPTED, _MASKED = 0x1, 0x20, 0x40, 0x2000
 class Entry:
     """A run of bytes in an archive."""
 
-    name: str
     offset: int  # of its header
     size: int
     checksum: int
@@ -47,10 +46,7 @@ class StoredZip:
                 raise self._refusal("is a compressed archive")
         if sum(info.file_size for info in infos) > path.stat().st_size:
             raise self._refusal("is an archive whose entries overlap")
-        self.entries = {
-            info.filename: Entry(info.filename, info.header_offset, info.file_size, info.CRC)
-            for info in infos
-        }
+        self.entries = {info.filename: Entry(info.header_offset, info.file_size, info.CRC) for info in infos}
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an entry.

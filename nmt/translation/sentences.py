@@ -41,7 +41,6 @@ class Sentence:
     source: Ids  # (S,) eos at the end
     target: Ids  # (T,) a forced beginning of the translation; or the whole translation with eos, to be scored
     number: int  # of its line and part; with the seed it determines what is drawn for the sentence
-    request: Request
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -63,14 +62,12 @@ class Line:
 class Lines:
     """Turns requests into sentences."""
 
-    def __init__(
-        self, segmenter: Segmenter | PieceSegmenter, *, longest: int, too_long: TooLong, first_line: int = 1
-    ) -> None:
-        """Take the segmenter, the most pieces of a sentence, and the number of the first line."""
+    def __init__(self, segmenter: Segmenter | PieceSegmenter, *, longest: int, too_long: TooLong) -> None:
+        """Take the segmenter, and the most pieces of a sentence."""
         self._segmenter = segmenter
         self._longest = longest
         self._too_long = too_long
-        self._number = first_line - 1  # of the last line
+        self._number = 0  # of the last line, from 1
 
     def read(self, requests: Sequence[Request], targets: Sequence[Ids] | None = None) -> list[Line]:
         """Turn the next requests into lines.
@@ -94,7 +91,7 @@ class Lines:
     def _to_line(self, request: Request, ids: Ids, target: Ids) -> Line:
         longest = self._longest
         if len(ids) <= longest:
-            return Line(request, ids, self._sentences(request, [ids], target))
+            return Line(request, ids, self._sentences([ids], target))
         if self._too_long == "error":
             raise UserError(
                 f"Line {self._number} must have at most {longest} pieces, as many as the model takes, but has "
@@ -102,7 +99,7 @@ class Lines:
             )
         if self._too_long == "truncate":
             kept = ids[:longest]
-            return Line(request, kept, self._sentences(request, [kept], target), len(ids) - longest)
+            return Line(request, kept, self._sentences([kept], target), len(ids) - longest)
         texts = split_text(
             request.text,
             limit=longest,
@@ -114,18 +111,17 @@ class Lines:
         return Line(
             request,
             np.concatenate([x for part in parts for x in (part, END)] or [NOTHING])[:-1],
-            self._sentences(request, parts, target),
+            self._sentences(parts, target),
             sum(max(len(part) - longest, 0) for _, part in both),
             [text for text, _ in both],
         )
 
-    def _sentences(self, request: Request, parts: Sequence[Ids], target: Ids) -> list[Sentence]:
+    def _sentences(self, parts: Sequence[Ids], target: Ids) -> list[Sentence]:
         return [
             Sentence(
                 np.append(ids, EOS_ID),
                 target if part == 0 else NOTHING,  # a forced beginning belongs to the first part
                 self._number + part * _MOST_LINES,
-                request,
             )
             for part, ids in enumerate(parts)
             if len(ids) > 0
