@@ -64,3 +64,10 @@ def softmax_gradient_(
         num_warps=8,
     )
     return log_normalizers, target_logits
+
+
+def try_out(device: torch.device) -> None:
+    """Run the kernel once; raise Triton's error if Triton or the C compiler does not work."""
+    logits, target = torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    softmax_gradient_(logits, target, extra=1.0, ignored=None)
+    torch.cuda.synchronize(device)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt.models.linear_kernels import num_processors, sum_partials
+from nmt.models.training_ops import in_16_bits
 
 _PROGRAMS_A_PROCESSOR = 2
 
@@ -153,16 +154,6 @@ class Drop(NamedTuple):
     """int64; only the first number is read, and none if the probability is 0."""
 
 
-class _Dropping(NamedTuple):
-    threshold: int
-    keep_scale: float
-
-    @classmethod
-    def of(cls, probability: float) -> "_Dropping":
-        threshold = min(round(probability * 65536), 65535)
-        return cls(threshold, 65536 / (65536 - threshold))
-
-
 def add_and_norm(x: Tensor, product: Product, norm: Norm, drop: Drop) -> tuple[Tensor, Tensor]:
     """Compute y as in the head of this file; x and the product are (N, D).
 
@@ -262,14 +253,14 @@ def _run_forward(
     total = torch.empty_like(x) if product else x
     y = torch.empty_like(x) if norm else x
     means, scales = torch.empty(2, num_rows, dtype=torch.float32, device=x.device).unbind()
-    dropping = _Dropping.of(drop.probability if drop else 0.0)
+    threshold, keep_scale = in_16_bits(drop.probability if drop else 0.0)
     rows, block = _sizes(num_columns, 2048)
     launch: Any = _forward[(triton.cdiv(num_rows, rows),)]
     launch(
         x, *((product.rows.contiguous(), product.bias) if product else (x, x)),
         *(norm[:2] if norm else (x, x)), total, y, means, scales, drop.seed if drop else means,
-        num_rows, num_columns, norm.eps if norm else 0.0, *dropping,
-        ADDS=product is not None, NORMS=norm is not None, DROPS=dropping.threshold > 0, ROWS=rows, BLOCK=block,
+        num_rows, num_columns, norm.eps if norm else 0.0, threshold, keep_scale,
+        ADDS=product is not None, NORMS=norm is not None, DROPS=threshold > 0, ROWS=rows, BLOCK=block,
         num_warps=4,
     )  # fmt: skip
     return total, y, means, scales
@@ -289,8 +280,8 @@ def _run_backward(
     grad = grad.contiguous()
     beside = None if beside is None else beside.contiguous()
     num_rows, num_columns = grad.shape
-    dropping = _Dropping.of(drop.probability if drop else 0.0)
-    drops = dropping.threshold > 0
+    threshold, keep_scale = in_16_bits(drop.probability if drop else 0.0)
+    drops = threshold > 0
     grad_x = torch.empty_like(grad) if normed else grad
     grad_product = torch.empty_like(grad) if drops else grad_x
     total, means, scales, weight = normed or (grad, grad, grad, grad)
@@ -303,7 +294,7 @@ def _run_backward(
     launch: Any = _backward[(num_programs,)]
     launch(
         grad, grad if beside is None else beside, total, weight, means, scales, grad_x, grad_product, partials,
-        drop.seed if drop else partials, num_rows, num_columns, *dropping,
+        drop.seed if drop else partials, num_rows, num_columns, threshold, keep_scale,
         ADDS=drop is not None, NORMS=normed is not None, DROPS=drops, HAS_BESIDE=beside is not None,
         ROWS=rows, BLOCK=block, num_warps=8,
     )  # fmt: skip

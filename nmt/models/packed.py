@@ -3,7 +3,6 @@
 Shapes: N, M tokens of the rows of queries and keys, P parts, I items, H heads, E head size, D = H*E model.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmt.system.slower import warn_slower
+from nmt.system.slower import works
 
 
 @dataclass(frozen=True)
@@ -100,18 +99,6 @@ def have_kernels(dtype: torch.dtype, head_size: int, device: torch.device) -> bo
     if device.type != "cuda" or not is_half or head_size not in (16, 32, 64, 128):
         return False
     return works("Triton", lambda: _kernels().try_out(dtype, head_size, device))
-
-
-def works(what: str, try_out: Callable[[], None]) -> bool:
-    """Return whether our own kernels can be used; if not, a warning says why."""
-    try:
-        try_out()
-    except (
-        Exception
-    ) as error:  # Triton, the compiler that it calls and the driver raise errors without a common type
-        warn_slower(what, error)
-        return False
-    return True
 
 
 def _kernels() -> ModuleType:

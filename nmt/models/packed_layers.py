@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import FeedForward, Residual
-from nmt.models.packed import Spans, attend_to_other, attend_to_self, works
+from nmt.models.packed import Spans, attend_to_other, attend_to_self
 from nmt.models.training_ops import Dropout, Linear
+from nmt.system.slower import works
 
 if TYPE_CHECKING:
     from nmt.models.norm_kernels import Product

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nmt.system import onednn
-from nmt.system.slower import warn_slower
+from nmt.system.slower import works
 
 # The most logits in memory at a time. On a CPU they fit into its caches (8 MB in float32: 250 tokens of 8,000
 # classes); elsewhere there are enough to keep the device busy.
@@ -100,10 +100,16 @@ class Dropout(nn.Dropout):
 
 def random_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Draw a uint8 mask of x's shape, 0 with probability `p` and else 1; also return the scale of kept numbers."""
-    threshold = min(round(p * 65536), 65535)
+    threshold, scale = in_16_bits(p)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     numbers = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return (numbers >= threshold - 32768).view(torch.uint8), 65536 / (65536 - threshold)
+    return (numbers >= threshold - 32768).view(torch.uint8), scale
+
+
+def in_16_bits(p: float) -> tuple[int, float]:
+    """Round a probability of dropout to a multiple of 2**-16: that multiple, and the scale of kept numbers."""
+    threshold = min(round(p * 65536), 65535)
+    return threshold, 65536 / (65536 - threshold)
 
 
 def embed(token_ids: Tensor, weight: Tensor, *, pad_id: int) -> Tensor:
@@ -266,16 +272,13 @@ def _loss_kernel(device: torch.device) -> ModuleType | None:
 
     The first call tries the kernel out. If it fails, a warning says why.
     """
-    try:
-        from nmt.models import loss_kernel
 
-        logits, target = torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        loss_kernel.softmax_gradient_(logits, target, extra=1.0, ignored=None)
-        torch.cuda.synchronize(device)
-    except Exception as error:  # Triton, the compiler and the driver raise errors without a common type
-        warn_slower("Triton's kernel of the loss", error)
-        return None
-    return loss_kernel
+    def load() -> ModuleType:
+        from nmt.models import loss_kernel  # here, because only PyTorch's builds for GPUs come with Triton
+
+        return loss_kernel
+
+    return load() if works("Triton's kernel of the loss", lambda: load().try_out(device)) else None
 
 
 def _softmax_gradient(

@@ -1,7 +1,7 @@
-"""Warnings that something works, but slower than it could, because a library does not work here."""
+"""Try out what makes training faster; warn where a library does not work here, and it stays slower."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -17,6 +17,17 @@ def warn_slower(what: str, error: Exception) -> None:
         SlowerWarning,
         stacklevel=3,
     )
+
+
+def works(what: str, try_out: Callable[[], None]) -> bool:
+    """Return whether `what`, such as "Triton", works, so that `try_out` raises nothing; a warning says why not."""
+    try:
+        try_out()
+    # Triton, the compiler that it calls and the driver raise errors without a common type.
+    except Exception as error:
+        warn_slower(what, error)
+        return False
+    return True
 
 
 @contextmanager
