@@ -4,7 +4,7 @@ Shapes: B sentences, K beam size, R = B*K rows, V vocabulary, t tokens so far.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ def combine(logits: Sequence[Tensor], options: DecodingOptions) -> Tensor:
         return mean.log_softmax(dim=1)
     weighted = [x.add_(math.log(share)) for share, x in zip(shares, log_probs, strict=True)]
     return torch.stack(weighted).logsumexp(dim=0)
+
+
+def score_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the type of log-probabilities, given the types of the models' hidden states: float64 if one is."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _log_softmax_(logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmt.generation.adjust import score_dtype
 from nmt.generation.beam_search import Beam, Candidates, Hypothesis, best, search, start
 from nmt.generation.choice import Choice, Settings, choose_in_parts
 from nmt.generation.options import DecodingOptions
@@ -120,7 +121,9 @@ class Generator:
     def _search(self, memories: Sequence[Any], job: Job) -> list[list[Hypothesis]]:
         """Search for the best translations, or draw one for each sentence if the job has streams."""
         settings, options = self.settings, self.options
-        beam, finished = start(job.limits, beam_size=settings.beam_size, dtype=_score_dtype(self.models))
+        beam, finished = start(
+            job.limits, beam_size=settings.beam_size, dtype=score_dtype(model.dtype for model in self.models)
+        )
         choice = settings.choice(
             first_limit=int(job.limits.min()), prefixes=job.prefixes, streams=job.streams, more=job.rules
         )
@@ -132,7 +135,7 @@ class Generator:
             finished,
             roster=Roster(job.limits.numel(), may_drop_stragglers=job.may_drop_stragglers),
             eos_id=settings.ids.eos,
-            lenpen=0.0 if options.unnormalized else options.lenpen,
+            lenpen=options.length_exponent,
         )
         results = best(finished, nbest=min(options.nbest, settings.beam_size))
         for sentence in given_up:
@@ -204,7 +207,3 @@ class _Float32Buffer:
         if self._memory.numel() < logits.numel():
             self._memory = torch.empty(logits.numel(), dtype=torch.float32, device=logits.device)
         return self._memory[: logits.numel()].view_as(logits).copy_(logits)
-
-
-def _score_dtype(models: Sequence[SearchModel]) -> torch.dtype:
-    return torch.float64 if any(model.dtype == torch.float64 for model in models) else torch.float32

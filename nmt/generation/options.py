@@ -120,6 +120,11 @@ class DecodingOptions:
         check_numbers(self)
 
     @property
+    def length_exponent(self) -> float:
+        """The exponent of the length in a score; 0 where the score is the plain sum."""
+        return 0.0 if self.unnormalized else self.lenpen
+
+    @property
     def candidates(self) -> Literal["nbest", "samples", "both"]:
         """Where the candidates of `mbr` come from."""
         return self.mbr_over or ("samples" if self.samples else "nbest")

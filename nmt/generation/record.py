@@ -34,12 +34,19 @@ class Record:
     ends: Tensor  # (B, K+1) int64: step * C + rank of candidates that ended the sentence; the last slot is waste
     counts: Tensor  # (B,) int64: how many slots of `ends` are filled
 
+    @property
+    def by_step(self) -> list[Tensor]:
+        """The tensors (T, B, ...)."""
+        return [self.scores, self.token_scores, self.tokens, self.parents, self.ranks]
+
+    @property
+    def by_sentence(self) -> list[Tensor]:
+        """The tensors (B, ...)."""
+        return [self.ends, self.counts]
+
     def take(self, num_steps: int, places: Tensor | None) -> Record:
         """Return the first steps of the sentences at the places (B',), or of all."""
-        by_step = [
-            x[:num_steps] for x in (self.scores, self.token_scores, self.tokens, self.parents, self.ranks)
-        ]
-        by_sentence = [self.ends, self.counts]
+        by_step, by_sentence = [x[:num_steps] for x in self.by_step], self.by_sentence
         if places is not None:
             by_step = [x.index_select(1, places) for x in by_step]
             by_sentence = [x.index_select(0, places) for x in by_sentence]

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmt.generation.adjust import score_dtype
 from nmt.generation.beam_search import Hypothesis
 from nmt.generation.choice import Settings
 from nmt.generation.record import best_of
@@ -92,8 +93,7 @@ class StaticSearch:
         """Take models that are all on one device."""
         self.decoders = [StaticDecoder(model) for model in models]
         self.device = models[0].plain.output_weight.device
-        is_double = any(decoder.dtype == torch.float64 for decoder in self.decoders)
-        self._score_dtype = torch.float64 if is_double else torch.float32
+        self._score_dtype = score_dtype(decoder.dtype for decoder in self.decoders)
         self._known = _Known(self.device)
         self._reserve = Reserve(self.device, self._known.forget)
 
@@ -303,7 +303,7 @@ class _Search:
         found = best_of(
             record,
             nbest=min(options.nbest, self.beam_size),
-            lenpen=0.0 if options.unnormalized else options.lenpen,
+            lenpen=options.length_exponent,
         )
         for place, hypotheses in zip(places, found, strict=True):
             self.results[self.sentences[place]] = hypotheses

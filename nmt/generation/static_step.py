@@ -47,13 +47,7 @@ class SearchTables:
     def by_sentence(self) -> list[Tensor]:
         """The tensors (B, ...) that are needed after the first step, without the tables of the decoders."""
         own = [self.last_tokens, self.scores, self.limits, self.is_done]
-        return [*own, self.record.ends, self.record.counts, self.tokens, self.prefixes, self.streams]
-
-    @property
-    def by_step(self) -> list[Tensor]:
-        """The tensors (T, B, ...)."""
-        record = self.record
-        return [record.scores, record.token_scores, record.tokens, record.parents, record.ranks]
+        return [*own, *self.record.by_sentence, self.tokens, self.prefixes, self.streams]
 
 
 def make_tables(
@@ -147,7 +141,7 @@ def move_on_(
     """Copy to tables of other sizes: the sentences at the places (B',), or all of them to larger tables."""
     for before, after in zip(old.by_sentence, new.by_sentence, strict=True):
         move_(before, after, dim=0, places=places)
-    for before, after in zip(old.by_step, new.by_step, strict=True):
+    for before, after in zip(old.record.by_step, new.record.by_step, strict=True):
         move_(before, after, dim=1, places=places)
     for decoder, own_old, own_new in zip(decoders, old.decoders, new.decoders, strict=True):
         decoder.move_(own_old, own_new, places)

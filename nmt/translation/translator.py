@@ -359,7 +359,7 @@ class Translator:
             to_translation,
             segmenter=self.task.target_segmenter,
             language=self.task.target_lang,
-            lenpen=0.0 if options.unnormalized else options.lenpen,
+            lenpen=options.length_exponent,
         )
         return [Job(line.sentences, partial(finish, line)) for line in lines]
 
