@@ -13,7 +13,7 @@ from nmt.data.parallel_dataset import ParallelDataset, pad_right
 from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import EOS_ID
 from nmt.generation.generator import Generator
-from nmt.translation.long_sentences import join_texts, split_text
+from nmt.translation.long_sentences import join_texts, split_to_ids
 
 _TOKENS_AT_ONCE = {"cpu": 2048}
 _TOKENS_AT_ONCE_ELSEWHERE = 8192
@@ -86,13 +86,10 @@ def source_parts(
     """
     if len(ids) <= longest:
         return [ids]
-    texts = split_text(
-        text(),
-        limit=longest - 1,
-        count_pieces=lambda text: len(segmenter.encode([text])[0]),
-    )
-    # A part can be longer only if it is a single character.
-    parts = [np.append(part[: longest - 1], EOS_ID) for part in segmenter.encode(texts) if len(part)]
+    parts = [
+        np.append(part[: longest - 1], EOS_ID)
+        for _, part in split_to_ids(text(), segmenter, limit=longest - 1)
+    ]
     return parts or [np.append(ids[: longest - 1], EOS_ID)]
 
 

@@ -4,8 +4,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nmt.data.languages import is_written_without_blanks
+from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import EOS_ID
 from nmt.generation.beam_search import Hypothesis
 
@@ -17,6 +19,20 @@ _CUTS = (
     re.compile(r"(?<=[,،፣])\s+|(?<=[，、､၊])"),
     re.compile(r"\s+"),
 )
+
+
+def split_to_ids(
+    text: str, segmenter: Segmenter | PieceSegmenter, *, limit: int
+) -> list[tuple[str, NDArray[np.int32]]]:
+    """Cut a text that is too long for a model into parts, each with its ids. Parts without pieces are left out.
+
+    Args:
+        text: One line.
+        segmenter: Turns text into ids.
+        limit: Most ids of a part; only a part of a single character may have more.
+    """
+    texts = split_text(text, limit=limit, count_pieces=lambda part: len(segmenter.encode([part])[0]))
+    return [(part, ids) for part, ids in zip(texts, segmenter.encode(texts), strict=True) if len(ids)]
 
 
 def split_text(text: str, *, limit: int, count_pieces: Callable[[str], int]) -> list[str]:

@@ -14,7 +14,7 @@ from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import EOS_ID
 from nmt.errors import UserError
 from nmt.generation.beam_search import Hypothesis
-from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_text
+from nmt.translation.long_sentences import join_hypotheses, join_texts, split_ids, split_to_ids
 from nmt.translation.request import Request, Translation
 
 TooLong = Literal["split", "truncate", "error"]
@@ -100,13 +100,7 @@ class Lines:
         if self._too_long == "truncate":
             kept = ids[:longest]
             return Line(request, kept, self._sentences([kept], target), len(ids) - longest)
-        texts = split_text(
-            request.text,
-            limit=longest,
-            count_pieces=lambda text: len(self._segmenter.encode([text])[0]),
-        )
-        encoded = zip(texts, self._segmenter.encode(texts), strict=True)
-        both = [(text, part) for text, part in encoded if len(part)]
+        both = split_to_ids(request.text, self._segmenter, limit=longest)
         parts = [part[:longest] for _, part in both]
         return Line(
             request,
