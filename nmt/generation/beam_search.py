@@ -204,9 +204,8 @@ def extend(
     num_sentences, beam_size = beam.scores.shape
     ends = candidates.tokens == eos_id  # (B, C)
     first_ends = ends[:, :beam_size]
-    if (
-        first_ends.device.type != "cpu" or first_ends.any()
-    ):  # on other devices, reading `any` takes longer than writing nothing
+    # On other devices, reading `any` takes longer than writing nothing.
+    if first_ends.device.type != "cpu" or first_ends.any():
         _finish_(finished, beam, candidates, ends=first_ends, lenpen=lenpen)
 
     chosen = candidates

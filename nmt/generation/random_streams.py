@@ -24,9 +24,8 @@ def uniform(streams: Tensor, step: int | Tensor) -> Tensor:
 
     On devices without float64 (Apple's) it is float32.
     """
-    dtype = torch.float32 if streams.device.type == "mps" else torch.float64
-    bits = _shift_right(_absorb(streams, step), 64 - (24 if dtype == torch.float32 else _BITS))
-    return bits.to(dtype) * 2.0 ** -(24 if dtype == torch.float32 else _BITS)
+    dtype, num_bits = (torch.float32, 24) if streams.device.type == "mps" else (torch.float64, _BITS)
+    return _shift_right(_absorb(streams, step), 64 - num_bits).to(dtype) * 2.0**-num_bits
 
 
 def _absorb(state: Tensor, value: Tensor | int) -> Tensor:

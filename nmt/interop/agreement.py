@@ -30,7 +30,7 @@ class Agreement:
 
     num_sentences: int  # with translations that ended by themselves
     num_equal: int
-    num_ties: int  # other translations, but of scores within the tolerance by our model
+    num_ties: int  # other translations, to which our model gives the same score within the tolerance
     largest_difference: float  # between the scores that the two give to the same translation
     mean_difference: float
     faults: list[str]  # sentences that differ beyond a tie
@@ -146,10 +146,8 @@ def compare(translator: Translator, other: Any, own: OwnTranslations) -> Agreeme
             differences[place] = max(differences[place], abs(best.score - result.scores[0]))
         elif abs(_score(translator, x, found) - best.score) <= _TOLERANCE:
             num_ties += 1
-        elif (
-            len(found) >= own.longest
-        ):  # theirs has not ended; at the limit the two count the end differently
-            num_cut += 1
+        elif len(found) >= own.longest:
+            num_cut += 1  # theirs has not ended; at the limit the two count the end differently
         else:
             other_text = translator.task.target_segmenter.decode([found])[0]
             faults.append(

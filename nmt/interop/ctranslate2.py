@@ -64,7 +64,7 @@ def export(
     engine = _import()
     spec = make_spec(translator)
     with tempfile.TemporaryDirectory() as scratch, new_folder(output) as folder:
-        plain = Path(scratch) / "float32"
+        plain = written = Path(scratch) / "float32"
         _write(spec, plain, None)
         own = own_translations(translator, sample)
         exact = compare(translator, engine.Translator(str(plain), compute_type="float32"), own)
@@ -77,9 +77,7 @@ def export(
             quantized = compare(translator, engine.Translator(str(written)), own)
             if quantized.mean_difference > _QUANTIZED_TOLERANCE:
                 raise DisagreementError(f"in {quantization}: {quantized}")
-        shutil.copytree(
-            plain if quantization is None else Path(scratch) / "quantized", folder, dirs_exist_ok=True
-        )
+        shutil.copytree(written, folder, dirs_exist_ok=True)
         translator.task.save_assets(folder)
     return exact, quantized
 

@@ -94,9 +94,8 @@ class InferenceTransformer:
     def widest_product(self) -> int:
         """The most numbers a row has in any new tensor of a step, except in the logits."""
         widest = max(x.out_features for x in self.plain.modules() if isinstance(x, nn.Linear))
-        return max(
-            widest, 2 * len(self.layers) * self.plain.output_weight.size(1)
-        )  # the memory of all layers
+        of_memory = 2 * len(self.layers) * self.plain.output_weight.size(1)  # keys and values of all layers
+        return max(widest, of_memory)
 
     def encode(self, source: Tensor) -> InferenceMemory:
         """Encode sources (B, S); see `Transformer.encode`."""

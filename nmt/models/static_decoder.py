@@ -9,7 +9,7 @@ number decides its time. So there are few of them:
 - One copy a layer writes keys and values, into tables that no step moves.
 - With post-norm, a block's last product is added to the block's input in place. The bias of this product is
   already in that input, because the layer normalisation before has it added to its own bias. The products that
-  read the input have its effect taken off their biases.
+  read the input subtract its effect again, by their own biases.
 
 Shapes: B sentences, K beam size, R = B*K rows, S source columns, C steps for which there is room, N = K*C columns,
 D model, H heads, E head size, F feed-forward, V vocabulary.
@@ -52,9 +52,8 @@ class DecoderTables:
     sizes: Sizes
     past: list[Tensor]  # for each layer (B, N, 2, H, E): keys and values of the hypotheses
     memory: list[Tensor]  # for each layer (B, S, 2, H, E): keys and values of the source
-    mask: (
-        Tensor  # (B, 1, K, N) 0 where a column belongs to the hypothesis, else -inf; with K = 1 (1, 1, 1, N)
-    )
+    # (B, 1, K, N) 0 where a column belongs to the hypothesis, else -inf; with K = 1 (1, 1, 1, N)
+    mask: Tensor
     padding: Tensor  # (B, 1, 1, S) -inf at padding of the source, else 0
     places: Tensor  # (K,) int64: 0, 1, 2 ...
     diagonal: Tensor  # (B, 1, K, K) the mask of the columns that a step fills; with K = 1 (1, 1, 1, 1)

@@ -54,7 +54,11 @@ _FUNCTIONS_OF_TORCH = ("linear", "layer_norm", "embedding", "relu", "gelu", "sca
 _OWN_FOLDER = str(Path(__file__).parents[1] / "_")[:-1]
 _TORCH_FOLDER = str(Path(torch.__file__).parent / "_")[:-1]
 _OF_TYPES = ("typing", "collections.abc", "builtins")
-_HELPERS = {str(module.__file__) for module in (dataclasses, functools, typing, sys.modules["collections"])}
+# The files of the methods that dataclasses and named tuples generate.
+_GENERATORS = {
+    "<string>",
+    *(str(module.__file__) for module in (dataclasses, functools, typing, sys.modules["collections"])),
+}
 
 
 def is_untouched(model: Transformer) -> bool:
@@ -105,10 +109,7 @@ def _is_as_written(name: str, value: Any) -> bool:
     value = getattr(value, "__wrapped__", value) if isinstance(value, functools._lru_cache_wrapper) else value
     if isinstance(value, FunctionType):
         own = value.__name__ == name and _is_of(value, _OWN_FOLDER, _TORCH_FOLDER)
-        is_generated = value.__code__.co_filename in {
-            "<string>",
-            *_HELPERS,
-        }  # of dataclasses and named tuples
+        is_generated = value.__code__.co_filename in _GENERATORS
         return own or (is_generated and not hasattr(value, "__wrapped__"))
     # Classes are checked by `known_parts.py`, where a model is made of them.
     return not callable(value) or isinstance(value, type) or type(value).__module__ in _OF_TYPES
