@@ -54,9 +54,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def translator(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Translator:
-    """Return the small untrained model, ready for text."""
-    return Translator.load(write_tiny_model(tmp_path_factory.mktemp("run") / "model"))
+def model(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small untrained model."""
+    return write_tiny_model(tmp_path_factory.mktemp("run") / "model")
+
+
+@pytest.fixture(scope="module")
+def translator(model: Path) -> Translator:
+    """Return this model, ready for text."""
+    return Translator.load(model)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from support.tiny_translation_model import WORDS, write_tiny_model
+from support.tiny_translation_model import WORDS
 
 from nmt.cli.generate import main
 from nmt.data.segmenter import PieceSegmenter, Segmenter, read_vocabulary
@@ -35,16 +35,6 @@ from nmt.translation.request import Request, Translation
 from nmt.translation.translator import Translator
 
 LINES = ["the old dog", "a cat sees the red bird", "", "the big cat sees a dog. " * 4]
-
-
-@pytest.fixture(scope="module")
-def model(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("run") / "model")
-
-
-@pytest.fixture(scope="module")
-def translator(model: Path) -> Translator:
-    return Translator.load(model)
 
 
 def test_weights_are_those_that_the_decoder_applies(

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,8 @@ from nmt.translation.translator import Translator
 ctranslate2 = pytest.importorskip("ctranslate2")
 from nmt.interop import agreement as agreement_module  # noqa: E402
 from nmt.interop import ctranslate2 as exporter  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ORACLE = os.environ.get("NMT_FAIRSEQ_ORACLE")
 PAIRS = {
@@ -45,14 +47,6 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "other heads": {"encoder_attention_heads": 4},
     "other widths": {"encoder_embed_dim": 24, "encoder_ffn_embed_dim": 40},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tiny_translation_model import write_tiny_model
 
 import nmt
 from nmt.cli.generate import _Report
@@ -156,21 +155,18 @@ def test_plugins_that_cannot_be_used_are_named(monkeypatch: pytest.MonkeyPatch, 
         assert re.search(r"Mend ", str(caught.value))
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
 def warnings_of(capsys: pytest.CaptureFixture[str], *argv: object) -> Iterator[str]:
     generate([str(argument) for argument in argv])
     return (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
 
 
-def test_a_prefix_that_is_cut_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prefix_that_is_cut_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, reference = tmp_path / "s", tmp_path / "r"
     source.write_text("the dog runs\nthe cat\n")
     reference.write_text("the old dog sees the big cat\na\n")
-    start = ["--model", tiny, "--input", source, "--reference", reference, "--output", tmp_path / "o"]
+    start = ["--model", model, "--input", source, "--reference", reference, "--output", tmp_path / "o"]
     (line,) = warnings_of(capsys, *start, "--prefix-size", 50, "--max-len-a", 0, "--max-len-b", 3)
     assert "1 of 2 lines: the prefix is longer than the limit of `max-len-a`" in line and "(line 1)" in line
     assert not list(warnings_of(capsys, *start, "--prefix-size", 2))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.table_model import EOS, PAD, UNK, A, B, TableModel, from_table, random_table
-from support.tiny_translation_model import write_tiny_model
 
 from nmt.cli.generate import main
 from nmt.generation.generator import Generator
@@ -20,11 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LINES = ["the old dog", "", "a cat \u2603", "the bird sees the tree"]
 REFERENCES = ["the cat", "a", "the \u2603", "a dog sings"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("run") / "model")
 
 
 @pytest.fixture

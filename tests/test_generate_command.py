@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_translation_model import WORDS, write_learned_model, write_tiny_model
+from support.tiny_translation_model import WORDS, write_learned_model
 
 from nmt.cli.generate import _buffer_size, main
 from nmt.cli.options import GenerateOptions
@@ -24,11 +24,6 @@ from nmt.translation.translator import Translator
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LINES = [f"the {WORDS[i % 16]} {WORDS[i % 11]}" for i in range(20)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("run") / "model")
 
 
 @pytest.fixture(scope="module")

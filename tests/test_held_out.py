@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.in_memory import Side
-from support.tiny_translation_model import MAX_POSITIONS, WORDS, write_tiny_model
+from support.tiny_translation_model import MAX_POSITIONS, WORDS
 from support.toy_run import log
 
 from nmt.cli.preprocess import main as preprocess
@@ -26,11 +26,6 @@ from nmt.translation.translator import Translator
 CPU = torch.device("cpu")
 LONG = ". ".join(" ".join(WORDS[i : i + 4]) for i in range(8)) + "."  # far more than MAX_POSITIONS pieces
 LINES = ["the dog runs", LONG, "a big cat sleeps", f"{LONG} {LONG}"]
-
-
-@pytest.fixture(scope="module")
-def translator(tmp_path_factory: pytest.TempPathFactory) -> Translator:
-    return Translator.load(write_tiny_model(tmp_path_factory.mktemp("held") / "model"))
 
 
 def ids_of(*numbers: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.in_memory import Side
-from support.tiny_translation_model import WORDS, write_tiny_model
+from support.tiny_translation_model import WORDS
 
 from nmt.data.parallel_dataset import ParallelDataset
 from nmt.data.vocabulary import EOS_ID
@@ -68,11 +68,6 @@ def test_marks_stay_readable_text() -> None:
     table = markdown_table([Row("a | b <b>*c*</b>\n&amp;", "_x_ `y` [z](q)", "1. # ~~no~~ \\|")])
     assert rendered(table)[1] == ["a | b <b>*c*</b> &amp;", "_x_ `y` [z](q)", "1. # ~~no~~ \\|"]
     assert html.unescape(table.splitlines()[2]).count("\n") == 0
-
-
-@pytest.fixture(scope="module")
-def translator(tmp_path_factory: pytest.TempPathFactory) -> Translator:
-    return Translator.load(write_tiny_model(tmp_path_factory.mktemp("run") / "model"))
 
 
 def pairs(translator: Translator, texts: list[str]) -> ParallelDataset:

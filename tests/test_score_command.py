@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.tiny_translation_model import write_tiny_model
 
 from nmt.cli.score import main
 from nmt.translation.request import Request
@@ -17,11 +16,6 @@ from nmt.translation.translator import Translator
 
 LINES = ["der Hund läuft schnell nach Haus", "eine Katze schläft", "zwei Vögel singen im Baum"]
 REFERENCES = ["der Hund läuft schnell nach Hause", "eine Katze schläft dort", "zwei Vögel singen im Baum"]
-
-
-@pytest.fixture(scope="module")
-def model(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("run") / "model")
 
 
 def write(path: Path, lines: list[str]) -> str:

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.tiny_translation_model import write_tiny_model
 
 from nmt.cli.generate import main as generate
 from nmt.cli.score import main as score
@@ -13,11 +12,6 @@ from nmt.data.segmenter import PieceSegmenter, Segmenter
 from nmt.data.vocabulary import UNK_ID, Vocabulary
 from nmt.translation.translator import Translator
 from nmt.translation.unknown_pieces import UnknownPieces
-
-
-@pytest.fixture(scope="module")
-def model(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("run") / "model")
 
 
 @pytest.fixture(scope="module")
