@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nmt.errors import UserError, shown
 from nmt.interop.pickle_check import end_of_pickle
-from nmt.interop.stored_zip import COPY_AGAIN, NAME_ANOTHER, StoredZip
+from nmt.interop.stored_zip import COPY_AGAIN, NAME_ANOTHER, SIGNATURE, StoredZip
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -61,8 +61,8 @@ def read_torch_file(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            first = file.read(4)
-        if first == b"PK\x03\x04":
+            first = file.read(len(SIGNATURE))
+        if first == SIGNATURE:
             return _read_zip(path)
         if not first.startswith(pickle.PROTO):
             raise pickle.UnpicklingError("it begins as none")

@@ -13,7 +13,7 @@ from nmt.errors import UserError, shown
 COPY_AGAIN = "Copy it again from where it came."
 NAME_ANOTHER = "Name a checkpoint of fairseq."
 _LOCAL_HEADER = struct.Struct("<4s5HIIIHH")
-_SIGNATURE = b"PK\x03\x04"
+SIGNATURE = b"PK\x03\x04"
 _ENCRYPTED, _PATCHED, _STRONGLY_ENCRYPTED, _MASKED = 0x1, 0x20, 0x40, 0x2000
 
 
@@ -58,7 +58,7 @@ class StoredZip:
         with self.path.open("rb") as file:
             file.seek(entry.offset)
             header = file.read(_LOCAL_HEADER.size)
-            if len(header) == _LOCAL_HEADER.size and header.startswith(_SIGNATURE):
+            if len(header) == _LOCAL_HEADER.size and header.startswith(SIGNATURE):
                 *_, name_size, extra_size = _LOCAL_HEADER.unpack(header)
                 file.seek(name_size + extra_size, 1)
                 data = file.read(entry.size)

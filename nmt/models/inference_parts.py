@@ -18,7 +18,8 @@ from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import Embedding, FeedForward, Residual
 from nmt.models.inference_int8 import Inputs, int8_feed_forward, int8_map, ranges
 from nmt.models.inference_state import Past, multiplied_by_onednn
-from nmt.models.known_parts import CONTAINERS, LINEAR, is_as_its_class, is_known
+from nmt.models.known_parts import CONTAINERS, is_as_its_class, is_known
+from nmt.models.training_ops import LINEARS
 from nmt.models.transformer import DecoderLayer
 from nmt.system import onednn
 
@@ -201,7 +202,7 @@ class _Product(nn.Module):
 def replace_products_(module: nn.Module, dtype: torch.dtype, *, packs: bool) -> None:
     """Replace the known linear maps and feed-forward blocks of an encoder by `_Product`s."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear) and is_known(child, LINEAR):
+        if isinstance(child, nn.Linear) and is_known(child, LINEARS):
             setattr(module, name, _Product(linear_map(child.weight, child.bias, dtype, packs=packs), dtype))
         elif isinstance(child, FeedForward) and is_known(child, (FeedForward,)):
             transform = _feed_forward(child, dtype, input_norm=None, packs=packs)

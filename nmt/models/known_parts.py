@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import FEED_FORWARDS, NORMS, RESIDUALS, Embedding, FeedForward, Residual
-from nmt.models.training_ops import Dropout, Linear
+from nmt.models.training_ops import DROPOUTS, LINEARS
 from nmt.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 
-LINEAR = (Linear, nn.Linear)
-_DROPOUT = (Dropout, nn.Dropout)
 _NORM = (nn.LayerNorm,)
 
 # For each part whose weights are read: its attributes, and the classes that they may have.
@@ -35,11 +33,11 @@ _PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
         "around_attention": (Residual,),
         "around_feed_forward": (Residual,),
     },
-    SelfAttention: {"qkv_proj": LINEAR, "out_proj": LINEAR},
-    CrossAttention: {"q_proj": LINEAR, "kv_proj": LINEAR, "out_proj": LINEAR},
-    **{x: {"expand": LINEAR, "contract": LINEAR, "dropout": _DROPOUT} for x in FEED_FORWARDS},
-    **{x: {"norm": _NORM, "dropout": _DROPOUT} for x in RESIDUALS},
-    Embedding: {"tokens": (nn.Embedding,), "norm": (*_NORM, nn.Identity), "dropout": _DROPOUT},
+    SelfAttention: {"qkv_proj": LINEARS, "out_proj": LINEARS},
+    CrossAttention: {"q_proj": LINEARS, "kv_proj": LINEARS, "out_proj": LINEARS},
+    **{x: {"expand": LINEARS, "contract": LINEARS, "dropout": DROPOUTS} for x in FEED_FORWARDS},
+    **{x: {"norm": _NORM, "dropout": DROPOUTS} for x in RESIDUALS},
+    Embedding: {"tokens": (nn.Embedding,), "norm": (*_NORM, nn.Identity), "dropout": DROPOUTS},
 }
 _VARIANTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     nn.LayerNorm: NORMS,

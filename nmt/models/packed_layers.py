@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nmt.models.attention import CrossAttention, SelfAttention
 from nmt.models.blocks import FeedForward, Residual
 from nmt.models.packed import Spans, attend_to_other, attend_to_self
-from nmt.models.training_ops import Dropout, Linear
+from nmt.models.training_ops import DROPOUTS, LINEARS
 from nmt.system.slower import works
 
 if TYPE_CHECKING:
@@ -40,12 +40,11 @@ Block = Callable[[Tensor], "Product"]
 Sublayer = tuple[Residual, Block]
 """A block within its residual connection."""
 
-_LINEAR, _DROPOUT = (Linear, nn.Linear), (Dropout, nn.Dropout)
 _PARTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
-    SelfAttention: _LINEAR,
-    CrossAttention: _LINEAR,
-    FeedForward: (*_LINEAR, *_DROPOUT),
-    Residual: (nn.LayerNorm, *_DROPOUT),
+    SelfAttention: LINEARS,
+    CrossAttention: LINEARS,
+    FeedForward: (*LINEARS, *DROPOUTS),
+    Residual: (nn.LayerNorm, *DROPOUTS),
 }
 _RELU = F.relu
 _WIDEST = 4096  # of D, because a program of a kernel holds whole rows

@@ -98,6 +98,11 @@ class Dropout(nn.Dropout):
         return (x * mask).mul_(scale)
 
 
+# The classes of a plain part, ours and PyTorch's: those who read its weights may take either.
+LINEARS: tuple[type[nn.Module], ...] = (Linear, nn.Linear)
+DROPOUTS: tuple[type[nn.Module], ...] = (Dropout, nn.Dropout)
+
+
 def random_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Draw a uint8 mask of x's shape, 0 with probability `p` and else 1; also return the scale of kept numbers."""
     threshold, scale = in_16_bits(p)
