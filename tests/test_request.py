@@ -1,5 +1,8 @@
 """Requests: a line with what concerns it alone, and the translation that knows it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -7,8 +10,9 @@ import nmt
 from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.generation.options import DecodingOptions
 from nmt.translation.batch_runner import Batching
+from nmt.translation.batch_search import Search
 from nmt.translation.request import Request
-from nmt.translation.sentences import Lines
+from nmt.translation.sentences import Lines, Sentence
 from nmt.translation.translator import Translator
 
 LINES = ["the old dog", "", "a cat sees the red bird", "the tree", "a small house runs", "the dog"]
@@ -68,6 +72,24 @@ def test_sentences_are_numbered_by_line_and_part(translator: Translator) -> None
     joined = np.concatenate([x.source for x in third.sentences])[:-1]
     assert third.ids.tolist() == joined.tolist()
     assert PAD_ID not in joined
+
+
+def test_a_search_sees_the_request_of_each_sentence(
+    translator: Translator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules for single sentences are made from it, as CONTRIBUTING.md says; parts of a long line share theirs."""
+    seen: list[tuple[int, Request]] = []
+    run = Search.run
+
+    def watched(self: Search, sentences: Sequence[Sentence], may_drop: bool) -> Any:
+        seen.extend((x.number, x.request) for x in sentences)
+        return run(self, sentences, may_drop)
+
+    monkeypatch.setattr(Search, "run", watched)
+    requests = [Request("the dog"), Request("the old dog sees the big cat. " * 4), Request("a cat")]
+    list(translator.translate_lines(requests, DecodingOptions(beam=2)))
+    assert len(seen) > 3
+    assert all(request is requests[number % 2**40 - 1] for number, request in seen)
 
 
 @pytest.mark.parametrize("stranger", [None, 3, b"the dog"])

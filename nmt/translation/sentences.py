@@ -41,6 +41,7 @@ class Sentence:
     source: Ids  # (S,) eos at the end
     target: Ids  # (T,) a forced beginning of the translation; or the whole translation with eos, to be scored
     number: int  # of its line and part; with the seed it determines what is drawn for the sentence
+    request: Request  # of the line; a search makes rules for single sentences from it
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -91,7 +92,7 @@ class Lines:
     def _to_line(self, request: Request, ids: Ids, target: Ids) -> Line:
         longest = self._longest
         if len(ids) <= longest:
-            return Line(request, ids, self._sentences([ids], target))
+            return Line(request, ids, self._sentences(request, [ids], target))
         if self._too_long == "error":
             raise UserError(
                 f"Line {self._number} must have at most {longest} pieces, as many as the model takes, but has "
@@ -99,23 +100,24 @@ class Lines:
             )
         if self._too_long == "truncate":
             kept = ids[:longest]
-            return Line(request, kept, self._sentences([kept], target), len(ids) - longest)
+            return Line(request, kept, self._sentences(request, [kept], target), len(ids) - longest)
         both = split_to_ids(request.text, self._segmenter, limit=longest)
         parts = [part[:longest] for _, part in both]
         return Line(
             request,
             np.concatenate([x for part in parts for x in (part, END)] or [NOTHING])[:-1],
-            self._sentences(parts, target),
+            self._sentences(request, parts, target),
             sum(max(len(part) - longest, 0) for _, part in both),
             [text for text, _ in both],
         )
 
-    def _sentences(self, parts: Sequence[Ids], target: Ids) -> list[Sentence]:
+    def _sentences(self, request: Request, parts: Sequence[Ids], target: Ids) -> list[Sentence]:
         return [
             Sentence(
                 np.append(ids, EOS_ID),
                 target if part == 0 else NOTHING,  # a forced beginning belongs to the first part
                 self._number + part * _MOST_LINES,
+                request,
             )
             for part, ids in enumerate(parts)
             if len(ids) > 0
