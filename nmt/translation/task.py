@@ -162,14 +162,13 @@ class TranslationTask:
         """Return lines on unknown tokens and on faults of the data, which may come from another program."""
         if not world.is_main:
             return []
-        return [
-            line
-            for name, examples in (("train", train), ("valid", valid))
-            for line in (
-                *about_unknown(name, examples.unknown_shares()),
-                *about_specials(name, *examples.count_specials()),
-            )
-        ]
+        lines = []
+        for name, examples in (("train", train), ("valid", valid)):
+            source, target = examples.count_oddities()
+            lines += about_unknown(name, (source.unknown_share, target.unknown_share))
+            num_specials = source.num_specials + target.num_specials
+            lines += about_specials(name, num_specials, source.num_without_end + target.num_without_end)
+        return lines
 
     def why_padded(self, model: nn.Module) -> str | None:
         """Return why batches are padded and not packed: a loss or a model that is not ours may need padding."""
