@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from nmt.config.ranges import check_limits, check_ranges, limits
 from nmt.errors import UserError, shown
 
-_LARGEST_SIDE = 16_384  # pixels
+LARGEST_SIDE = 4096  # pixels; a model for larger images would take gigabytes before any fault is found
+SMALLEST_CROP = 1e-3
 
 if TYPE_CHECKING:
     from nmt.vision.task import ImageClassificationTask
@@ -139,7 +140,8 @@ class ImageClassificationOptions:
             raise UserError("`weights` must be given without `pretrained`, but both are. Leave one out.")
         if self.max_bad_images < 0:
             raise UserError(f"`max-bad-images` must not be negative, but is {self.max_bad_images}.")
-        check_ranges(self, {"image_size": (1, _LARGEST_SIDE), "mean": (-1e6, 1e6), "std": (1e-6, 1e6)})
+        check_ranges(self, {"image_size": (1, LARGEST_SIDE), "crop_pct": (SMALLEST_CROP, 1)})
+        check_ranges(self, {"mean": (-1e6, 1e6), "std": (1e-6, 1e6)})
         if (self.mean is None) != (self.std is None):
             raise UserError("`mean` and `std` must be given together, but one of them is missing.")
         for argument in self.model_args:
