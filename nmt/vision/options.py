@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from nmt.config.fields import key_of
 from nmt.config.ranges import check_limits, check_ranges, limits
 from nmt.errors import UserError, shown
 
@@ -49,7 +50,7 @@ class AugmentationOptions:
         for name in ("hflip", "random_erasing"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise UserError(f"`{_flag(name)}` must be a probability from 0 to 1, but is {value}.")
+                raise UserError(f"`{key_of(name)}` must be a probability from 0 to 1, but is {value}.")
         for name in ("mixup", "cutmix"):
             if getattr(self, name) != 0:  # from 0.001 on the distribution is one in float32
                 check_ranges(self, {name: (1e-3, 1e3)})
@@ -160,7 +161,3 @@ class ImageClassificationOptions:
         from nmt.vision.task import ImageClassificationTask
 
         return ImageClassificationTask(self, assets)
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
