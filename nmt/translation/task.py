@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -109,7 +109,7 @@ class TranslationTask:
             UserError: The split is missing or damaged, was made with another vocabulary than the model's, or
                 is for training and longer than the model has positions for.
         """
-        directory = self._data_directory()
+        directory = self._data_directory
         if (directory.source_lang, directory.target_lang) != (self.source_lang, self.target_lang):
             raise UserError(
                 f"{directory.path} must hold data from {self.source_lang} to {self.target_lang}, as the model "
@@ -307,7 +307,7 @@ class TranslationTask:
         """Return one side of a split as text before segmentation, if it was kept."""
         if examples.split not in ("valid", "test"):
             return None
-        directory = self._data_directory()
+        directory = self._data_directory
         if not directory.has_raw_text:
             return None
         return _read_lines(directory.raw_path(examples.split, lang), len(examples))
@@ -317,7 +317,9 @@ class TranslationTask:
         sources, references = zip(*map(examples.__getitem__, indices), strict=True)
         return self.source_segmenter.decode(sources), self.target_segmenter.decode(references)
 
+    @cached_property
     def _data_directory(self) -> DataDirectory:
+        """The data, opened once: that of fairseq tells its splits by their indexes, which it reads through."""
         return DataDirectory(self.options.data)
 
 
