@@ -110,16 +110,6 @@ class TranslationTask:
                 is for training and longer than the model has positions for.
         """
         directory = self._data_directory
-        if (directory.source_lang, directory.target_lang) != (self.source_lang, self.target_lang):
-            raise UserError(
-                f"{directory.path} must hold data from {self.source_lang} to {self.target_lang}, as the model "
-                f"translates, but is from {directory.source_lang} to {directory.target_lang}. Name other data."
-            )
-        for lang, vocabulary in (
-            (directory.source_lang, self.source_vocabulary),
-            (directory.target_lang, self.target_vocabulary),
-        ):
-            _check_same_vocabulary(vocabulary, directory, lang)
         model = self.options.model
         named = f"`{split}`" if split == "train" and self.train_sides else f"`{split}` of `{directory.path}`"
         source, target = self._open_sides(directory, split)
@@ -319,8 +309,23 @@ class TranslationTask:
 
     @cached_property
     def _data_directory(self) -> DataDirectory:
-        """The data, opened once: that of fairseq tells its splits by their indexes, which it reads through."""
-        return DataDirectory(self.options.data)
+        """The data. They are opened once, since that reads both dictionaries, and the indexes of fairseq's data.
+
+        Raises:
+            UserError: They are damaged, or were made with other languages or another vocabulary than the model's.
+        """
+        directory = DataDirectory(self.options.data)
+        if (directory.source_lang, directory.target_lang) != (self.source_lang, self.target_lang):
+            raise UserError(
+                f"{directory.path} must hold data from {self.source_lang} to {self.target_lang}, as the model "
+                f"translates, but is from {directory.source_lang} to {directory.target_lang}. Name other data."
+            )
+        for lang, vocabulary in (
+            (directory.source_lang, self.source_vocabulary),
+            (directory.target_lang, self.target_vocabulary),
+        ):
+            _check_same_vocabulary(vocabulary, directory, lang)
+        return directory
 
 
 def _loss_of(options: TranslationOptions[Any]) -> TranslationLoss:
