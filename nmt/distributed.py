@@ -75,6 +75,9 @@ class World:
 
     def backward(self, loss: Tensor) -> None:
         """Run a backward pass that sums over ranks. The time after this rank's own part counts as waiting."""
+        if self.size == 1:
+            loss.backward()
+            return
         ends: list[Moment] = []
 
         def note_end(_: Tensor) -> None:
@@ -100,12 +103,12 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value: T, *, source: int = 0) -> T:
-        """Return the value of the rank `source` on every rank; it is pickled."""
+    def broadcast(self, value: T) -> T:
+        """Return the value of rank 0 on every rank; it is pickled."""
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=source, device=self.device)
+        dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
     def copy_from_main_(self, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
+from nmt.config.fields import key_of
 from nmt.config.mapping import from_mapping
 from nmt.config.ranges import ANY, check_limits, check_ranges, limits
 from nmt.data.options import BatchingOptions
@@ -141,7 +142,7 @@ class OptimizationOptions:
             for name, values in names_by_value.items():
                 if getattr(self, name) != defaults[name] and taken not in values:
                     raise UserError(
-                        f"`{_flag(name)}` must go with `{_flag(choice)}` {' or '.join(values)}, but that is "
+                        f"`{key_of(name)}` must go with `{key_of(choice)}` {' or '.join(values)}, but that is "
                         f"{taken}. Leave one of them out."
                     )
 
@@ -286,7 +287,3 @@ def train_config(*, task: str = "translation", **options: OptionValue) -> TrainC
         how_to_give="Give {name}=VALUE.",
         prog="nmt-train",
     )
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

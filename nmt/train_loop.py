@@ -129,10 +129,8 @@ def look_ahead(run: Run) -> Iterator[str]:
     yield from describe(run)
     slower: list[str] = []
     with telling_what_is_slower(slower):  # the first batches try kernels out
-        max_tokens = run.config.batching.max_tokens
-        assert max_tokens != "auto", "it is a number by now"
-        decide_split(run.trainer, run.batches, run.packing, max_tokens=max_tokens)
-        costs = cost_rows(run.trainer, run.batches, train_examples=run.batches.examples)
+        decide_split(run.trainer, run.batches, run.packing)
+        costs = cost_rows(run.trainer, run.batches)
     yield from [*slower, *costs]
 
 
@@ -146,9 +144,7 @@ def describe(run: Run) -> Iterator[str]:
     yield from advice(run.config, run.surroundings)
     with run.trainer.evaluated_model() as model:
         check_model(run.task, model, run.world)
-    yield from size_rows(
-        run.trainer, run.batches, train_examples=run.train_examples, valid_examples=run.valid_examples
-    )
+    yield from size_rows(run.trainer, run.batches, num_valid=len(run.valid_examples))
 
 
 def _resume_or_start(run: Run) -> None:

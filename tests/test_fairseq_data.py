@@ -86,6 +86,20 @@ def test_a_task_may_bring_what_it_is_trained_on(directory: Path, tmp_path: Path)
         small.build(None, train_sides=train_sides).open_split("train")
 
 
+def test_a_task_reads_through_the_directory_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = TranslationOptions(data=directory).build(None)
+    opened = []
+
+    def note(path: Path) -> DataDirectory:
+        opened.append(path)
+        return DataDirectory(path)
+
+    monkeypatch.setattr("nmt.translation.task.DataDirectory", note)
+    task.open_split("train")
+    task.open_split("valid")
+    assert opened == [directory]
+
+
 def look_over(directory: Path, *, rank: int = 0) -> list[str]:
     task = TranslationOptions(data=directory).build(None)
     world = World(rank=rank, size=2, device=torch.device("cpu"))

@@ -71,7 +71,7 @@ def test_validation_translates_long_sources_as_the_translator_does(
     translator: Translator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, model = translator.task, translator.models[0]
-    monkeypatch.setattr(task, "_data_directory", lambda: SimpleNamespace(has_raw_text=False))
+    monkeypatch.setitem(vars(task), "_data_directory", SimpleNamespace(has_raw_text=False))
     examples = pairs(translator, (MAX_POSITIONS, MAX_POSITIONS))
     assert examples.num_cut == 2
     found = task._translate(model, examples, range(4), single(CPU))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, smallest_dtype
-from nmt.data.vocabulary import EOS_ID
+from nmt.data.vocabulary import EOS_ID, UNK_ID
 from nmt.errors import UserError
 
 UINT16 = np.dtype(np.uint16)
@@ -192,10 +192,12 @@ def test_a_negative_id_is_named(tmp_path: Path) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=20))
 @settings(deadline=None)
-def test_special_symbols_within_sequences_are_counted(
+def test_unknown_tokens_and_special_symbols_within_sequences_are_counted(
     tmp_path_factory: pytest.TempPathFactory, sequences: list[list[int]]
 ) -> None:
     prefix = write(tmp_path_factory.mktemp("data") / "a", sequences)
     within = sum(token <= EOS_ID for sequence in sequences for token in sequence[:-1])
     without_end = sum(sequence[-1:] != [EOS_ID] for sequence in sequences)
-    assert IndexedDataset(prefix).count_specials() == (within, without_end)
+    pieces = sum(map(len, sequences)) - len(sequences)
+    unknown = sum(token == UNK_ID for sequence in sequences for token in sequence)
+    assert IndexedDataset(prefix).count_oddities() == (unknown / max(pieces, 1), within, without_end)

@@ -40,16 +40,6 @@ def test_a_scope_that_is_reset_while_open_stays_open() -> None:
     assert metrics.sums("train", WORLD) == {"loss": 5.0}
 
 
-def test_outer_scopes_do_not_see_inside_an_isolated_one() -> None:
-    metrics = Metrics()
-    with metrics.scope("train"), metrics.scope("valid", isolated=True), metrics.scope("part"):
-        metrics.add({"loss": 1.0})
-        metrics.gauge("lr", 0.5)
-    assert metrics.sums("train", WORLD) == {}
-    assert metrics.gauges("train") == {}
-    assert metrics.sums("valid", WORLD) == metrics.sums("part", WORLD) == {"loss": 1.0}
-
-
 def test_a_scope_inside_itself_counts_once() -> None:
     metrics = Metrics()
     with metrics.scope("train"), metrics.scope("train"):

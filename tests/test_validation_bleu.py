@@ -30,7 +30,7 @@ LINES = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(12)]
 @pytest.fixture
 def translator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Translator:
     loaded = Translator.load(write_tiny_model(tmp_path / "model"))
-    monkeypatch.setattr(loaded.task, "_data_directory", lambda: SimpleNamespace(has_raw_text=False))
+    monkeypatch.setitem(vars(loaded.task), "_data_directory", SimpleNamespace(has_raw_text=False))
     return loaded
 
 

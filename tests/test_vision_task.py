@@ -1,5 +1,6 @@
 """The task itself: loss, metrics, models by name, what is saved with a model, pictures; and its libraries."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from nmt.vision.dataset import ImageBatch
 from nmt.vision.models import build_model, find_model
 from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
 from nmt.vision.pictures import MOST_CLASSES, draw_confusion, draw_predictions, most_confused
+from nmt.vision.preprocessing import ImageFormat
 from nmt.vision.task import ImageClassificationTask
 
 CPU = single(torch.device("cpu"))
@@ -276,6 +278,30 @@ def test_what_is_left_open_depends_on_the_kind_of_images(
     assert task.open_split("train").augmentation == AugmentationOptions(crop="shift", hflip=0.0)
     with pytest.raises(UserError, match="`shift` must come with `crop` shift"):
         replace(colours, augmentation=AugmentationOptions(shift=2)).build(None)
+
+
+@pytest.mark.parametrize("image_size", [1, 4096, 4097, 16_384])
+@pytest.mark.parametrize("crop_pct", [1e-4, 1e-3, 1.0])
+def test_a_format_that_may_be_chosen_can_be_read_from_the_model_folder(
+    image_size: int, crop_pct: float, tmp_path: Path
+) -> None:
+    options = ImageClassificationOptions(
+        train_dir=Path(), val_dir=Path(), image_size=image_size, crop_pct=crop_pct
+    )
+    values = {"num_channels": 3, "image_size": image_size, "crop_pct": crop_pct}
+    values |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    (tmp_path / "images.json").write_text(json.dumps(values))
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    if image_size <= 4096 and crop_pct >= 1e-3:
+        options.check()
+        assert options.build(tmp_path).format.image_size == image_size
+        return
+    for refuse in (options.check, lambda: options.build(tmp_path)):
+        with pytest.raises(UserError, match=r"(image.size|crop.pct)` must be"):
+            refuse()
+    # The size may also be that of the images.
+    with pytest.raises(UserError, match=r"`(image-size|crop-pct)` must be from"):
+        ImageFormat(3, image_size, crop_pct, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 @pytest.mark.parametrize(

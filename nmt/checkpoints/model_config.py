@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nmt.checkpoints.find_folder import CHECKPOINTS_NAME
 from nmt.config.fields import list_options
 from nmt.config.mapping import from_mapping, path_options, read_yaml, write_yaml
 from nmt.config.untold import UNTOLD, is_untold
@@ -16,7 +17,6 @@ from nmt.options import TrainConfig
 from nmt.task import load_task
 
 CONFIG_NAME = "config.yaml"
-_CHECKPOINTS = "checkpoints"
 
 
 def write_model_config(config: TrainConfig[Any], folder: Path) -> None:
@@ -39,7 +39,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path}: `task` must be one name, but is not. Take the whole model folder again.")
     checkpoints = folder.resolve().parent
     of_run = checkpoints.parent / CONFIG_NAME
-    if checkpoints.name == _CHECKPOINTS and of_run.is_file():
+    if checkpoints.name == CHECKPOINTS_NAME and of_run.is_file():
         told = read_yaml(of_run)
         for option in list_options(_config_type(task)):
             is_missing = option.is_path and option.key not in mapping

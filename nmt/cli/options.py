@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from nmt.config.fields import key_of
 from nmt.config.mapping import Positional
 from nmt.config.ranges import check_ranges, limits
 from nmt.errors import UserError
@@ -76,7 +77,7 @@ class GenerateOptions:
         check_ranges(self, {"num_threads": (1, MOST_THREADS)})
         for name in ("prefix_size", "score_reference"):
             if getattr(self, name) and self.reference is None:
-                flag = name.replace("_", "-")
+                flag = key_of(name)
                 raise UserError(f"`{flag}` must have a reference, but there is none. Give --reference FILE.")
         if self.score_reference and self.format == "text":
             raise UserError(

@@ -34,8 +34,8 @@ class Option:
 
     @property
     def key(self) -> str:
-        """The name in a YAML file, without the final underscore of a field such as `from_`."""
-        return self.name.rstrip("_").replace("_", "-")
+        """The name in a YAML file."""
+        return key_of(self.name)
 
     @property
     def is_required(self) -> bool:
@@ -68,6 +68,11 @@ class Option:
     def label(self) -> str:
         """How `--help` and errors name it."""
         return self.key.upper() if self.is_positional else self.flag
+
+
+def key_of(name: str) -> str:
+    """Return the key of a field: its name with hyphens, without the final underscore of one such as `from_`."""
+    return name.rstrip("_").replace("_", "-")
 
 
 def list_options(type_: Any) -> list[Option]:

@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from nmt import __version__
 from nmt.config.command_line import CONFIG_FLAG as CONFIG_FLAG
 from nmt.config.command_line import is_flag, missing_options, read_arguments, see_help
-from nmt.config.fields import MISSING, Option, build_nest, list_options
+from nmt.config.fields import MISSING, Option, build_nest, key_of, list_options
 from nmt.config.fields import Positional as Positional
 from nmt.config.help import format_help
 from nmt.config.other_names import answer
@@ -102,9 +102,9 @@ def to_mapping(instance: Any, *, with_paths: bool = True) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             mapping |= to_mapping(value, with_paths=with_paths)
         elif with_paths:
-            mapping[field.name.replace("_", "-")] = to_text(value)
+            mapping[key_of(field.name)] = to_text(value)
         elif not (_holds_path(value) and _is_required(field)):
-            mapping[field.name.replace("_", "-")] = to_text(hide_places(value))
+            mapping[key_of(field.name)] = to_text(hide_places(value))
     return mapping
 
 
@@ -197,7 +197,7 @@ def check_types(instance: Any) -> None:
     hints = typing.get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
         hint, value = hints[field.name], getattr(instance, field.name)
-        name = field.name.rstrip("_").replace("_", "-")
+        name = key_of(field.name)
         expected = typing.get_origin(hint) or hint
         if isinstance(hint, TypeVar) or dataclasses.is_dataclass(expected):
             is_fitting = dataclasses.is_dataclass(value) and not isinstance(value, type)
@@ -337,5 +337,5 @@ def changed_fixed_options(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
         if dataclasses.is_dataclass(old) and type(old) is type(new):
             changed += changed_fixed_options(old, new)
         elif field.metadata.get("fixed") and old != new and not _holds_path(old) and not is_untold(old):
-            changed.append((field.name.replace("_", "-"), old, new))
+            changed.append((key_of(field.name), old, new))
     return changed

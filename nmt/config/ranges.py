@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from nmt.config.fields import key_of
 from nmt.errors import UserError
 
 _LARGEST_WHOLE = 2**31 - 1  # the largest size or count that libraries take
@@ -75,7 +76,7 @@ def check_limits(options: Any) -> None:
         value = getattr(options, field.name)
         if own is not None and not all(map(own.hold, _numbers(value))):
             is_, said = ("are", str(value)) if isinstance(value, tuple) else ("is", _plain(value))
-            raise UserError(f"`{_flag(field.name)}` must be {own}, but {is_} {said}.")
+            raise UserError(f"`{key_of(field.name)}` must be {own}, but {is_} {said}.")
 
 
 def check_numbers(options: Any) -> None:
@@ -96,7 +97,7 @@ def check_numbers(options: Any) -> None:
             elif not abs(number) <= largest:
                 rule = f"at most {_show(largest)}" if number > 0 else f"at least {_show(-largest)}"
                 raise UserError(
-                    f"`{_flag(field.name)}` must be {rule}, but is {_show(number)}. Give another."
+                    f"`{key_of(field.name)}` must be {rule}, but is {_show(number)}. Give another."
                 )
 
 
@@ -117,7 +118,7 @@ def _check(name: str, number: float, own: Range) -> None:
         rule = f"from {_show(lowest)} to {_show(highest)}"
         if math.isinf(highest) or math.isinf(lowest):
             rule = f"at least {_show(lowest)}" if math.isinf(highest) else f"at most {_show(highest)}"
-        raise UserError(f"`{_flag(name)}` must be {rule}, but is {_show(number)}.")
+        raise UserError(f"`{key_of(name)}` must be {rule}, but is {_show(number)}.")
 
 
 def _numbers(value: Any) -> list[float]:
@@ -137,7 +138,3 @@ def _show(number: float) -> str:
         return f"{float(number):g}"
     except OverflowError:
         return "a number of hundreds of digits"
-
-
-def _flag(name: str) -> str:
-    return name.rstrip("_").replace("_", "-")

@@ -140,24 +140,6 @@ LANGUAGE = Text(
 
 
 @dataclass(frozen=True)
-class OneOf:
-    """One of some texts."""
-
-    choices: tuple[str, ...]
-
-    @property
-    def rule(self) -> str:
-        """Complete "must be ..."."""
-        return f"one of {', '.join(self.choices)}"
-
-    def check(self, value: Any, place: str) -> str:
-        """Return it."""
-        if not isinstance(value, str) or value not in self.choices:
-            _refuse(self, value, place)
-        return value
-
-
-@dataclass(frozen=True)
 class Maybe:
     """Something, or None."""
 

@@ -13,11 +13,8 @@ from typing import Annotated, Any, Literal
 from nmt.config.records import is_unicode
 from nmt.errors import shown
 
-_NEAR, _NEAR_IF_SHORT, _SHORT = (
-    0.8,
-    0.75,
-    5,
-)  # similarity by difflib: one letter in five may differ, in short names one in four
+_NEAR, _NEAR_IF_SHORT = 0.8, 0.75  # similarity by difflib: one letter in five may differ, or in four
+_SHORT = 5  # letters
 _MOST_SUGGESTIONS = 3
 _LONGEST_SHOWN = 80
 _NUMBERS: dict[Any, type] = {int: numbers.Integral, float: numbers.Real}  # include NumPy's numbers

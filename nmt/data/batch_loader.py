@@ -47,8 +47,8 @@ class Feed:
     The loader draws from it in this process, and only when it has room for one more batch.
     """
 
-    def __init__(self, plan: Iterator[PlannedBatch] | None = None) -> None:
-        self.plan = iter(()) if plan is None else plan
+    def __init__(self) -> None:
+        self.plan: Iterator[PlannedBatch] = iter(())
 
     def __iter__(self) -> Iterator[PlannedBatch]:
         return self.plan

@@ -11,12 +11,12 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nmt.data.vocabulary import EOS_ID
+from nmt.data.vocabulary import EOS_ID, UNK_ID
 from nmt.errors import UserError, counted, shown
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -25,6 +25,17 @@ _VERSION = 1
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 _BYTES_PER_SEQUENCE = 4 + 8  # size and offset
 _CHUNK = 2**16  # sequences or ids at a time, so that results stay in the processor's cache
+
+
+class Oddities(NamedTuple):
+    """What is seldom right in a data set."""
+
+    unknown_share: float
+    """Share of unknown tokens; the ends of sequences do not count."""
+    num_specials: int
+    """Number of other special symbols within sequences."""
+    num_without_end: int
+    """Number of sequences that end without `</s>`."""
 
 
 def smallest_dtype(vocabulary_size: int) -> np.dtype[np.integer]:
@@ -107,28 +118,25 @@ class IndexedDataset:
             digest.update(chunk.astype("<i4").data)
         return digest.digest()
 
-    def count(self, token_id: int) -> int:
-        """Return how often an id comes; it reads all."""
-        return sum(int(np.count_nonzero(chunk == token_id)) for chunk in self._chunks())
-
     def _chunks(self) -> Iterator[NDArray[np.integer]]:
         """Yield all ids, `_CHUNK` at a time."""
         _, _, ids = self._open()
         for start in range(0, len(ids), _CHUNK):
             yield ids[start : start + _CHUNK]
 
-    def count_specials(self) -> tuple[int, int]:
-        """Return how many special symbols stand within sequences, and how many sequences end without `</s>`.
-
-        It reads all.
-        """
+    def count_oddities(self) -> Oddities:
+        """Count unknown tokens, and special symbols in wrong places. It reads all."""
         sizes, _, ids = self._open()
-        chunks = (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
-        num_specials = sum(int(np.count_nonzero(chunk <= EOS_ID)) for chunk in chunks)
-        ends = np.cumsum(sizes, dtype=np.int64)[sizes > 0] - 1
-        last = ids[ends]
-        num_ended = int(np.count_nonzero(last == EOS_ID))
-        return num_specials - int(np.count_nonzero(last <= EOS_ID)), len(sizes) - num_ended
+        num_unknown = num_specials = 0
+        for chunk in self._chunks():
+            num_unknown += int(np.count_nonzero(chunk == UNK_ID))
+            num_specials += int(np.count_nonzero(chunk <= EOS_ID))
+        last = ids[np.cumsum(sizes, dtype=np.int64)[sizes > 0] - 1]
+        return Oddities(
+            unknown_share=num_unknown / max(len(ids) - len(sizes), 1),
+            num_specials=num_specials - int(np.count_nonzero(last <= EOS_ID)),
+            num_without_end=len(sizes) - int(np.count_nonzero(last == EOS_ID)),
+        )
 
     def __getstate__(self) -> Path:
         return self.path_prefix

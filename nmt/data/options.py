@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from nmt.config.fields import key_of
 from nmt.config.ranges import check_limits, check_ranges, limits
 from nmt.config.records import is_unicode
 from nmt.errors import UserError, shown
@@ -108,7 +109,7 @@ class PreprocessOptions:
         ):
             if getattr(self, name) != defaults[name]:
                 raise UserError(
-                    f"`{_flag(name)}` must not be set with `sentencepiece-model`, which is trained already. "
+                    f"`{key_of(name)}` must not be set with `sentencepiece-model`, which is trained already. "
                     "Leave one of them out."
                 )
 
@@ -169,7 +170,3 @@ class BatchingOptions:
                 f"`num-workers` must be at least 0, but is {self.num_workers}. "
                 "Give 0 to read the data in the training process."
             )
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

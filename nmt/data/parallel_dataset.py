@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nmt.data.indexed_dataset import Oddities
 from nmt.data.limits import size_blocks
-from nmt.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
+from nmt.data.vocabulary import EOS_ID, PAD_ID
 from nmt.errors import UserError, by_number, counted
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
@@ -35,11 +36,8 @@ class Sentences(Protocol):
     def digest(self) -> bytes:
         """Return a hash that tells the sentences from others."""
 
-    def count(self, token_id: int) -> int:
-        """Return how often an id occurs."""
-
-    def count_specials(self) -> tuple[int, int]:
-        """Return how many special symbols stand within sentences, and how many sentences end without `</s>`."""
+    def count_oddities(self) -> Oddities:
+        """Count unknown tokens, and special symbols in wrong places."""
 
 
 @dataclass(frozen=True)
@@ -193,21 +191,9 @@ class ParallelDataset:
         """Return a hash of all pairs in their order; it reads them all, about a gigabyte a second."""
         return blake2b(self._source.digest() + self._target.digest(), digest_size=16).hexdigest()
 
-    def unknown_shares(self) -> tuple[float, float]:
-        """Return the share of unknown tokens in the source, and in the target; it reads them all."""
-        source, target = (
-            side.count(UNK_ID) / max(int(side.sizes.sum(dtype=np.int64)) - len(side), 1)  # without eos
-            for side in (self._source, self._target)
-        )
-        return source, target
-
-    def count_specials(self) -> tuple[int, int]:
-        """Return the number of special symbols within sentences, and of sentences without an end; both sides."""
-        (of_source, without_end), (of_target, without_end_of_target) = (
-            self._source.count_specials(),
-            self._target.count_specials(),
-        )
-        return of_source + of_target, without_end + without_end_of_target
+    def count_oddities(self) -> tuple[Oddities, Oddities]:
+        """Count what is seldom right in the source, and in the target; it reads them all."""
+        return self._source.count_oddities(), self._target.count_oddities()
 
     def collate(self, items: Sequence[Pair]) -> TranslationBatch:
         """Pad pairs to a batch."""

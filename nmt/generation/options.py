@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
+from nmt.config.fields import key_of
 from nmt.config.ranges import ANY, check_limits, check_numbers, check_ranges, limits
 from nmt.errors import UserError, counted
 
@@ -107,7 +108,7 @@ class DecodingOptions:
         )
         for name in ("sampling_topk", "sampling_topp", "seed"):
             if getattr(self, name) is not None and not (self.sampling or self.samples):
-                flag = name.replace("_", "-")
+                flag = key_of(name)
                 raise UserError(f"`{flag}` must come with `sampling`. Add --sampling or leave it out.")
         if self.sampling_topk is not None:
             _require(

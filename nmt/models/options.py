@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from nmt.config.fields import key_of
 from nmt.config.ranges import check_limits, limits
 from nmt.errors import UserError
 from nmt.models.architectures import ARCHITECTURES
@@ -143,7 +144,7 @@ class TransformerOptions:
             ("max_source_positions", self.encoder_embed_dim),
             ("max_target_positions", self.decoder_embed_dim),
         ):
-            value, flag = getattr(self, name), name.replace("_", "-")
+            value, flag = getattr(self, name), key_of(name)
             largest = min(LARGEST["positions"], _LARGEST_TABLE // dim)
             if value > largest:
                 raise UserError(

@@ -1,7 +1,7 @@
 """The table of a run before its first update: model, data, work and memory; on demand, time."""
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,17 +16,8 @@ from nmt.trainer import Trainer
 from nmt.update.compilation import uncompiled
 from nmt.update.schedule import num_updates
 
-if TYPE_CHECKING:
-    from nmt.task import Examples
 
-
-def size_rows(
-    trainer: Trainer,
-    batches: BatchIterator,
-    *,
-    train_examples: "Examples[Any]",
-    valid_examples: "Examples[Any]",
-) -> list[str]:
+def size_rows(trainer: Trainer, batches: BatchIterator, *, num_valid: int) -> list[str]:
     """Return the lines of the table on the model and the data. They need no computation."""
     world, words = trainer.world, words_of(trainer.task)
     per_epoch = batches.updates_per_epoch
@@ -44,7 +35,7 @@ def size_rows(
         (
             "data",
             f"{_examples(batches.num_examples, 'training', words)}{in_size}{without}, "
-            f"{_examples(len(valid_examples), 'validation', words)}",
+            f"{_examples(num_valid, 'validation', words)}",
         ),
         (
             "updates",
@@ -54,12 +45,12 @@ def size_rows(
     return [_row(name, text) for name, text in rows]
 
 
-def cost_rows(trainer: Trainer, batches: BatchIterator, *, train_examples: "Examples[Any]") -> list[str]:
+def cost_rows(trainer: Trainer, batches: BatchIterator) -> list[str]:
     """Return the lines of the table on work and memory; this takes the time of a batch.
 
     Call it after the worst batch has been probed (`nmt.run.memory_probe`), so that the memory is known.
     """
-    flop = _scaled(_flop_a_target(trainer, train_examples, batches))
+    flop = _scaled(_flop_a_target(trainer, batches))
     a_target = words_of(trainer.task).a_target
     rows = [
         ("work", f"{flop}FLOP {a_target} in matrix products, forward and backward"),
@@ -135,8 +126,9 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {name}" for count, name in parts[:2] if count) or "0 s"
 
 
-def _flop_a_target(trainer: Trainer, examples: "Examples[Any]", batches: BatchIterator) -> float:
+def _flop_a_target(trainer: Trainer, batches: BatchIterator) -> float:
     """Return the floating-point operations per target of a batch of medium size."""
+    examples = batches.examples
     ordered = sorted(batches.first_batches, key=lambda batch: padded_size(examples.sizes, batch))
     middling = ordered[len(ordered) // 2]
     if batches.split_above is not None:

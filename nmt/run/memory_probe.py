@@ -112,32 +112,27 @@ def find_split(trainer: Trainer, examples: Examples[Any], batches: Sequence[Indi
     return min(limits, default=None)
 
 
-def decide_split(
-    trainer: Trainer, batches: BatchIterator, packing: Packing | None, *, max_tokens: int | None
-) -> None:
+def decide_split(trainer: Trainer, batches: BatchIterator, packing: Packing | None) -> None:
     """Find out whether batches fit into memory, and run those that do not in parts.
 
     Args:
         trainer: Runs the worst batches.
         batches: The batches of training.
         packing: How batches are packed, if they are.
-        max_tokens: Tokens of a packed row.
     """
-    first_batches = batches.first_batches
+    # The split of the run so far is kept. Another one would round differently when it is resumed with more memory.
     if packing is None:
-        found = find_split(trainer, batches.examples, first_batches)
-    else:
-        assert max_tokens is not None
-        longest_one = batches.survey.longest
-        found = find_packed_split(
-            trainer, packing.pack, first_batches[0][:1], longest=longest_one, max_tokens=max_tokens
-        )
-    # Keep the split of the run so far. Another one would round differently when it is resumed with more memory.
-    batches.split_above = split_above = lower(found, batches.split_above)
-    if packing is not None and max_tokens is not None:
-        # A run that was padded so far may have been split into smaller parts.
-        size = max_tokens if split_above is None else min(max_tokens, max(split_above, longest_one))
-        batches.collate_with(packing.pack(max_tokens=size))
+        found = find_split(trainer, batches.examples, batches.first_batches)
+        batches.split_above = lower(found, batches.split_above)
+        return
+    max_tokens, longest_one = packing.limits.max_tokens, batches.survey.longest
+    assert max_tokens is not None
+    example = batches.first_batches[0][:1]
+    found = find_packed_split(trainer, packing.pack, example, longest=longest_one, max_tokens=max_tokens)
+    batches.split_above = lower(found, batches.split_above)
+    # A run that was padded so far may have been split into smaller parts.
+    size = min(max_tokens, max(batches.split_above or max_tokens, longest_one))
+    batches.collate_with(packing.pack(max_tokens=size))
 
 
 def lower(one: int | None, other: int | None) -> int | None:
@@ -272,9 +267,9 @@ def search_max_tokens(
     does_fit: Callable[[Indices], bool], sizes: Any, *, multiple: int, most: int, world: World
 ) -> int:
     """The search of `find_max_tokens`, over batches of rows of `sizes`, (n, C)."""
+    lengths = longest(sizes)
     found, tokens = 0, min(_FIRST_TOKENS, most)
     while True:
-        lengths = longest(sizes)
         batches = cut_batches(sizes[lengths <= tokens], max_tokens=tokens, multiple=multiple)
         rows = (lengths <= tokens).nonzero()[0]
         worst = max(batches, key=lambda batch: padded_size(sizes, rows[batch]), default=None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nmt.config.fields import key_of
 from nmt.config.values import to_text
 from nmt.data.batch_iterator import BatchIterator
 from nmt.errors import UserError
@@ -137,7 +138,7 @@ def changed_options(before: Any, now: Any) -> Iterator[Change]:
         if dataclasses.is_dataclass(old) and type(old) is type(new):
             yield from changed_options(old, new)
         elif old != new and field.name not in _SAYS_NOTHING:
-            yield Change(field.name.rstrip("_").replace("_", "-"), to_text(old), to_text(new))
+            yield Change(key_of(field.name), to_text(old), to_text(new))
 
 
 def _changed_surroundings(then: Surroundings, now: Surroundings) -> Iterator[Change]:

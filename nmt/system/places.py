@@ -42,19 +42,19 @@ def check_new_folder(path: Path, *, name: str) -> None:
         )
 
 
-def check_output_file(path: Path, *, name: str = "output") -> None:
+def check_output_file(path: Path) -> None:
     """Raise `UserError` unless a file of results can be written at `path` without replacing anything else."""
     if path.is_dir():
-        raise UserError(f"`{name}` must be a file, but `{path}` is a folder. Name a file in it.")
+        raise UserError(f"`output` must be a file, but `{path}` is a folder. Name a file in it.")
     if path.exists() and not path.is_file():  # a pipe or a device
         return
     parent = path.resolve().parent  # of the file that is written, where `path` is a symbolic link
     if not parent.is_dir():
-        raise UserError(f"`{name}` must be in a folder that exists, but there is no {parent}. Make it first.")
-    _check_not_in_checkpoint(path, name)
+        raise UserError(f"`output` must be in a folder that exists, but there is no {parent}. Make it first.")
+    _check_not_in_checkpoint(path, "output")
     if path.is_file() and _belongs_to_folder(path.resolve()):
         raise UserError(
-            f"`{name}` must not replace a file of a run, a model or of data, but {path} is one. "
+            f"`output` must not replace a file of a run, a model or of data, but {path} is one. "
             "Choose another name."
         )
 

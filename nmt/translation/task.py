@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -109,17 +109,7 @@ class TranslationTask:
             UserError: The split is missing or damaged, was made with another vocabulary than the model's, or
                 is for training and longer than the model has positions for.
         """
-        directory = self._data_directory()
-        if (directory.source_lang, directory.target_lang) != (self.source_lang, self.target_lang):
-            raise UserError(
-                f"{directory.path} must hold data from {self.source_lang} to {self.target_lang}, as the model "
-                f"translates, but is from {directory.source_lang} to {directory.target_lang}. Name other data."
-            )
-        for lang, vocabulary in (
-            (directory.source_lang, self.source_vocabulary),
-            (directory.target_lang, self.target_vocabulary),
-        ):
-            _check_same_vocabulary(vocabulary, directory, lang)
+        directory = self._data_directory
         model = self.options.model
         named = f"`{split}`" if split == "train" and self.train_sides else f"`{split}` of `{directory.path}`"
         source, target = self._open_sides(directory, split)
@@ -162,14 +152,13 @@ class TranslationTask:
         """Return lines on unknown tokens and on faults of the data, which may come from another program."""
         if not world.is_main:
             return []
-        return [
-            line
-            for name, examples in (("train", train), ("valid", valid))
-            for line in (
-                *about_unknown(name, examples.unknown_shares()),
-                *about_specials(name, *examples.count_specials()),
-            )
-        ]
+        lines = []
+        for name, examples in (("train", train), ("valid", valid)):
+            source, target = examples.count_oddities()
+            lines += about_unknown(name, (source.unknown_share, target.unknown_share))
+            num_specials = source.num_specials + target.num_specials
+            lines += about_specials(name, num_specials, source.num_without_end + target.num_without_end)
+        return lines
 
     def why_padded(self, model: nn.Module) -> str | None:
         """Return why batches are padded and not packed: a loss or a model that is not ours may need padding."""
@@ -308,7 +297,7 @@ class TranslationTask:
         """Return one side of a split as text before segmentation, if it was kept."""
         if examples.split not in ("valid", "test"):
             return None
-        directory = self._data_directory()
+        directory = self._data_directory
         if not directory.has_raw_text:
             return None
         return _read_lines(directory.raw_path(examples.split, lang), len(examples))
@@ -318,8 +307,25 @@ class TranslationTask:
         sources, references = zip(*map(examples.__getitem__, indices), strict=True)
         return self.source_segmenter.decode(sources), self.target_segmenter.decode(references)
 
+    @cached_property
     def _data_directory(self) -> DataDirectory:
-        return DataDirectory(self.options.data)
+        """The data. They are opened once, since that reads both dictionaries, and the indexes of fairseq's data.
+
+        Raises:
+            UserError: They are damaged, or were made with other languages or another vocabulary than the model's.
+        """
+        directory = DataDirectory(self.options.data)
+        if (directory.source_lang, directory.target_lang) != (self.source_lang, self.target_lang):
+            raise UserError(
+                f"{directory.path} must hold data from {self.source_lang} to {self.target_lang}, as the model "
+                f"translates, but is from {directory.source_lang} to {directory.target_lang}. Name other data."
+            )
+        for lang, vocabulary in (
+            (directory.source_lang, self.source_vocabulary),
+            (directory.target_lang, self.target_vocabulary),
+        ):
+            _check_same_vocabulary(vocabulary, directory, lang)
+        return directory
 
 
 def _loss_of(options: TranslationOptions[Any]) -> TranslationLoss:

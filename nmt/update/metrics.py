@@ -1,7 +1,7 @@
 """Additive sums in nested scopes, and gauges beside them.
 
-A value is logged once and every open scope sees it, for example `train` (since the start of the epoch) and,
-inside it, `interval` (since the last report). Only sums enter; ratios are formed after the sums of all
+A value is logged once and every open scope sees it, for example `epoch` (since the epoch began) and, inside it,
+`train` (since the last report). Only sums enter; ratios are formed after the sums of all
 ranks have been added. Nothing here waits for the device until `sums` or `gauges` reads.
 """
 
@@ -29,21 +29,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self._scopes: dict[str, _Scope] = {}
-        self._open: list[tuple[str, bool]] = []  # (name, isolated), the innermost last
+        self._open: list[str] = []  # the innermost last
 
     @contextmanager
-    def scope(self, name: str, *, isolated: bool = False) -> Iterator[None]:
+    def scope(self, name: str) -> Iterator[None]:
         """Open a scope; as a context manager, or as a decorator of a function.
 
         Entering a name again goes on accumulating. A scope inside itself counts once.
-
-        Args:
-            name: the name to read it by.
-            isolated: the scopes around it do not see what is logged inside.
         """
         self._scopes.setdefault(name, _Scope())
         depth = len(self._open)
-        self._open.append((name, isolated))
+        self._open.append(name)
         try:
             yield
         finally:
@@ -107,21 +103,15 @@ class Metrics:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace all sums and gauges by those of `state_dict`; open scopes stay open."""
-        self._scopes = {name: _Scope() for name, _ in self._open}
+        self._scopes = {name: _Scope() for name in self._open}
         for name, values in state.items():
             scope = self._scopes.setdefault(name, _Scope())
             scope.sums.update(values["sums"])
             scope.gauges.update(values["gauges"])
 
     def _listening(self) -> list[_Scope]:
-        """Return the open scopes from the innermost out to the first isolated one, each once."""
-        names: list[str] = []
-        for name, isolated in reversed(self._open):
-            if name not in names:
-                names.append(name)
-            if isolated:
-                break
-        return [self._scopes[name] for name in names]
+        """Return the open scopes, each once."""
+        return [self._scopes[name] for name in dict.fromkeys(self._open)]
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

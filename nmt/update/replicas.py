@@ -1,15 +1,13 @@
 """How copies of a model are kept on the ranks, and how the gradient of an update comes together from them.
 
-`Alone` is one rank, `Ddp` keeps a whole copy on each of several. `Sharded` (`nmt/update/sharded.py`) keeps a part
-on each. `Recorded` (`nmt/update/recorded.py`) is for batches of one shape, on any number of ranks. The trainer
-knows only the protocol.
+`Whole` keeps a whole copy on each rank, `Sharded` (`nmt/update/sharded.py`) a part. `Recorded`
+(`nmt/update/recorded.py`) is for batches of one shape. The trainer knows only the protocol.
 """
 
 import warnings
 from contextlib import nullcontext
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,82 +92,35 @@ def build_replicas(
     objective = precision.wrap(Objective(task, model), model)
     if has_one_shape:
         return Recorded(objective, task, model, precision, world, is_compiled=options.compile)
-    if world.size > 1:
-        return Ddp(objective, model, precision, world)
-    return Alone(objective, model, precision, world.device)
+    return Whole(objective, model, precision, world)
 
 
-class Alone:
-    """A single rank: gradients lie where `backward` puts them."""
+class Whole:
+    """A whole copy on each rank. Gradients lie where `backward` puts them.
 
-    can_run_alone = True
-    loss_factor = 1.0
-    num_copies = 0
-
-    def __init__(
-        self, objective: nn.Module, model: nn.Module, precision: Precision, device: torch.device
-    ) -> None:
-        self.objective = objective
-        self.weights = WholeWeights(model)
-        self._precision = precision
-        self._device = device
-
-    def start(self) -> None:
-        """Nothing is to be done: the parameters themselves are used."""
-
-    def add(self, batch: Batch, factor: Tensor, *, is_last: bool) -> LossOutput:
-        """Run forward and backward."""
-        output: LossOutput = self.objective(batch.to(self._device))
-        (output.loss * self._precision.scale(factor)).backward()
-        return output
-
-    def gradients(self) -> list[Tensor]:
-        """Return the gradient of each parameter that has one."""
-        return _gradients(self.weights)
-
-    def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Return the norm of all of them together."""
-        return nn.utils.get_total_norm(gradients)
-
-    def clear(self) -> None:
-        """Free the gradients."""
-        _clear(self.weights)
-
-    def give_back(self) -> None:
-        """Nothing is to be done: what was used is free for all."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-class Ddp:
-    """A whole copy on each of several ranks: DistributedDataParallel takes the mean during the backward pass."""
+    Where there are several ranks, DistributedDataParallel takes their mean during the backward pass.
+    """
 
     can_run_alone = True
-    num_copies = 1  # DDP's buckets
 
     def __init__(self, objective: nn.Module, model: nn.Module, precision: Precision, world: World) -> None:
         self.loss_factor = float(world.size)
+        self.num_copies = 0 if world.size == 1 else 1  # DDP's buckets
         self.objective = objective
         self.weights = WholeWeights(model)
         self._precision = precision
         self._world = world
-        # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update. Otherwise a
-        # resumed run would sum in another order than one that was never stopped. Some tasks have such parameters.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # from torch 2.13 on
-        self._ddp: DistributedDataParallel | None = DistributedDataParallel(
-            objective, broadcast_buffers=bool(self.weights.statistics), find_unused_parameters=True
-        )
+        self._run: Any = objective
+        if world.size > 1:
+            self._run = _in_ddp(objective, has_statistics=bool(self.weights.statistics))
 
     def start(self) -> None:
         """Nothing is to be done: the parameters themselves are used."""
 
     def add(self, batch: Batch, factor: Tensor, *, is_last: bool) -> LossOutput:
         """Run forward and backward; DDP sums over ranks in the last backward pass alone."""
-        assert self._ddp is not None, "no update can follow `close`"
-        with nullcontext() if is_last else self._ddp.no_sync():
-            output: LossOutput = self._ddp(batch.to(self._world.device))
+        with nullcontext() if is_last or self._world.size == 1 else self._run.no_sync():
+            output: LossOutput = self._run(batch.to(self._world.device))
             loss = output.loss * self._precision.scale(factor)
             if is_last:
                 self._world.backward(loss)
@@ -179,7 +130,7 @@ class Ddp:
 
     def gradients(self) -> list[Tensor]:
         """Return the gradient of each parameter that has one."""
-        return _gradients(self.weights)
+        return [p.grad for p in self.weights.trained.values() if p.grad is not None]
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the norm of all of them together."""
@@ -187,20 +138,20 @@ class Ddp:
 
     def clear(self) -> None:
         """Free the gradients."""
-        _clear(self.weights)
+        for parameter in self.weights.trained.values():
+            parameter.grad = None
 
     def give_back(self) -> None:
         """Nothing is to be done: what was used is free for all."""
 
     def close(self) -> None:
         """Let go of DDP, which keeps the process group."""
-        self._ddp = None
+        self._run = nn.Identity()
 
 
-def _gradients(kept: WholeWeights) -> list[Tensor]:
-    return [parameter.grad for parameter in kept.trained.values() if parameter.grad is not None]
-
-
-def _clear(kept: WholeWeights) -> None:
-    for parameter in kept.trained.values():
-        parameter.grad = None
+def _in_ddp(objective: nn.Module, *, has_statistics: bool) -> DistributedDataParallel:
+    # Looking for unused parameters keeps DDP from re-ordering its buckets after the first update. Otherwise a
+    # resumed run would sum in another order than one that was never stopped. Some tasks have such parameters.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # from torch 2.13 on
+    return DistributedDataParallel(objective, broadcast_buffers=has_statistics, find_unused_parameters=True)

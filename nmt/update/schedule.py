@@ -80,7 +80,7 @@ def build_schedule(options: OptimizationOptions, *, updates_per_epoch: int) -> S
 
 @dataclass
 class Plateau:
-    """Multiplies the learning rate by `shrink` when validations have stopped becoming better.
+    """Multiplies the learning rate by `lr_shrink` when validations have stopped becoming better.
 
     As torch's ReduceLROnPlateau with a relative threshold.
 

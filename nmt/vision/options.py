@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from nmt.config.fields import key_of
 from nmt.config.ranges import check_limits, check_ranges, limits
 from nmt.errors import UserError, shown
 
-_LARGEST_SIDE = 16_384  # pixels
+LARGEST_SIDE = 4096  # pixels; a model for larger images would take gigabytes before any fault is found
+SMALLEST_CROP = 1e-3
 
 if TYPE_CHECKING:
     from nmt.vision.task import ImageClassificationTask
@@ -48,7 +50,7 @@ class AugmentationOptions:
         for name in ("hflip", "random_erasing"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise UserError(f"`{_flag(name)}` must be a probability from 0 to 1, but is {value}.")
+                raise UserError(f"`{key_of(name)}` must be a probability from 0 to 1, but is {value}.")
         for name in ("mixup", "cutmix"):
             if getattr(self, name) != 0:  # from 0.001 on the distribution is one in float32
                 check_ranges(self, {name: (1e-3, 1e3)})
@@ -139,7 +141,8 @@ class ImageClassificationOptions:
             raise UserError("`weights` must be given without `pretrained`, but both are. Leave one out.")
         if self.max_bad_images < 0:
             raise UserError(f"`max-bad-images` must not be negative, but is {self.max_bad_images}.")
-        check_ranges(self, {"image_size": (1, _LARGEST_SIDE), "mean": (-1e6, 1e6), "std": (1e-6, 1e6)})
+        check_ranges(self, {"image_size": (1, LARGEST_SIDE), "crop_pct": (SMALLEST_CROP, 1)})
+        check_ranges(self, {"mean": (-1e6, 1e6), "std": (1e-6, 1e6)})
         if (self.mean is None) != (self.std is None):
             raise UserError("`mean` and `std` must be given together, but one of them is missing.")
         for argument in self.model_args:
@@ -158,7 +161,3 @@ class ImageClassificationOptions:
         from nmt.vision.task import ImageClassificationTask
 
         return ImageClassificationTask(self, assets)
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

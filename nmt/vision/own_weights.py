@@ -9,11 +9,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nmt.checkpoints.find_folder import MODEL_NAME
 from nmt.checkpoints.weights import weights
 from nmt.errors import UserError
 from nmt.interop.safe_unpickle import StoredTensor, read_torch_file
 
-_MODEL = "model.safetensors"  # of a model folder
 _KEYS = ("state_dict", "model", "model_state_dict", "net", "weights")
 """The names that training scripts give to the weights in their files."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -54,7 +54,7 @@ def take_weights(model: nn.Module, path: Path) -> str:
 def _read(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by name."""
     if path.is_dir():
-        path = path / _MODEL
+        path = path / MODEL_NAME
     if not path.is_file():
         raise UserError(f"`weights` must be a file or a model folder, but `{path}` is missing. Name another.")
     if path.suffix == ".safetensors":

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmt.config.ranges import check_ranges
 from nmt.errors import UserError
 from nmt.vision.libraries import import_torchvision
-from nmt.vision.options import AugmentationOptions
+from nmt.vision.options import LARGEST_SIDE, SMALLEST_CROP, AugmentationOptions
 
 _LONGEST_SIDE = 16  # times the shorter side; more than the cut at the centre shows
 
@@ -28,6 +29,8 @@ class ImageFormat:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        # As the options: what is saved must be read again, also if the size is that of the images.
+        check_ranges(self, {"image_size": (1, LARGEST_SIDE), "crop_pct": (SMALLEST_CROP, 1)})
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.num_channels:
                 raise UserError(

@@ -27,7 +27,12 @@ from nmt.vision.libraries import import_timm
 from nmt.vision.look_over import look_at_files
 from nmt.vision.models import build_model, find_model
 from nmt.vision.notes import named
-from nmt.vision.options import AugmentationOptions, ImageClassificationOptions
+from nmt.vision.options import (
+    LARGEST_SIDE,
+    SMALLEST_CROP,
+    AugmentationOptions,
+    ImageClassificationOptions,
+)
 from nmt.vision.own_weights import take_weights
 from nmt.vision.pictures import draw_confusion, draw_predictions
 from nmt.vision.preprocessing import ImageFormat
@@ -38,8 +43,8 @@ _TAKE_AGAIN = "Take the whole model folder again."
 _FORMAT = Record(
     {
         "num_channels": Whole(1, 1024),
-        "image_size": Whole(1, 4096),  # a larger size would take gigabytes before any fault is found
-        "crop_pct": Number(1e-3, 1.0),
+        "image_size": Whole(1, LARGEST_SIDE),
+        "crop_pct": Number(SMALLEST_CROP, 1.0),
         "mean": ListOf(Number(-1e6, 1e6)),
         "std": ListOf(Number(1e-6, 1e6)),
     }
